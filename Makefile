@@ -1,0 +1,69 @@
+# Everything a person or CI does with this tree. `make help` lists it.
+# Needed beforehand: a Rust toolchain and root. The rest is installed by scripts/install-deps.
+
+CARGO   ?= cargo
+PREFIX  ?= /usr
+DESTDIR ?=
+# .ci/run sets --locked: a Cargo.lock that does not fit is an error there, not something to mend.
+CARGO_FLAGS ?=
+
+BINS  := varve varve-agent varve-receiver
+UNITS := varve-agent.service varve-receiver.service
+# Debian and Fedora read units, users and tmpfiles from these places for any prefix under /usr.
+UNITDIR := $(PREFIX)/lib/systemd/system
+USERDIR := $(PREFIX)/lib/sysusers.d
+TMPFDIR := $(PREFIX)/lib/tmpfiles.d
+DOCDIR  := $(PREFIX)/share/doc/varve
+
+.PHONY: help build demo test bench lint install uninstall clean need-cargo need-root
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+need-cargo:
+	@command -v $(CARGO) >/dev/null || { echo "make: no '$(CARGO)' in PATH. Install Rust with rustup; under sudo: sudo env PATH=\"\$$PATH\" make …" >&2; exit 1; }
+
+# Capture loads programs into the kernel, and the tests use loop devices and mounts.
+need-root:
+	@[ "$$(id -u)" = 0 ] || { echo "make: this needs root (BPF, loop devices, mounts): sudo env PATH=\"\$$PATH\" make $(MAKECMDGOALS)" >&2; exit 1; }
+
+build: need-cargo ## the three programs, in release mode, into target/release
+	@scripts/install-deps build
+	$(CARGO) build $(CARGO_FLAGS) --release --workspace --bins
+
+demo: need-root build ## protect a live database volume on this machine and prove the replica equal
+	@scripts/install-deps demo
+	@scripts/demo
+
+# One build of programs and tests together: the end-to-end tests start the programs from target/debug.
+test: need-root need-cargo ## every test (installs what they need)
+	@scripts/install-deps build test
+	$(CARGO) build $(CARGO_FLAGS) --workspace --bins --tests
+	$(CARGO) test $(CARGO_FLAGS) --quiet --workspace --doc
+	@if $(CARGO) nextest --version >/dev/null 2>&1; \
+	then set -x; $(CARGO) nextest run $(CARGO_FLAGS) --workspace --config-file tests/nextest.toml; \
+	else set -x; $(CARGO) test $(CARGO_FLAGS) --workspace --bins --lib --tests; fi
+
+bench: need-root build ## speed and memory, as ratios of paired runs
+	@scripts/install-deps test
+	$(CARGO) run $(CARGO_FLAGS) --release -p varve-bench
+
+lint: need-cargo ## format, warnings as errors, licences of dependencies, scripts, units
+	@scripts/install-deps build lint
+	@scripts/lint
+
+install: ## programs, units, users, docs below $(DESTDIR)$(PREFIX); run 'make build' first
+	install -d $(foreach d,$(PREFIX)/bin $(UNITDIR) $(USERDIR) $(TMPFDIR) $(DOCDIR),"$(DESTDIR)$(d)")
+	install -m 0755 $(addprefix target/release/,$(BINS)) "$(DESTDIR)$(PREFIX)/bin/"
+	for u in $(UNITS); do sed 's|/usr/bin/|$(PREFIX)/bin/|' "systemd/$$u" > "$(DESTDIR)$(UNITDIR)/$$u" || exit 1; done
+	install -m 0644 systemd/sysusers.conf "$(DESTDIR)$(USERDIR)/varve.conf"
+	install -m 0644 systemd/tmpfiles.conf "$(DESTDIR)$(TMPFDIR)/varve.conf"
+	install -m 0644 README.md LICENSE NOTICE docs/*.md "$(DESTDIR)$(DOCDIR)/"
+
+uninstall: ## what 'make install' put there; data and configuration stay
+	rm -f $(foreach b,$(BINS),"$(DESTDIR)$(PREFIX)/bin/$(b)") $(foreach u,$(UNITS),"$(DESTDIR)$(UNITDIR)/$(u)")
+	rm -f "$(DESTDIR)$(USERDIR)/varve.conf" "$(DESTDIR)$(TMPFDIR)/varve.conf"
+	rm -rf "$(DESTDIR)$(DOCDIR)"
+
+clean: need-cargo ## the build's output
+	$(CARGO) clean
