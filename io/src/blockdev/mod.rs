@@ -1,0 +1,13 @@
+//! What a block device is, who uses it, and which disks are under a path. From sysfs and procfs only.
+
+mod disks;
+mod facts;
+mod mounts;
+mod sysfs;
+mod usage;
+
+pub use disks::disks_behind;
+pub use facts::{BlockFacts, DevNo};
+pub use mounts::Mount;
+pub(crate) use sysfs::logical_block_bytes_of_dev;
+pub use usage::in_use;

@@ -1,0 +1,56 @@
+//! CPU time and resident memory of this process, for status and benches.
+
+use std::time::Duration;
+
+use nix::time::{ClockId, clock_gettime};
+use nix::unistd::{SysconfVar, sysconf};
+
+use crate::IoError;
+
+fn clock(id: ClockId) -> Duration {
+    // Fails only for a clock that does not exist; these two always do.
+    clock_gettime(id).map(Duration::from).unwrap_or_default()
+}
+
+/// CPU time that the calling thread has used, user and system together.
+pub fn thread_cpu_time() -> Duration {
+    clock(ClockId::CLOCK_THREAD_CPUTIME_ID)
+}
+
+/// CPU time that all threads of this process have used, user and system together.
+pub fn process_cpu_time() -> Duration {
+    clock(ClockId::CLOCK_PROCESS_CPUTIME_ID)
+}
+
+/// Resident memory of this process in bytes, shared pages included.
+///
+/// # Errors
+/// If `/proc/self/statm` cannot be read.
+pub fn process_rss_bytes() -> Result<u64, IoError> {
+    let path = "/proc/self/statm";
+    let text = std::fs::read_to_string(path).map_err(|e| IoError::new("read", path, e))?;
+    let pages = text.split_ascii_whitespace().nth(1).and_then(|field| field.parse::<u64>().ok());
+    let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten().and_then(|n| u64::try_from(n).ok());
+    match (pages, page) {
+        (Some(pages), Some(page)) => Ok(pages * page),
+        _ => Err(IoError::refused("understand", path, std::io::ErrorKind::InvalidData, format!("text is {text:?}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_costs_time_and_memory_counts() {
+        let before = thread_cpu_time();
+        while thread_cpu_time() < before + Duration::from_millis(5) {
+            std::hint::black_box(0u64);
+        }
+        assert!(process_cpu_time() >= Duration::from_millis(5));
+        let rss = process_rss_bytes().expect("rss");
+        let held = std::hint::black_box(vec![1u8; 32 << 20]);
+        let more = process_rss_bytes().expect("rss");
+        assert!(more >= rss + (30 << 20), "{rss} then {more} while holding {} bytes", held.len());
+    }
+}

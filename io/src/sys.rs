@@ -1,0 +1,71 @@
+//! The few system calls that neither `std` nor `nix` offers as safe functions.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
+
+use nix::libc;
+
+/// `BLKZEROOUT`, `_IO(0x12, 127)`.
+const BLKZEROOUT: libc::Ioctl = nix::request_code_none!(0x12, 127) as libc::Ioctl;
+/// `BLKGETSIZE64`, `_IOR(0x12, 114, size_t)`.
+const BLKGETSIZE64: libc::Ioctl = nix::request_code_read!(0x12, 114, size_of::<usize>()) as libc::Ioctl;
+
+fn check(result: i64) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+/// `pwritev2` with `RWF_DSYNC`: the bytes that it says were written are on stable storage.
+pub(crate) fn pwrite_dsync(file: &File, buf: &[u8], offset: u64) -> io::Result<usize> {
+    let offset = i64::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
+    let iov = libc::iovec { iov_base: buf.as_ptr().cast_mut().cast(), iov_len: buf.len() };
+    // SAFETY: one iovec that describes `buf`, which outlives the call; the kernel only reads it.
+    check(unsafe { libc::pwritev2(file.as_raw_fd(), &raw const iov, 1, offset, libc::RWF_DSYNC) } as i64)
+}
+
+/// What `statx` says of direct I/O: `None` if the kernel or the file system does not say,
+/// `Some((0, 0))` if the file cannot do direct I/O, else (memory, offset) alignment in bytes.
+pub(crate) fn dio_align(file: &File) -> io::Result<Option<(u32, u32)>> {
+    let mut stat = MaybeUninit::<libc::statx>::zeroed();
+    // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor itself; the kernel fills `stat`,
+    // which is large enough by type and valid when all zeroes.
+    let stat = unsafe {
+        check(i64::from(libc::statx(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            stat.as_mut_ptr(),
+        )))?;
+        stat.assume_init()
+    };
+    let known = stat.stx_mask & libc::STATX_DIOALIGN != 0;
+    Ok(known.then_some((stat.stx_dio_mem_align, stat.stx_dio_offset_align)))
+}
+
+/// The size of a block device in bytes.
+pub(crate) fn block_bytes(file: &File) -> io::Result<u64> {
+    let mut bytes: u64 = 0;
+    // SAFETY: BLKGETSIZE64 writes eight bytes (Varve is built for 64-bit only) to the pointer.
+    check(i64::from(unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &raw mut bytes) }))?;
+    Ok(bytes)
+}
+
+/// The logical sector size of a block device in bytes.
+pub(crate) fn logical_block_bytes(file: &File) -> io::Result<u32> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: BLKSSZGET writes one int to the pointer.
+    check(i64::from(unsafe { libc::ioctl(file.as_raw_fd(), libc::BLKSSZGET, &raw mut bytes) }))?;
+    u32::try_from(bytes).map_err(|_| io::Error::from_raw_os_error(libc::ERANGE))
+}
+
+/// Makes a range of a block device read as zeroes, by writing them if the device has no better way.
+pub(crate) fn block_zero_out(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let range = [offset, len];
+    // SAFETY: BLKZEROOUT reads two 64-bit numbers from the pointer.
+    check(i64::from(unsafe { libc::ioctl(file.as_raw_fd(), BLKZEROOUT, range.as_ptr()) })).map(drop)
+}
+
+const _: () = assert!(size_of::<usize>() == 8, "the ioctls above are written for 64-bit kernels");
