@@ -1,0 +1,155 @@
+//! Configuration: a file form (TOML, every key optional, an unknown key is an error that names it) and a validated form.
+
+use crate::limits::{RING_BYTES_MAX, RING_BYTES_MIN};
+use crate::problem::Problem;
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// `agent.toml`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AgentFile {
+    /// Receiver, `host:port`. Written by `varve join`.
+    pub receiver: Option<String>,
+    /// This host's name at the receiver. Written by `varve join`.
+    pub name: Option<String>,
+    /// Ring of each group in MiB: a power of two, 4 to 1024.
+    pub ring_mib: Option<u32>,
+    /// A group is *lagging* when its RPO is longer than this many seconds.
+    pub lagging_seconds: Option<f64>,
+    /// Compress frames where it pays.
+    pub compression: Option<bool>,
+}
+
+/// What the agent runs with.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AgentConfig {
+    /// Receiver, `host:port`; `None` before `varve join`.
+    pub receiver: Option<String>,
+    /// This host's name at the receiver.
+    pub name: Option<String>,
+    /// Ring of each group.
+    pub ring_bytes: u32,
+    /// Limit beyond which a group is *lagging*.
+    pub lagging_after: Duration,
+    /// Compress frames where it pays.
+    pub compression: bool,
+}
+
+/// `receiver.toml`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReceiverFile {
+    /// UDP address to listen on.
+    pub listen: Option<String>,
+    /// This receiver's name, for people.
+    pub name: Option<String>,
+    /// Size of one landing segment in MiB, 8 to 1024.
+    pub landing_segment_mib: Option<u32>,
+    /// Most MiB that one group's landing log may hold before the agent has to wait, at least four segments.
+    pub landing_max_mib: Option<u32>,
+}
+
+/// What the receiver runs with.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ReceiverConfig {
+    /// UDP address to listen on.
+    pub listen: std::net::SocketAddr,
+    /// This receiver's name, for people.
+    pub name: String,
+    /// Size of one landing segment.
+    pub landing_segment_bytes: u64,
+    /// Most bytes of one group's landing log.
+    pub landing_bytes_max: u64,
+}
+
+/// The port unless the operator says otherwise.
+pub const DEFAULT_PORT: u16 = 7443;
+const DEFAULT_RING_MIB: u32 = 64;
+const DEFAULT_LAGGING: Duration = Duration::from_secs(10);
+const DEFAULT_SEGMENT_MIB: u32 = 64;
+const DEFAULT_LANDING_MIB: u32 = 1024;
+
+fn parse<T: for<'de> Deserialize<'de>>(name: &str, text: &str) -> Result<T, Problem> {
+    toml::from_str(text).map_err(|error| {
+        Problem::usage(
+            format!("{name} is not understood"),
+            error.to_string().trim_end().replace('\n', "; "),
+            format!("correct {name}; docs/install.md lists its keys"),
+        )
+    })
+}
+
+fn out_of_range(name: &str, key: &str, range: &str) -> Problem {
+    Problem::usage(format!("{name}: {key} is out of range"), format!("{key} is {range}"), format!("correct {name}"))
+}
+
+impl AgentConfig {
+    /// Reads and checks the text of `agent.toml` (named `name` in errors).
+    pub fn parse(name: &str, text: &str) -> Result<Self, Problem> {
+        let file: AgentFile = parse(name, text)?;
+        let ring_bytes = u64::from(file.ring_mib.unwrap_or(DEFAULT_RING_MIB)) << 20;
+        if !ring_bytes.is_power_of_two() || !(RING_BYTES_MIN..=RING_BYTES_MAX).contains(&ring_bytes) {
+            return Err(out_of_range(name, "ring_mib", "a power of two from 4 to 1024"));
+        }
+        let lagging = file.lagging_seconds.unwrap_or(DEFAULT_LAGGING.as_secs_f64());
+        if !(0.1..=86_400.0).contains(&lagging) {
+            return Err(out_of_range(name, "lagging_seconds", "a number from 0.1 to 86400"));
+        }
+        Ok(Self {
+            receiver: file.receiver,
+            name: file.name,
+            ring_bytes: ring_bytes as u32,
+            lagging_after: Duration::from_secs_f64(lagging),
+            compression: file.compression.unwrap_or(true),
+        })
+    }
+}
+
+impl ReceiverConfig {
+    /// Reads and checks the text of `receiver.toml` (named `name` in errors).
+    pub fn parse(name: &str, text: &str) -> Result<Self, Problem> {
+        let file: ReceiverFile = parse(name, text)?;
+        let listen = file.listen.unwrap_or_else(|| format!("[::]:{DEFAULT_PORT}"));
+        let listen = listen
+            .parse()
+            .map_err(|_| out_of_range(name, "listen", "an address and a port such as 0.0.0.0:7443 or [::]:7443"))?;
+        let segment = file.landing_segment_mib.unwrap_or(DEFAULT_SEGMENT_MIB);
+        if !(8..=1024).contains(&segment) {
+            return Err(out_of_range(name, "landing_segment_mib", "a number from 8 to 1024"));
+        }
+        let most = file.landing_max_mib.unwrap_or(DEFAULT_LANDING_MIB.max(4 * segment));
+        if most < 4 * segment {
+            return Err(out_of_range(name, "landing_max_mib", "at least four times landing_segment_mib"));
+        }
+        Ok(Self {
+            listen,
+            name: file.name.unwrap_or_else(|| "receiver".to_owned()),
+            landing_segment_bytes: u64::from(segment) << 20,
+            landing_bytes_max: u64::from(most) << 20,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_key_is_named() {
+        let problem = AgentConfig::parse("agent.toml", "ring_mb = 64\n").expect_err("typo");
+        assert!(problem.why.contains("ring_mb"), "{problem:?}");
+    }
+
+    #[test]
+    fn limits_are_checked() {
+        assert!(AgentConfig::parse("a", "ring_mib = 48").is_err(), "not a power of two");
+        assert!(AgentConfig::parse("a", "ring_mib = 2048").is_err());
+        assert!(AgentConfig::parse("a", "lagging_seconds = 0").is_err());
+        assert!(ReceiverConfig::parse("r", "listen = \"7443\"").is_err());
+        assert!(ReceiverConfig::parse("r", "landing_max_mib = 65").is_err());
+        let defaults = ReceiverConfig::parse("r", "").expect("all keys are optional");
+        assert_eq!(defaults.listen.port(), DEFAULT_PORT);
+        assert_eq!(AgentConfig::parse("a", "").expect("defaults").ring_bytes, 64 << 20);
+    }
+}

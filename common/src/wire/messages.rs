@@ -1,0 +1,272 @@
+//! The bodies of control frames. Small, bounded, encoded by bincode behind the two functions at the end of this file
+//! and nowhere else; never for bytes on disk, never for data.
+
+use super::{FrameKind, WireError};
+use crate::limits::CONTROL_BYTES_MAX;
+use crate::state::{Data, GapReason};
+use serde::{Deserialize, Serialize};
+
+/// Names one ring: made at random with it. Positions of different incarnations are not comparable.
+pub type Incarnation = [u8; 16];
+/// 128 bits of BLAKE3 of a digest block; [`ZERO_DIGEST`] stands for a block of zeroes.
+pub type Digest = [u8; 16];
+/// The digest of a block that holds only zeroes, of whatever length.
+pub const ZERO_DIGEST: Digest = [0; 16];
+
+/// The agent's first frame on a group's stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// The group's name.
+    pub group: String,
+    /// Fencing token: the epoch under which the agent believes that it writes.
+    pub epoch: u64,
+    /// The ring that the agent holds now.
+    pub incarnation: Incarnation,
+    /// Oldest position that it can still send.
+    pub oldest: u64,
+    /// Newest position at this moment.
+    pub newest: u64,
+    /// In the order of their numbers.
+    pub volumes: Vec<VolumeHello>,
+    /// Version of the agent, for people.
+    pub software: String,
+}
+
+/// A volume as the agent knows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeHello {
+    /// Path at the source, for people and for the replica's default name.
+    pub path: String,
+    /// Size.
+    pub bytes: u64,
+    /// Where the operator wants the replica: absolute path at the receiver; `None`: the receiver's default.
+    pub replica: Option<String>,
+}
+
+/// The receiver agrees to a session.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Welcome {
+    /// Where the agent must go on in its incarnation; `None`: this incarnation is not known here, begin with
+    /// [`MarkKind::Begin`](crate::format::MarkKind).
+    pub resume: Option<u64>,
+    /// The group's epoch here.
+    pub epoch: u64,
+    /// Whether the replicas equal a point of the timeline (no open gap).
+    pub consistent: bool,
+    /// Per volume: the replica has never been written (all zeroes), so no digest need be compared.
+    pub fresh: Vec<bool>,
+    /// Per volume: where the replica is.
+    pub replicas: Vec<String>,
+    /// Version of the receiver, for people.
+    pub software: String,
+}
+
+/// Why a session was refused. The words go to the operator of the other side.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refused {
+    /// A stable word for scripts and tests.
+    pub reason: RefusedReason,
+    /// What and why.
+    pub text: String,
+    /// What to do next.
+    pub next: String,
+    /// Whether trying again later may help without anybody doing anything.
+    pub retry: bool,
+}
+
+/// See [`Refused::reason`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RefusedReason {
+    /// No protocol version in common.
+    Version,
+    /// The group belongs to another host.
+    Owner,
+    /// The source's epoch is older than the group's.
+    Epoch,
+    /// The volumes are not those that the replicas belong to.
+    Volumes,
+    /// A replica cannot be used (too small, in use, not there).
+    Replica,
+    /// The receiver's disk is full.
+    DiskFull,
+    /// Positions are not contiguous.
+    Hole,
+    /// A frame that is damaged, too large or out of order.
+    Protocol,
+    /// The receiver's storage failed.
+    Storage,
+    /// Another session of the same group is open.
+    Busy,
+    /// The receiver is stopping.
+    Stopping,
+    /// A limit on groups or volumes.
+    Limit,
+}
+
+/// Everything before `durable` is synced on the receiver's disk, everything before `applied` is in the replica.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ack {
+    /// May be released by the agent.
+    pub durable: u64,
+    /// For people.
+    pub applied: u64,
+}
+
+/// Digests of one region as the volume holds it at the frame's position.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Probe {
+    /// The sender's number for this region's work.
+    pub id: u64,
+    /// The volume's number.
+    pub volume: u16,
+    /// First byte of the region.
+    pub offset: u64,
+    /// Bytes of the region (the last one of a volume may be short).
+    pub length: u32,
+    /// One per digest block of 64 KiB, the last possibly of a shorter block.
+    pub digests: Vec<Digest>,
+}
+
+/// Answer to a [`Probe`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProbeReply {
+    /// The probe's number.
+    pub id: u64,
+    /// Bit *i*: digest block *i* differs.
+    pub differs: u16,
+}
+
+/// Answer to an image frame, once it is durable in the replica.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageDone {
+    /// The image's number.
+    pub id: u64,
+}
+
+/// What the agent says of itself, so that both ends can show the same status.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Position of the newest captured record.
+    pub captured: u64,
+    /// The data axis as the source sees it.
+    pub data: Data,
+    /// RPO at this moment.
+    pub rpo_ms: u64,
+    /// Why there is a gap, if there is one.
+    pub reason: Option<GapReason>,
+    /// Done and total bytes of a running sync.
+    pub resync: Option<(u64, u64)>,
+    /// The newest verify, running or finished.
+    pub verify: Option<Verify>,
+}
+
+/// Progress and outcome of a verify.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verify {
+    /// Number of the request (see [`Ask::Verify`]), chosen by whoever asked.
+    pub id: u64,
+    /// Bytes compared.
+    pub done_bytes: u64,
+    /// Bytes to compare.
+    pub total_bytes: u64,
+    /// Bytes (in digest blocks of 64 KiB) that differ although nobody wrote them meanwhile.
+    pub differing_bytes: u64,
+    /// Bytes that were written so often that no comparison came to an end; not a difference, not a proof.
+    pub unverified_bytes: u64,
+    /// The first differing extents: volume, offset, length; at most [`VERIFY_EXTENTS_MAX`].
+    pub extents: Vec<(u16, u64, u64)>,
+    /// Positions between which the comparisons were made.
+    pub from: u64,
+    /// See `from`.
+    pub to: u64,
+    /// What differs is sent.
+    pub repair: bool,
+    /// Whether it came to its end; if so `error` says whether it was cut short.
+    pub finished: bool,
+    /// Why it did not come to a result.
+    pub error: Option<String>,
+}
+
+/// See [`Verify::extents`].
+pub const VERIFY_EXTENTS_MAX: usize = 64;
+
+/// A wish of the receiver's operator that only the agent can fulfil.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ask {
+    /// Compare volume and replica; with `repair`, send what differs.
+    Verify {
+        /// Comes back in no frame: progress and outcome stand in the group's status.
+        id: u64,
+        /// Send what differs.
+        repair: bool,
+    },
+    /// The outcome of [`Ask::Verify`] is not wanted any more.
+    CancelVerify {
+        /// The number of the verify.
+        id: u64,
+    },
+}
+
+/// Encodes a control body.
+pub fn encode<T: Serialize>(message: &T) -> Vec<u8> {
+    // Cannot fail: every message is made of integers, strings and vectors, and writes into memory.
+    let bytes = bincode::serde::encode_to_vec(message, bincode::config::standard()).unwrap_or_default();
+    debug_assert!(!bytes.is_empty() && bytes.len() <= CONTROL_BYTES_MAX);
+    bytes
+}
+
+/// Decodes a control body of `kind`: bounded, nothing may be left over.
+pub fn decode<T: for<'de> Deserialize<'de>>(kind: FrameKind, plain: &[u8]) -> Result<T, WireError> {
+    let wrong = |why: String| WireError::Decode { kind, why };
+    let config = bincode::config::standard().with_limit::<CONTROL_BYTES_MAX>();
+    let (message, used) = bincode::serde::decode_from_slice(plain, config).map_err(|e| wrong(e.to_string()))?;
+    if used != plain.len() {
+        return Err(wrong(format!("{} bytes left over", plain.len() - used)));
+    }
+    Ok(message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn hello_bytes_are_frozen() {
+        let hello = Hello {
+            group: "db".into(),
+            epoch: 1,
+            incarnation: [7; 16],
+            oldest: 8,
+            newest: 300,
+            volumes: vec![VolumeHello { path: "/dev/vdb".into(), bytes: 1 << 20, replica: None }],
+            software: "0.1.0".into(),
+        };
+        let golden = [
+            2, b'd', b'b', 1, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 8, 251, 44, 1, 1, 8, b'/', b'd', b'e',
+            b'v', b'/', b'v', b'd', b'b', 252, 0, 0, 16, 0, 0, 5, b'0', b'.', b'1', b'.', b'0',
+        ];
+        assert_eq!(encode(&hello), golden);
+        assert_eq!(decode::<Hello>(FrameKind::Hello, &golden), Ok(hello));
+    }
+
+    #[test]
+    fn leftovers_are_refused() {
+        let mut bytes = encode(&ImageDone { id: 3 });
+        bytes.push(0);
+        assert!(decode::<ImageDone>(FrameKind::ImageDone, &bytes).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn never_panics(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = decode::<Hello>(FrameKind::Hello, &bytes);
+            let _ = decode::<Welcome>(FrameKind::Welcome, &bytes);
+            let _ = decode::<Refused>(FrameKind::Refused, &bytes);
+            let _ = decode::<Probe>(FrameKind::Probe, &bytes);
+            let _ = decode::<Report>(FrameKind::Report, &bytes);
+            let _ = decode::<Ask>(FrameKind::Ask, &bytes);
+        }
+    }
+}
