@@ -1,0 +1,155 @@
+//! PostgreSQL on a given directory, reachable over a Unix socket only.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use crate::{Child, Output, Scratch, run, run_ok, wait_until};
+
+const USER: &str = "postgres";
+
+/// A running server; `Drop` stops it.
+#[derive(Debug)]
+pub struct Postgres {
+    bin: PathBuf,
+    sockets: PathBuf,
+    server: Child,
+}
+
+/// The newest installed version's programs (Debian keeps them out of PATH, Fedora does not).
+fn programs() -> PathBuf {
+    let mut found: Vec<PathBuf> = std::fs::read_dir("/usr/lib/postgresql")
+        .map(|dir| dir.flatten().map(|entry| entry.path().join("bin")).collect())
+        .unwrap_or_default();
+    found.retain(|bin| bin.join("initdb").exists());
+    found.sort();
+    found.pop().unwrap_or_else(|| {
+        assert!(Path::new("/usr/bin/initdb").exists(), "no PostgreSQL here: scripts/install-deps test");
+        "/usr/bin".into()
+    })
+}
+
+fn as_postgres(program: &Path) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid", USER, "--regid", USER, "--init-groups", "--"]).arg(program);
+    command.current_dir("/");
+    command
+}
+
+impl Postgres {
+    /// Makes a new database cluster in `directory` (which must not exist yet) and starts it. Logs and sockets go
+    /// to `scratch`, so that they are not on the volume under test.
+    #[track_caller]
+    pub fn create(scratch: &Scratch, directory: &Path) -> Self {
+        std::fs::create_dir(directory).unwrap_or_else(|error| panic!("{}: {error}", directory.display()));
+        run_ok("chown", &[Path::new(USER), directory]);
+        run(as_postgres(&programs().join("initdb"))
+            .args(["--auth=trust", "--username=postgres", "--no-locale", "--encoding=UTF8", "--pgdata"])
+            .arg(directory))
+        .ok();
+        Self::open(scratch, directory)
+    }
+
+    /// Starts the server on an existing cluster: a replica's, say. It recovers first if it was not shut down.
+    #[track_caller]
+    pub fn open(scratch: &Scratch, directory: &Path) -> Self {
+        use std::sync::atomic::{AtomicU32, Ordering};
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let bin = programs();
+        let sockets = scratch.dir(&format!("pg{}", NUMBER.fetch_add(1, Ordering::Relaxed)));
+        run_ok("chown", &[Path::new(USER), &sockets]);
+        // A copy of a running cluster carries its lock file; the process that it names lives on another volume.
+        let _ = std::fs::remove_file(directory.join("postmaster.pid"));
+        let setting = |name: &str, value: &str| ["-c".to_owned(), format!("{name}={value}")];
+        let mut args = vec!["-D".to_owned(), directory.display().to_string()];
+        args.extend(setting("listen_addresses", ""));
+        args.extend(setting("unix_socket_directories", &sockets.display().to_string()));
+        args.extend(setting("shared_buffers", "64MB"));
+        let log = sockets.join("server.log");
+        let mut server = Child::start_as(Some(USER), bin.join("postgres"), &args, &log, |command| {
+            command.current_dir("/");
+        });
+        wait_until(Duration::from_secs(60), "PostgreSQL accepts connections", || {
+            assert_eq!(server.exit_code(), None, "PostgreSQL ended:\n{}", server.log());
+            run(Command::new(bin.join("pg_isready")).arg("-q").arg("-h").arg(&sockets)).code == 0
+        });
+        Postgres { bin, sockets, server }
+    }
+
+    fn client(&self, program: &str) -> Command {
+        let mut command = Command::new(self.bin.join(program));
+        command.arg("-h").arg(&self.sockets).args(["-U", USER]);
+        command
+    }
+
+    /// Runs SQL and returns the rows as text, `|` between columns.
+    #[track_caller]
+    pub fn query(&self, sql: &str) -> String {
+        run(self.client("psql").args(["-X", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-c", sql, USER]))
+            .ok()
+            .stdout
+            .trim()
+            .to_owned()
+    }
+
+    /// Makes pgbench's tables: 16 MB a scale.
+    #[track_caller]
+    pub fn pgbench_init(&self, scale: u32) -> Output {
+        run(self.client("pgbench").args(["-i", "-q", "-s", &scale.to_string(), USER])).ok()
+    }
+
+    /// Starts pgbench's transactions in the background.
+    #[track_caller]
+    pub fn pgbench_start(&self, clients: u32, seconds: u64) -> Pgbench {
+        let mut command = self.client("pgbench");
+        command.args(["-n", "-c", &clients.to_string(), "-T", &seconds.to_string(), USER]);
+        let args: Vec<_> = command.get_args().map(std::ffi::OsStr::to_owned).collect();
+        Pgbench(Child::start(command.get_program(), &args, &self.sockets.join("pgbench.log"), |_| {}))
+    }
+
+    /// Shuts down in an orderly way.
+    #[track_caller]
+    pub fn stop(mut self) {
+        self.server.end_with(Signal::SIGINT, Duration::from_secs(60));
+    }
+
+    /// What the server has said.
+    pub fn log(&self) -> String {
+        self.server.log()
+    }
+}
+
+impl Drop for Postgres {
+    fn drop(&mut self) {
+        // Immediate shutdown: the postmaster takes its children with it, which SIGKILL would leave behind for a while.
+        self.server.signal(Signal::SIGQUIT);
+        self.server.wait(Duration::from_secs(20));
+    }
+}
+
+/// A pgbench run in the background; `Drop` kills it.
+#[derive(Debug)]
+pub struct Pgbench(Child);
+
+impl Pgbench {
+    /// Still running?
+    pub fn running(&mut self) -> bool {
+        self.0.exit_code().is_none()
+    }
+
+    /// Waits for its end and returns its report.
+    #[track_caller]
+    pub fn finish(mut self) -> String {
+        let code = self.0.wait(Duration::from_secs(600)).expect("pgbench ran for more than ten minutes");
+        assert_eq!(code, 0, "pgbench: {}", self.0.log());
+        self.0.log()
+    }
+
+    /// Ends it now.
+    pub fn stop(mut self) {
+        self.0.signal(Signal::SIGTERM);
+        self.0.wait(Duration::from_secs(20));
+    }
+}
