@@ -9,9 +9,8 @@ CARGO_FLAGS ?=
 
 BINS  := varve varve-agent varve-receiver
 UNITS := varve-agent.service varve-receiver.service
-# Debian and Fedora read units, users and tmpfiles from these places for any prefix under /usr.
+# Where Debian and Fedora read them. No sysusers: both daemons need root for block devices (see their units).
 UNITDIR := $(PREFIX)/lib/systemd/system
-USERDIR := $(PREFIX)/lib/sysusers.d
 TMPFDIR := $(PREFIX)/lib/tmpfiles.d
 DOCDIR  := $(PREFIX)/share/doc/varve
 
@@ -52,17 +51,16 @@ lint: need-cargo ## format, warnings as errors, licences of dependencies, script
 	@scripts/install-deps build lint
 	@scripts/lint
 
-install: ## programs, units, users, docs below $(DESTDIR)$(PREFIX); run 'make build' first
-	install -d $(foreach d,$(PREFIX)/bin $(UNITDIR) $(USERDIR) $(TMPFDIR) $(DOCDIR),"$(DESTDIR)$(d)")
+install: ## programs, units, docs below $(DESTDIR)$(PREFIX); run 'make build' first
+	install -d $(foreach d,$(PREFIX)/bin $(UNITDIR) $(TMPFDIR) $(DOCDIR),"$(DESTDIR)$(d)")
 	install -m 0755 $(addprefix target/release/,$(BINS)) "$(DESTDIR)$(PREFIX)/bin/"
 	for u in $(UNITS); do sed 's|/usr/bin/|$(PREFIX)/bin/|' "systemd/$$u" > "$(DESTDIR)$(UNITDIR)/$$u" || exit 1; done
-	install -m 0644 systemd/sysusers.conf "$(DESTDIR)$(USERDIR)/varve.conf"
 	install -m 0644 systemd/tmpfiles.conf "$(DESTDIR)$(TMPFDIR)/varve.conf"
 	install -m 0644 README.md LICENSE NOTICE docs/*.md "$(DESTDIR)$(DOCDIR)/"
 
 uninstall: ## what 'make install' put there; data and configuration stay
 	rm -f $(foreach b,$(BINS),"$(DESTDIR)$(PREFIX)/bin/$(b)") $(foreach u,$(UNITS),"$(DESTDIR)$(UNITDIR)/$(u)")
-	rm -f "$(DESTDIR)$(USERDIR)/varve.conf" "$(DESTDIR)$(TMPFDIR)/varve.conf"
+	rm -f "$(DESTDIR)$(TMPFDIR)/varve.conf"
 	rm -rf "$(DESTDIR)$(DOCDIR)"
 
 clean: need-cargo ## the build's output
