@@ -15,6 +15,7 @@
 //! position that `Begin` named). `Mark`, `Probe` and `Image` carry the position at which they take effect, which must
 //! equal the end of the data sent so far. Anything else is a hole: the receiver refuses the session and names it.
 
+pub mod digest;
 pub mod messages;
 
 use crate::limits::{CONTROL_BYTES_MAX, FRAME_PLAIN_BYTES_MAX, IMAGE_EXTENTS_MAX, REGION_BYTES};
