@@ -171,7 +171,7 @@ impl DirectFile {
         self.align
     }
 
-    /// The size in bytes, as of the opening or of the last [`DirectFile::refresh_len`] or
+    /// The size in bytes (of a device: its whole logical sectors), as of the opening or of the last [`DirectFile::refresh_len`] or
     /// [`DirectFile::set_len`].
     #[expect(clippy::len_without_is_empty, reason = "a size in bytes, not a collection")]
     pub fn len(&self) -> u64 {
@@ -397,7 +397,13 @@ impl AsFd for DirectFile {
 }
 
 fn current_len(file: &File, is_block: bool) -> io::Result<u64> {
-    if is_block { sys::block_bytes(file) } else { Ok(file.metadata()?.len()) }
+    if !is_block {
+        return Ok(file.metadata()?.len());
+    }
+    // A device whose size is no multiple of its sector has an end that nobody can read or write (EIO).
+    let sector = u64::from(sys::logical_block_bytes(file)?.max(1));
+    let bytes = sys::block_bytes(file)?;
+    Ok(bytes - bytes % sector)
 }
 
 /// The alignment for direct I/O, `None` if the file cannot do it.

@@ -2,7 +2,7 @@
 //!
 //! Ownership: the slices of a batch are *borrowed* for the call, and the call does not end, neither by
 //! return nor by unwinding, before the kernel has completed every request that names one of them. That is what makes
-//! these functions safe. A guard ([`Run`]) holds the count of requests that the kernel may still touch, and its
+//! these functions safe. A guard (`Run`) holds the count of requests that the kernel may still touch, and its
 //! `Drop` waits for them; if even waiting is impossible, it aborts the process, since borrowed memory
 //! cannot be leaked in the way that owned memory could.
 #![allow(unsafe_code)]

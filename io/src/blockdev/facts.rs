@@ -30,7 +30,7 @@ pub struct BlockFacts {
     pub disk_name: String,
     /// Where the partition begins on the disk; 0 for a whole disk.
     pub start_bytes: u64,
-    /// The size.
+    /// The size in whole logical sectors: what lies behind the last one nobody can read or write.
     pub bytes: u64,
     /// The smallest unit of I/O.
     pub logical_block_bytes: u32,
@@ -83,6 +83,8 @@ impl BlockFacts {
 
         let start_sectors: u64 = if device.is_partition() { number(&own.join("start"))? } else { 0 };
         let sectors: u64 = number(&own.join("size"))?;
+        let all_bytes = sectors * SYSFS_SECTOR_BYTES;
+        let logical_block_bytes: u32 = number(&queue.join("logical_block_size"))?;
         let read_only = number::<u8>(&own.join("ro"))? != 0 || number::<u8>(&disk.join("ro"))? != 0;
         let dax_capable = number_if_there::<u8>(&queue.join("dax"))?.unwrap_or(0) != 0;
         let uses = Uses::of(&device)?;
@@ -93,8 +95,8 @@ impl BlockFacts {
             disk: dev_no(&disk.join("dev"))?,
             disk_name: name_of(disk),
             start_bytes: start_sectors * SYSFS_SECTOR_BYTES,
-            bytes: sectors * SYSFS_SECTOR_BYTES,
-            logical_block_bytes: number(&queue.join("logical_block_size"))?,
+            bytes: all_bytes - all_bytes % u64::from(logical_block_bytes.max(1)),
+            logical_block_bytes,
             physical_block_bytes: number(&queue.join("physical_block_size"))?,
             read_only,
             zoned: text(&queue.join("zoned"))?.is_some_and(|zoned| zoned != "none"),
