@@ -20,6 +20,7 @@ pub mod cpu;
 pub mod crashsafe;
 pub mod direct;
 pub mod error;
+mod fallback;
 pub mod notify;
 pub mod sparse;
 mod sys;

@@ -16,6 +16,7 @@ use nix::libc;
 
 use crate::direct::{DirectFile, Route};
 use crate::error::IoError;
+use crate::fallback;
 
 /// The most requests that are in flight at once.
 pub const DEPTH_MAX: u32 = 4096;
@@ -28,8 +29,10 @@ const RETRIES_MAX: u16 = 256;
 ///
 /// Requests of one batch run in any order and side by side: ranges of a batch of writes must not
 /// overlap, else either content may win. Use one queue per thread; it may move between threads.
+///
+/// On a host where io_uring is switched off it does the same requests by threads ([`IoQueue::is_ring`]).
 pub struct IoQueue {
-    ring: IoUring,
+    ring: Option<IoUring>,
     depth: usize,
     // Reused from batch to batch, so that a steady load does not allocate. Empty between calls.
     parts: Vec<Part>,
@@ -68,10 +71,11 @@ impl Verb {
 
 impl IoQueue {
     /// A queue that keeps up to `depth` requests in flight (1 to [`DEPTH_MAX`]; others are brought into range).
+    /// Where the kernel has no io_uring or forbids it (ENOSYS, EPERM, EACCES: `sysctl
+    /// kernel.io_uring_disabled`, a seccomp filter), as [`IoQueue::without_ring`], with a warning in the log.
     ///
     /// # Errors
-    /// If the kernel refuses an io_uring: ENOSYS or EPERM where it is switched off
-    /// (`sysctl kernel.io_uring_disabled`, a seccomp filter), ENOMEM under a memlock limit.
+    /// If the kernel refuses a ring for another reason, as ENOMEM under a memlock limit.
     pub fn new(depth: u32) -> Result<Self, IoError> {
         let depth = depth.clamp(1, DEPTH_MAX);
         // Completions are only looked at when this thread enters the kernel anyway, so it need not be
@@ -80,9 +84,25 @@ impl IoQueue {
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => IoUring::new(depth),
             other => other,
         };
-        let ring = ring.map_err(|e| IoError::new(format!("set up (depth {depth})"), "io_uring", e))?;
-        let depth = depth as usize;
-        Ok(Self { ring, depth, parts: Vec::with_capacity(depth), again: Vec::with_capacity(depth) })
+        match ring {
+            Ok(ring) => Ok(Self { ring: Some(ring), ..Self::without_ring(depth) }),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EACCES)) => {
+                tracing::warn!(error = %e, "no io_uring on this host (sysctl kernel.io_uring_disabled?): slower I/O by threads");
+                Ok(Self::without_ring(depth))
+            }
+            Err(e) => Err(IoError::new(format!("set up (depth {depth})"), "io_uring", e)),
+        }
+    }
+
+    /// A queue that works by threads. Up to 16 requests run at once.
+    pub fn without_ring(depth: u32) -> Self {
+        let depth = depth.clamp(1, DEPTH_MAX) as usize;
+        Self { ring: None, depth, parts: Vec::with_capacity(depth), again: Vec::with_capacity(depth) }
+    }
+
+    /// Whether an io_uring does the work (and not threads).
+    pub fn is_ring(&self) -> bool {
+        self.ring.is_some()
     }
 
     /// The most requests in flight at once.
@@ -101,6 +121,9 @@ impl IoQueue {
         for &(file, offset, bytes) in writes {
             self.plan(Verb::Write, files, file, offset, bytes.as_ptr().expose_provenance(), bytes.len())?;
         }
+        if self.ring.is_none() {
+            return fallback::write_batch(files, writes, self.depth);
+        }
         self.run(Verb::Write, files)
     }
 
@@ -110,9 +133,12 @@ impl IoQueue {
     /// As [`IoQueue::write_batch`]; the buffers' content is then undefined (but initialised).
     pub fn read_batch(&mut self, files: &[&DirectFile], reads: &mut [(usize, u64, &mut [u8])]) -> Result<(), IoError> {
         self.parts.clear();
-        for (file, offset, buf) in reads {
+        for (file, offset, buf) in reads.iter_mut() {
             let len = buf.len();
             self.plan(Verb::Read, files, *file, *offset, buf.as_mut_ptr().expose_provenance(), len)?;
+        }
+        if self.ring.is_none() {
+            return fallback::read_batch(files, reads, self.depth);
         }
         self.run(Verb::Read, files)
     }
@@ -152,9 +178,10 @@ impl IoQueue {
     /// Issues `self.parts` and waits for all. The memory that they name must stay borrowed by the caller's
     /// caller for the whole call: only `write_batch` and `read_batch` call this, with their arguments alive.
     fn run(&mut self, verb: Verb, files: &[&DirectFile]) -> Result<(), IoError> {
+        let Some(ring) = &mut self.ring else { return Ok(()) };
         self.again.clear();
         let mut run = Run {
-            ring: &mut self.ring,
+            ring,
             parts: &mut self.parts,
             again: &mut self.again,
             depth: self.depth,

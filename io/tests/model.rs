@@ -50,10 +50,16 @@ struct Pair {
 
 impl Pair {
     fn open(path: &Path, sector: u64) -> Self {
+        let queue = IoQueue::new(8).unwrap();
+        assert!(queue.is_ring(), "this host has no io_uring");
+        Self::with(path, sector, queue)
+    }
+
+    fn with(path: &Path, sector: u64, queue: IoQueue) -> Self {
         let file = DirectFile::open_rw(path).unwrap();
         let mut model = vec![0; file.len() as usize];
         read_all(&file, &mut model);
-        Self { file, queue: IoQueue::new(8).unwrap(), model, sector }
+        Self { file, queue, model, sector }
     }
 
     /// A legal range: begins at a sector, ends at one or at the end of the file.
@@ -164,22 +170,24 @@ fn read_all(file: &DirectFile, out: &mut [u8]) {
     out.copy_from_slice(&buf[..out.len()]);
 }
 
-/// Random steps on what is at `path`; every case goes on with what the last one left.
-fn against_model(path: &Path, sector: u64, cases: u32) {
+/// Random steps on what `open` opens; every case goes on with what the last one left.
+fn random_steps(cases: u32, open: impl Fn() -> Pair) {
     let mut runner = TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() });
     let steps = prop::collection::vec(step(), 1..30);
     let result = runner.run(&steps, |steps| {
-        let mut pair = Pair::open(path, sector);
+        let mut pair = open();
         steps.iter().for_each(|step| pair.apply(step));
         pair.check();
-        // The other way to the same bytes: no stale page may be in the cache.
-        assert!(
-            std::fs::read(path).is_ok_and(|all| all[..pair.model.len()] == pair.model[..]),
-            "buffered view differs"
-        );
         Ok(())
     });
-    result.unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    result.unwrap_or_else(|e| panic!("{e}"));
+}
+
+fn against_model(path: &Path, sector: u64, cases: u32) {
+    random_steps(cases, || Pair::open(path, sector));
+    // The other way to the same bytes: no stale page may be in the cache.
+    let pair = Pair::open(path, sector);
+    assert!(std::fs::read(path).unwrap() == pair.model, "the buffered view of {} differs", path.display());
 }
 
 #[test]
@@ -251,18 +259,7 @@ fn loop_device_of_512_byte_sectors_and_odd_size() {
 fn loop_device_of_4096_byte_sectors_and_odd_size() {
     let device = Loop::new((10 << 20) + 512, 4096);
     assert_eq!(DirectFile::open_rw(&device.path).unwrap().len(), 10 << 20);
-    let mut runner = Pair::open(&device.path, 4096);
-    runner.apply(&Step::Write { at: u64::MAX, len: 9, seed: 1, durable: true });
-    drop(runner);
-    let mut config = TestRunner::new(Config { cases: 24, failure_persistence: None, ..Config::default() });
-    config
-        .run(&prop::collection::vec(step(), 1..30), |steps| {
-            let mut pair = Pair::open(&device.path, 4096);
-            steps.iter().for_each(|step| pair.apply(step));
-            pair.check();
-            Ok(())
-        })
-        .unwrap();
+    random_steps(24, || Pair::open(&device.path, 4096));
 }
 
 /// Needs root. Bio-based, sectors of 4096 bytes.
@@ -270,6 +267,21 @@ fn loop_device_of_4096_byte_sectors_and_odd_size() {
 fn zram_device() {
     let zram = Zram::new(4 << 20);
     against_model(&zram.path(), 4096, 16);
+}
+
+/// What a host without io_uring gets.
+#[test]
+fn file_by_threads() {
+    let dir = disk_dir();
+    let path = sparse_file(dir.path(), "f", (1 << 20) + 1000);
+    random_steps(24, || Pair::with(&path, 512, IoQueue::without_ring(8)));
+    let mut queue = IoQueue::without_ring(8);
+    assert!(!queue.is_ring());
+    let file = DirectFile::open_read(&path).unwrap();
+    let buf = AlignedBuf::new(4096);
+    let writes: Vec<_> = (0..50).map(|n| (0, n * 4096, &buf[..])).collect();
+    assert_eq!(queue.write_batch(&[&file], &writes).unwrap_err().errno(), Some(nix::libc::EBADF));
+    assert!(queue.write_batch(&[&file], &[(0, 1 << 30, &buf)]).unwrap_err().chain().contains("it ends at"));
 }
 
 /// Several files in one batch, more parts than the depth, slices longer than one request.
