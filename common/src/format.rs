@@ -14,7 +14,8 @@
 //! to back, each an [`EntryHeader`] and a body as it came over the wire, padded to 8; the batch is padded with zeroes to
 //! [`BLOCK_BYTES`]. Segments are recycled, so everything after the newest batch is bytes of an earlier life: an entry
 //! counts only if its header's CRC is right *and* it names its segment's sequence number and its own offset. The log
-//! ends at the first entry that does not count or whose position does not follow.
+//! ends at the first entry that does not count, does not continue the chain of header CRCs, or whose position does not
+//! follow.
 
 use crate::state::GapReason;
 use crate::wire::messages::Incarnation;
@@ -138,8 +139,9 @@ pub struct EntryHeader {
     pub plain_crc: U32,
     /// CRC-32 of the body as stored, so that recovery need not decompress.
     pub body_crc: U32,
-    /// Zero.
-    pub reserved2: U32,
+    /// `header_crc` of the entry before this one in the log, 0 for the very first: a mark moves no position, so without
+    /// this chain one that was lost could not be missed.
+    pub previous_crc: U32,
     /// CRC-32 of the header's bytes before.
     pub header_crc: U32,
 }
@@ -303,10 +305,10 @@ pub struct AppliedSlot {
     pub good_incarnation: Incarnation,
     /// Its time.
     pub good_time_ns: U64,
+    /// `header_crc` of the newest applied entry: the next one's `previous_crc`.
+    pub chain: U32,
     /// CRC-32 of the bytes before.
     pub crc: U32,
-    /// Zero.
-    pub tail: [u8; 4],
 }
 
 /// See [`AppliedSlot::magic`].
@@ -334,8 +336,8 @@ impl AppliedSlot {
             good_position: 0.into(),
             good_incarnation: [0; 16],
             good_time_ns: 0.into(),
+            chain: 0.into(),
             crc: 0.into(),
-            tail: [0; 4],
         }
     }
 
@@ -401,7 +403,7 @@ mod tests {
             plain_bytes: 100.into(),
             plain_crc: 1.into(),
             body_crc: 2.into(),
-            reserved2: 0.into(),
+            previous_crc: 0.into(),
             header_crc: 0.into(),
         }
     }
