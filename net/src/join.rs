@@ -12,7 +12,8 @@ use std::time::{Duration, SystemTime};
 use rustls_pki_types::CertificateDer;
 use tokio::time::timeout;
 
-use crate::endpoint::{self, Accepted, CloseCode, Peer, explain};
+use crate::connect::{self, Purpose, explain};
+use crate::endpoint::{Accepted, CloseCode, Peer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hosts::{Hosts, RedeemError};
 use crate::identity::{Authority, HostIdentity, HostKey, fingerprint};
@@ -48,7 +49,7 @@ enum Refusal {
 pub async fn join(addr: &str, token: &JoinToken) -> Result<HostIdentity> {
     let key = HostKey::generate()?;
     let config = tls::join_config(token, &key)?;
-    let dialled = endpoint::dial(addr, config, endpoint::Purpose::Join).await?;
+    let dialled = connect::dial(addr, config, Purpose::Join).await?;
     let outcome = timeout(JOIN_TIMEOUT, ask(&dialled.connection, token, &key, addr)).await;
     CloseCode::Done.close(&dialled.connection);
     // So that the receiver learns of the close and need not wait for it. A lost packet is no failure.
@@ -65,7 +66,7 @@ pub async fn join(addr: &str, token: &JoinToken) -> Result<HostIdentity> {
 }
 
 async fn ask(connection: &quinn::Connection, token: &JoinToken, key: &HostKey, addr: &str) -> Result<HostIdentity> {
-    let lost = |e: quinn::ConnectionError| explain(&e, endpoint::Purpose::Join, addr);
+    let lost = |e: quinn::ConnectionError| explain(&e, Purpose::Join, addr);
     let (mut send, mut receive) = connection.open_bi().await.map_err(lost)?;
     let mut request = REQUEST_MAGIC.to_vec();
     request.extend_from_slice(&token.secret);

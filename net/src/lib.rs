@@ -22,6 +22,7 @@ pub mod tls;
 pub mod token;
 pub mod transport;
 
+mod connect;
 mod durable;
 mod live;
 
