@@ -1,0 +1,188 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * Varve's capture programs.
+ *
+ *   block_bio_queue      a bio is submitted: count its bytes in flight, then put it into the ring of its group
+ *   block_rq_complete    a request completed: its bytes are no longer in flight; did it fail, was it ours?
+ *   block_bio_complete   the same for drivers without requests, and for bios that never became a request
+ *   mark                 called by the agent: a bookmark, canary or resize in the ring, in order
+ *   calibrate, peek      called at start: find and prove how a struct page maps to the address of its data
+ *
+ * The order "count, then reserve" is a promise to whoever reads an image: after reading the producer's position,
+ * a slot that is zero says that every write to its regions with a smaller position has completed.
+ */
+#include "kernel.h"
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_tracing.h>
+#include "record.h"
+#include "state.h"
+#include "copy.h"
+#include "complete.h"
+#include "calls.h"
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+always bool is_data(u32 op)
+{
+	return op == OP_WRITE || op == OP_DISCARD || op == OP_SECURE_ERASE || op == OP_WRITE_ZEROES;
+}
+
+/* First look at a volume of the disk: is it touched, and is the bio to be counted or remembered? */
+static long classify(u32 i, void *ctx)
+{
+	struct job *j = ctx;
+	struct extent e;
+	u32 index;
+	struct volume *v = volume_at(j->disk, i, &index);
+	if (!v)
+		return 0;
+	u32 flags = *(volatile u32 *)&v->flags;
+	if (!flags)
+		return 0;
+	u32 bit = 1u << (i & 31);
+	if (!j->sectors) { /* a flush is for every volume, and is not in flight in any region */
+		if (flags & VOLUME_ACTIVE)
+			j->hits |= bit;
+		return 0;
+	}
+	if (!overlap(v, index, j->sector, j->sectors, &e))
+		return 0;
+	if (flags & VOLUME_ACTIVE) {
+		j->hits |= bit;
+		j->adds |= bit;
+		if (flags & VOLUME_SETTLING)
+			j->marks |= bit;
+	} else if (!(flags & VOLUME_SETTLING)) {
+		/* Draining: this one was not counted, so its completion must not be, either. */
+		j->marks |= bit;
+	}
+	return 0;
+}
+
+static long capture_volume(u32 i, void *ctx)
+{
+	struct job *j = ctx;
+	u32 index;
+	struct volume *v = volume_at(j->disk, i, &index);
+	if (!v)
+		return 0;
+	u32 bit = 1u << (i & 31);
+	u32 hit = j->hits & bit;
+	u32 counted = j->adds & bit;
+	if (!hit && !counted)
+		return 0;
+	struct extent *e = &j->extent;
+	j->group = v->group;
+	j->number = v->number;
+	if (!j->sectors) {
+		e->from = 0;
+		e->sectors = 0;
+		e->volume = index;
+	} else {
+		if (!overlap(v, index, j->sector, j->sectors, e))
+			return 0;
+		if (counted)
+			account(e, 1);
+		if (!hit)
+			return 0;
+		if (e->sectors != j->sectors) {
+			add(v->straddling, 1);
+			mark_dirty(e->volume, e->from, e->sectors);
+			return 0;
+		}
+		if (!counted) { /* its completion will look like a stranger's */
+			add(v->untracked, 1);
+			mark_dirty(e->volume, e->from, e->sectors);
+		}
+	}
+	u32 key = j->group;
+	struct group *g = bpf_map_lookup_elem(&groups, &key);
+	if (!g)
+		return 0;
+	j->time_ns = bpf_ktime_get_boot_ns() + g->time_offset;
+	add(v->records, 1);
+	add(v->bytes, e->sectors << SECTOR_SHIFT);
+	if (!j->sectors)
+		put_plain(j, RECORD_FLUSH);
+	else if (j->op != OP_WRITE)
+		put_plain(j, j->op == OP_WRITE_ZEROES ? RECORD_WRITE_ZEROES : RECORD_DISCARD);
+	else if (j->opaque)
+		give_up_extent(j, e, 1);
+	else
+		put_write(j);
+	return 0;
+}
+
+/* Remembers the bio. If that fails, nothing may be counted whose completion could not be told from a stranger's. */
+always void remember(struct job *j, u32 dev)
+{
+	struct tracked t = {
+		.sector = j->sector,
+		.bytes = j->sectors << SECTOR_SHIFT,
+		.dev = dev,
+		.mask = j->marks,
+	};
+	u64 key = j->bio;
+	if (!bpf_map_update_elem(&bios, &key, &t, BPF_ANY))
+		return;
+	/* What was to be counted and recognised is not counted; what was to be skipped has to be counted. */
+	j->adds ^= j->marks;
+}
+
+always void capture_bio(struct job *j, struct disk *d)
+{
+	u32 n = d->n;
+	if (n == 1)
+		classify(0, j);
+	else
+		bpf_loop(n, classify, j, 0);
+	if (!(d->flags & DISK_REQUEST_BASED))
+		j->marks = j->adds;
+	if (j->marks)
+		remember(j, d->dev);
+	if (!(j->hits | j->adds))
+		return;
+	if (n == 1)
+		capture_volume(0, j);
+	else
+		bpf_loop(n, capture_volume, j, 0);
+}
+
+SEC("tp_btf/block_bio_queue")
+int BPF_PROG(capture, struct bio *bio)
+{
+	u32 opf = bio->bi_opf;
+	u32 op = opf & OP_MASK;
+	if (!(op & 1))
+		return 0;
+	struct gendisk *disk = bio->bi_bdev->bd_disk;
+	u32 at;
+	struct disk *d = find_disk(disk_number(disk->major, disk->first_minor), &at);
+	if (!d)
+		return 0;
+	if (!is_data(op)) {
+		unknown_write(at);
+		return 0;
+	}
+
+	struct job j = {};
+	j.sector = bio->bi_iter.bi_sector;
+	j.sectors = bio->bi_iter.bi_size >> SECTOR_SHIFT;
+	j.bio = (u64)bio;
+	j.disk = at;
+	j.op = op;
+	if (opf & 1u << bpf_core_enum_value(enum req_flag_bits, __REQ_FUA))
+		j.flags |= FLAG_FUA;
+	if (opf & 1u << bpf_core_enum_value(enum req_flag_bits, __REQ_PREFLUSH))
+		j.flags |= FLAG_PREFLUSH;
+	if (!j.sectors && !(j.flags & FLAG_PREFLUSH))
+		return 0;
+	struct bio___crypt *crypt = (void *)bio;
+	if (bpf_core_field_exists(crypt->bi_crypt_context))
+		j.opaque = BPF_CORE_READ(crypt, bi_crypt_context) != NULL;
+	j.segment = (u64)bio->bi_io_vec + (u64)bio->bi_iter.bi_idx * 16;
+	j.skip = bio->bi_iter.bi_bvec_done;
+	capture_bio(&j, d);
+	return 0;
+}

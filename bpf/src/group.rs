@@ -1,0 +1,327 @@
+//! A group: volumes that share one ring and so one write order.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType, libbpf_sys};
+use nix::time::{ClockId, clock_gettime};
+use varve_common::record::{BOOKMARK_BYTES_MAX, RecordKind};
+
+use crate::capture::{Shared, dirty_map};
+use crate::error::{CaptureError, CaptureErrorKind};
+use crate::layout::*;
+use crate::memory::{PAGE_BYTES, Table};
+use crate::ring::Ring;
+use crate::track::{VolumeCounters, VolumeTrack};
+
+/// After activation, no answer of the disk before this counts: a bio may be between our programs and its accounting.
+const SETTLE_MIN: Duration = Duration::from_millis(50);
+/// A disk that is never idle has settled by then: writes that old have failed or completed.
+const SETTLE_MAX: Duration = Duration::from_secs(30);
+const RING_BYTES_MIN: u32 = 64 << 10;
+const ENOSPC: u32 = 28;
+
+/// A stretch of a whole disk to be captured as one volume.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct VolumeSpec {
+    /// Major and minor number of the whole disk, also for a partition.
+    pub disk: (u32, u32),
+    /// Where the volume begins on the disk, in bytes (multiple of 512).
+    pub start_bytes: u64,
+    /// Its length in bytes (multiple of 512).
+    pub bytes: u64,
+    /// Whether the disk's driver uses requests (`/sys/block/<disk>/mq` exists) or takes bios as they are.
+    pub request_based: bool,
+}
+
+/// The sum of the group's volumes' counters.
+pub type GroupCounters = VolumeCounters;
+
+/// A group of volumes being captured. Dropping it ends their capture.
+pub struct Group {
+    shared: Arc<Shared>,
+    slot: u32,
+    ring: Ring,
+    tracks: Vec<VolumeTrack>,
+    settle: Mutex<Settle>,
+}
+
+struct Settle {
+    since: Instant,
+    /// `late_unknown` of each volume as of the last look.
+    late_unknown: Vec<u64>,
+}
+
+impl Group {
+    pub(crate) fn new(shared: Arc<Shared>, ring_bytes: u32, specs: &[VolumeSpec]) -> Result<Self, CaptureError> {
+        check_ring(ring_bytes)?;
+        if specs.is_empty() || specs.len() > usize::from(u16::MAX) {
+            return Err(CaptureError::invalid(format!("a group of {} volumes", specs.len()), "name at least one volume"));
+        }
+        for spec in specs {
+            check_volume(spec)?;
+        }
+        let ring_map = ring_map(ring_bytes)?;
+        let ring = Ring::new(&ring_map, ring_bytes).map_err(|e| CaptureError::kernel("map the ring", e))?;
+
+        let mut slots = shared.slots();
+        shared.drain(&mut slots);
+        let slot = slots.take_group()?;
+        drop(slots);
+        // From here on dropping `group` undoes what is done, also on an early return.
+        let mut group = Self {
+            slot,
+            ring,
+            tracks: Vec::with_capacity(specs.len()),
+            settle: Mutex::new(Settle { since: Instant::now(), late_unknown: Vec::new() }),
+            shared,
+        };
+        let control = &group.shared.groups[slot as usize];
+        control.time_offset.store(0, Ordering::Relaxed);
+        control.first_drop.store(0, Ordering::Release);
+        set_inner(&group.shared.rings, slot, &ring_map)?;
+        for (number, spec) in specs.iter().enumerate() {
+            group.add_volume(number as u32, spec)?;
+        }
+        for track in &group.tracks {
+            track.entry().flags.store(VOLUME_ACTIVE | VOLUME_SETTLING, Ordering::Release);
+        }
+        let counts = group.tracks.iter().map(|track| track.counters().late_unknown).collect();
+        group.settle = Mutex::new(Settle { since: Instant::now(), late_unknown: counts });
+        Ok(group)
+    }
+
+    fn add_volume(&mut self, number: u32, spec: &VolumeSpec) -> Result<(), CaptureError> {
+        let words = spec.bytes.div_ceil(crate::REGION_BYTES).div_ceil(64);
+        let map = dirty_map(words as u32)?;
+        let bits = Table::new(&map, words as usize).map_err(|e| CaptureError::kernel("map a bitmap", e))?;
+        let mut slots = self.shared.slots();
+        let index = slots.take_volume()?;
+        let entry = &self.shared.volumes[index as usize];
+        entry.flags.store(0, Ordering::Release);
+        entry.group.store(self.slot, Ordering::Relaxed);
+        entry.number.store(number, Ordering::Relaxed);
+        entry.start.store(spec.start_bytes / 512, Ordering::Relaxed);
+        entry.sectors.store(spec.bytes / 512, Ordering::Relaxed);
+        for counter in [
+            &entry.records,
+            &entry.bytes,
+            &entry.dropped_records,
+            &entry.dropped_bytes,
+            &entry.unreadable,
+            &entry.failed_writes,
+            &entry.straddling,
+            &entry.late,
+            &entry.late_unknown,
+            &entry.passthrough,
+            &entry.untracked,
+        ] {
+            counter.store(0, Ordering::Relaxed);
+        }
+        let watched = set_inner(&self.shared.dirty, index, &map).and_then(|()| self.shared.watch(spec, index));
+        if let Err(error) = watched {
+            slots.free_volume(index);
+            return Err(error);
+        }
+        drop(slots);
+        self.tracks.push(VolumeTrack::new(self.shared.clone(), index, spec.clone(), bits));
+        Ok(())
+    }
+
+    /// The group's ring.
+    pub fn ring(&self) -> &Ring {
+        &self.ring
+    }
+
+    /// The volumes, in the order of the numbers in the records.
+    pub fn volumes(&self) -> &[VolumeTrack] {
+        &self.tracks
+    }
+
+    /// Puts a record that is no write into the ring, in order with the writes: a bookmark, a canary, a resize.
+    ///
+    /// # Errors
+    /// `RingFull` if there is no room; `Invalid` for a payload that is too long or a volume that is not there.
+    pub fn mark(&self, kind: RecordKind, volume: u16, length: u64, payload: &[u8]) -> Result<(), CaptureError> {
+        if payload.len() > BOOKMARK_BYTES_MAX {
+            return Err(CaptureError::invalid(
+                format!("a mark with {} bytes", payload.len()),
+                "use a name of at most 255 bytes",
+            ));
+        }
+        if usize::from(volume) >= self.tracks.len() {
+            return Err(CaptureError::invalid(
+                format!("a mark for volume {volume} of {}", self.tracks.len()),
+                "this is a defect of the caller",
+            ));
+        }
+        let mut arguments = [0; MARK_BYTES];
+        arguments[0..4].copy_from_slice(&self.slot.to_ne_bytes());
+        arguments[4..8].copy_from_slice(&u32::from(kind as u8).to_ne_bytes());
+        arguments[8..12].copy_from_slice(&u32::from(volume).to_ne_bytes());
+        arguments[12..16].copy_from_slice(&(payload.len() as u32).to_ne_bytes());
+        arguments[16..24].copy_from_slice(&length.to_ne_bytes());
+        arguments[24..24 + payload.len()].copy_from_slice(payload);
+        match self.shared.mark(&arguments)? {
+            0 => Ok(()),
+            ENOSPC => Err(CaptureError::new(
+                CaptureErrorKind::RingFull,
+                "no room for a mark in the ring",
+                "wait until the group has caught up, then try again",
+            )),
+            other => Err(CaptureError::kernel(format!("the mark program returned {other}"), "unexpected result")),
+        }
+    }
+
+    /// Sets what is added to the boot-time clock for the records' times: wall clock minus [`Group::boot_ns`].
+    pub fn set_time_offset(&self, ns: u64) {
+        self.shared.groups[self.slot as usize].time_offset.store(ns, Ordering::Release);
+    }
+
+    /// The boot-time clock, as the programs read it.
+    pub fn boot_ns() -> u64 {
+        clock_gettime(ClockId::CLOCK_BOOTTIME)
+            .map(|t| t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64)
+            .expect("CLOCK_BOOTTIME is always there")
+    }
+
+    /// The sum over the volumes.
+    pub fn counters(&self) -> GroupCounters {
+        let mut sum = GroupCounters::default();
+        for track in &self.tracks {
+            sum += track.counters();
+        }
+        sum
+    }
+
+    /// The ring's position before the first write since the last call that did not get into the ring: every point up
+    /// to it is whole. `None` if there was none. Re-arms.
+    pub fn take_first_drop(&self) -> Option<u64> {
+        self.shared.groups[self.slot as usize].first_drop.swap(0, Ordering::AcqRel).checked_sub(1)
+    }
+
+    /// Whether every write that was in flight at the activation has completed (and left its dirty bit). Call it now
+    /// and then until it says true. Late writes of unknown extent make their whole volume dirty here.
+    ///
+    /// # Errors
+    /// `Kernel` if the state of a disk cannot be read.
+    pub fn poll_settled(&self) -> Result<bool, CaptureError> {
+        let mut settle = self.settle.lock().unwrap_or_else(PoisonError::into_inner);
+        let age = settle.since.elapsed();
+        let mut idle: HashMap<(u32, u32), bool> = HashMap::new();
+        let mut settled = true;
+        for (i, track) in self.tracks.iter().enumerate() {
+            if track.entry().flags.load(Ordering::Acquire) & VOLUME_SETTLING != 0 {
+                let disk = track.spec().disk;
+                let idle = match idle.get(&disk) {
+                    Some(&idle) => idle,
+                    None => *idle.entry(disk).or_insert(disk_is_idle(disk)?),
+                };
+                if age >= SETTLE_MAX || age >= SETTLE_MIN && idle {
+                    self.end_settling(track);
+                } else {
+                    settled = false;
+                }
+            }
+            // After the flag went: what was counted before it, is there.
+            let unknown = track.entry().late_unknown.load(Ordering::Acquire);
+            if unknown != settle.late_unknown[i] {
+                settle.late_unknown[i] = unknown;
+                track.set_all_dirty();
+            }
+        }
+        Ok(settled)
+    }
+
+    fn end_settling(&self, track: &VolumeTrack) {
+        let _slots = self.shared.slots();
+        track.entry().flags.fetch_and(!VOLUME_SETTLING, Ordering::AcqRel);
+        self.shared.barrier();
+        if track.spec().request_based {
+            let mask = self.shared.mask_of(track.spec(), track.index());
+            self.shared.forget_marks(disk_number(track.spec().disk), mask);
+        }
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let mut slots = self.shared.slots();
+        // Deactivates first, and returns when no program uses the ring and the bitmaps any more.
+        self.shared.retire(&mut slots, self.tracks.iter().map(|t| (t.index(), t.spec().clone())));
+        let _ = self.shared.rings.delete(&self.slot.to_ne_bytes());
+        for track in &self.tracks {
+            let _ = self.shared.dirty.delete(&track.index().to_ne_bytes());
+        }
+        slots.free_group(self.slot);
+    }
+}
+
+fn ring_map(bytes: u32) -> Result<MapHandle, CaptureError> {
+    let options = libbpf_sys::bpf_map_create_opts {
+        sz: size_of::<libbpf_sys::bpf_map_create_opts>() as libbpf_sys::size_t,
+        ..Default::default()
+    };
+    MapHandle::create(MapType::RingBuf, Some("varve_ring"), 0, 0, bytes, &options).map_err(|e| {
+        CaptureError::new(
+            CaptureErrorKind::Kernel,
+            format!("make a ring of {bytes} bytes"),
+            "give the group a smaller ring, or the host more memory",
+        )
+        .because(e)
+    })
+}
+
+fn set_inner(outer: &MapHandle, slot: u32, inner: &MapHandle) -> Result<(), CaptureError> {
+    let fd = inner.as_fd().as_raw_fd();
+    outer
+        .update(&slot.to_ne_bytes(), &fd.to_ne_bytes(), MapFlags::ANY)
+        .map_err(|e| CaptureError::kernel("hand a map to the programs", e))
+}
+
+fn check_ring(bytes: u32) -> Result<(), CaptureError> {
+    if bytes.is_power_of_two() && bytes >= RING_BYTES_MIN && (bytes as usize).is_multiple_of(PAGE_BYTES) {
+        return Ok(());
+    }
+    Err(CaptureError::invalid(
+        format!("a ring of {bytes} bytes"),
+        "use a power of two from 64 KiB on; 4 MiB or more holds the largest writes",
+    ))
+}
+
+fn check_volume(spec: &VolumeSpec) -> Result<(), CaptureError> {
+    let (major, minor) = spec.disk;
+    let end = spec.start_bytes.checked_add(spec.bytes);
+    if spec.bytes == 0 || !spec.start_bytes.is_multiple_of(512) || !spec.bytes.is_multiple_of(512) || end.is_none() {
+        return Err(CaptureError::invalid(
+            format!("volume of {} bytes at {} of disk {major}:{minor}", spec.bytes, spec.start_bytes),
+            "sizes and offsets are multiples of 512 and not zero",
+        ));
+    }
+    if major >= 1 << 12 || minor >= 1 << 20 || (major, minor) == (0, 0) {
+        return Err(CaptureError::invalid(format!("disk {major}:{minor}"), "name an existing block device"));
+    }
+    let zoned = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/queue/zoned"));
+    if zoned.is_ok_and(|zoned| zoned.trim() != "none") {
+        return Err(CaptureError::new(
+            CaptureErrorKind::Unsupported,
+            format!("disk {major}:{minor} is zoned"),
+            "zoned devices cannot be captured; protect what is built on top of it",
+        ));
+    }
+    Ok(())
+}
+
+/// Whether no write is in flight on the disk. A disk that does not count is never idle in our eyes.
+fn disk_is_idle((major, minor): (u32, u32)) -> Result<bool, CaptureError> {
+    let sys = format!("/sys/dev/block/{major}:{minor}");
+    if std::fs::read_to_string(format!("{sys}/queue/iostats")).is_ok_and(|on| on.trim() == "0") {
+        return Ok(false);
+    }
+    let path = format!("{sys}/inflight");
+    let text = std::fs::read_to_string(&path).map_err(|e| CaptureError::kernel(format!("read {path}"), e))?;
+    Ok(text.split_whitespace().nth(1) == Some("0"))
+}
