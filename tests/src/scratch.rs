@@ -91,6 +91,8 @@ fn remove(path: &Path) -> std::io::Result<()> {
 
 /// Takes away what tests left that were killed: their mounts, loop devices and directories.
 fn sweep(base: &Path) {
+    // A zombie that nobody reaps still has its /proc entry, but no command line.
+    let alive = |pid: u32| std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty());
     let mine = |name: &str| -> Option<u32> { name.strip_prefix(PREFIX)?.split('-').next()?.parse().ok() };
     let Ok(entries) = std::fs::read_dir(base) else {
         return;
@@ -99,7 +101,7 @@ fn sweep(base: &Path) {
         .flatten()
         .filter(|entry| {
             let pid = entry.file_name().to_str().and_then(mine);
-            pid.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists())
+            pid.is_some_and(|pid| !alive(pid))
         })
         .map(|entry| entry.path())
         .collect();
