@@ -242,7 +242,8 @@ impl Run<'_> {
         true
     }
 
-    /// Submits what is queued and waits for at least one completion.
+    /// Submits what is queued and waits for at least one completion. Waiting for a quarter or half of the
+    /// depth was no faster (measured at depth 32 and 128 on virtio; nor were registered files).
     fn enter(&mut self) {
         match self.ring.submit_and_wait(1) {
             Ok(_) => {}
@@ -322,5 +323,47 @@ fn entry(verb: Verb, part: &Part) -> squeue::Entry {
             opcode::Read::new(fd, std::ptr::with_exposed_provenance_mut(address), bytes).offset(offset).build()
         }
         Verb::Write => opcode::Write::new(fd, std::ptr::with_exposed_provenance(address), bytes).offset(offset).build(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+    use crate::AlignedBuf;
+
+    /// The early way out: what was handed to the ring, submitted or not, has ended when the guard is gone.
+    #[test]
+    fn unwinding_waits_for_what_is_in_flight() {
+        let dir = tempfile::TempDir::new_in("/var/tmp").expect("dir");
+        let file = DirectFile::create_new(dir.path().join("f"), 8 << 20, 0o600).expect("file");
+        let mut data = AlignedBuf::new(8 << 20);
+        data.fill(7);
+        let mut queue = IoQueue::new(16).expect("ring");
+        for submitted in [false, true] {
+            for (n, piece) in data.chunks(1 << 20).enumerate() {
+                let (address, offset) = (piece.as_ptr().expose_provenance(), (n << 20) as u64);
+                queue.plan(Verb::Write, &[&file], 0, offset, address, piece.len()).expect("plan");
+            }
+            let IoQueue { ring, parts, again, depth } = &mut queue;
+            let ring = ring.as_mut().expect("ring");
+            let unwound = catch_unwind(AssertUnwindSafe(|| {
+                let mut run = Run { ring, parts, again, depth: *depth, next: 0, in_flight: 0, error: None };
+                while run.issue(Verb::Write) {}
+                assert_eq!(run.in_flight, 8);
+                if submitted {
+                    run.ring.submit().expect("submit");
+                }
+                panic!("on purpose");
+            }));
+            assert!(unwound.is_err());
+            let mut back = AlignedBuf::new(8 << 20);
+            file.read_exact_at(&mut back, 0).expect("read");
+            assert!(back[..] == data[..], "a write had not ended");
+            data.fill(9);
+        }
+        // And the queue is as good as new.
+        queue.write_batch(&[&file], &[(0, 0, &data[..4096])]).expect("batch");
     }
 }
