@@ -174,7 +174,7 @@ async fn send(addr: &str, dir: &Path, options: &Options) -> Result<(), Failure> 
     let identity = HostIdentity::load(dir)?;
     let connection = connect_tuned(&identity, addr, &options.tuning).await?;
     let mut stream = connection.open_uni().await?;
-    let chunk = Bytes::from((0..options.chunk).map(|i| (i * 31 >> 3) as u8).collect::<Vec<_>>());
+    let chunk = Bytes::from((0..options.chunk).map(|i| ((i * 31) >> 3) as u8).collect::<Vec<_>>());
     let (started, cpu_before) = (Instant::now(), cpu()?);
     while started.elapsed() < Duration::from_secs(options.seconds) {
         stream.write_chunk(chunk.clone()).await?;

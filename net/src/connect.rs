@@ -112,6 +112,8 @@ mod alert {
     pub(super) const EXPIRED: u64 = 0x100 + 45;
     pub(super) const UNKNOWN_CA: u64 = 0x100 + 48;
     pub(super) const ACCESS_DENIED: u64 = 0x100 + 49;
+    /// Also: signed by a CA that has our CA's name and another key.
+    pub(super) const DECRYPT_ERROR: u64 = 0x100 + 51;
     pub(super) const NO_APPLICATION_PROTOCOL: u64 = 0x100 + 120;
 }
 const CONNECTION_REFUSED: u64 = 2;
@@ -126,10 +128,10 @@ pub fn explain(error: &ConnectionError, purpose: Purpose, peer: &str) -> Error {
             new(ErrorKind::WrongProtocol, format!("{peer} speaks another QUIC version"))
         }
         ConnectionError::TransportError(local) => match u64::from(local.code) {
-            alert::UNKNOWN_CA | alert::BAD_CERTIFICATE if join => {
+            alert::UNKNOWN_CA | alert::BAD_CERTIFICATE | alert::DECRYPT_ERROR if join => {
                 new(ErrorKind::WrongCa, format!("the receiver at {peer} is not the one that issued this token"))
             }
-            alert::UNKNOWN_CA | alert::BAD_CERTIFICATE => {
+            alert::UNKNOWN_CA | alert::BAD_CERTIFICATE | alert::DECRYPT_ERROR => {
                 new(ErrorKind::WrongCa, format!("the receiver at {peer} is not the one that this host joined"))
             }
             _ => new(ErrorKind::Protocol, format!("{peer} broke the rules of QUIC")),
@@ -150,7 +152,7 @@ pub fn explain(error: &ConnectionError, purpose: Purpose, peer: &str) -> Error {
             (alert::ACCESS_DENIED, true) => {
                 new(ErrorKind::UnknownToken, format!("the receiver at {peer} did not issue this token"))
             }
-            (alert::ACCESS_DENIED | alert::UNKNOWN_CA, false) => {
+            (alert::ACCESS_DENIED | alert::UNKNOWN_CA | alert::DECRYPT_ERROR, false) => {
                 new(ErrorKind::UnknownHost, format!("the receiver at {peer} does not know this host"))
             }
             (alert::NO_APPLICATION_PROTOCOL, _) => {

@@ -41,7 +41,7 @@ pub const STREAMS_MAX: u32 = 128;
 /// not get to its socket.
 pub const SOCKET_BUFFER_BYTES: usize = 8 << 20;
 /// Packets that the peer may receive before it must acknowledge (draft-ietf-quic-ack-frequency).
-pub const ACK_ELICITING_THRESHOLD: u32 = 32;
+pub const ACK_ELICITING_THRESHOLD: u32 = 10;
 /// The longest that the peer may hold an acknowledgement back.
 pub const ACK_DELAY_MAX: Duration = Duration::from_millis(5);
 
