@@ -101,11 +101,18 @@ impl Capture {
             barrier_map,
         };
         // Completions first: a write that is captured must not complete unseen.
-        for watched in [&programs.request_done, &programs.bio_done, &programs.capture] {
+        for watched in [
+            &programs.request_done,
+            &programs.bio_done,
+            &programs.capture_getrq,
+            &programs.capture_back,
+            &programs.capture_front,
+            &programs.capture,
+        ] {
             shared.programs.push(program(watched)?);
-            let link = watched.attach().map_err(|e| {
-                CaptureError::kernel(format!("attach {}", watched.name().to_string_lossy()), e)
-            })?;
+            let link = watched
+                .attach()
+                .map_err(|e| CaptureError::kernel(format!("attach {}", watched.name().to_string_lossy()), e))?;
             shared._links.push(keep(&link)?);
         }
         info!("capture programs loaded, proved and attached");

@@ -59,7 +59,10 @@ impl Group {
     pub(crate) fn new(shared: Arc<Shared>, ring_bytes: u32, specs: &[VolumeSpec]) -> Result<Self, CaptureError> {
         check_ring(ring_bytes)?;
         if specs.is_empty() || specs.len() > usize::from(u16::MAX) {
-            return Err(CaptureError::invalid(format!("a group of {} volumes", specs.len()), "name at least one volume"));
+            return Err(CaptureError::invalid(
+                format!("a group of {} volumes", specs.len()),
+                "name at least one volume",
+            ));
         }
         for spec in specs {
             check_volume(spec)?;

@@ -106,8 +106,7 @@ pub(crate) fn program_statistics(program: &impl AsFd) -> io::Result<ProgramStati
     let mut info = libbpf_sys::bpf_prog_info::default();
     let mut length = size_of::<libbpf_sys::bpf_prog_info>() as u32;
     // SAFETY: `info` is zeroed (so it asks for no arrays) and `length` is its size.
-    let result =
-        unsafe { libbpf_sys::bpf_prog_get_info_by_fd(program.as_fd().as_raw_fd(), &mut info, &mut length) };
+    let result = unsafe { libbpf_sys::bpf_prog_get_info_by_fd(program.as_fd().as_raw_fd(), &mut info, &mut length) };
     if result < 0 {
         return Err(io::Error::from_raw_os_error(-result));
     }

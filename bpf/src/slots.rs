@@ -36,8 +36,9 @@ struct Draining {
 
 impl Slots {
     pub(crate) fn take_group(&mut self) -> Result<u32, CaptureError> {
-        take(&mut self.groups, GROUPS_MAX as u32)
-            .ok_or_else(|| CaptureError::limit(format!("more than {GROUPS_MAX} groups"), "put volumes into fewer groups"))
+        take(&mut self.groups, GROUPS_MAX as u32).ok_or_else(|| {
+            CaptureError::limit(format!("more than {GROUPS_MAX} groups"), "put volumes into fewer groups")
+        })
     }
 
     pub(crate) fn free_group(&mut self, slot: u32) {
@@ -80,9 +81,9 @@ impl Shared {
     /// Makes the programs see the volume. Its control entry must be complete except for its flags, which are 0.
     pub(crate) fn watch(&self, spec: &VolumeSpec, index: u32) -> Result<(), CaptureError> {
         let dev = disk_number(spec.disk);
-        let disk = self
-            .find_disk(dev, true)
-            .ok_or_else(|| CaptureError::limit("no room in the table of disks", "restart the agent: the table is new then"))?;
+        let disk = self.find_disk(dev, true).ok_or_else(|| {
+            CaptureError::limit("no room in the table of disks", "restart the agent: the table is new then")
+        })?;
         let n = disk.n.load(Ordering::Acquire) as usize;
         let slots = &disk.volume;
         let hole = (0..n).find(|&i| slots[i].load(Ordering::Acquire) == DISK_VOLUME_NONE).unwrap_or(n);
@@ -96,7 +97,10 @@ impl Shared {
         let used = slots[..n].iter().any(|slot| slot.load(Ordering::Acquire) != DISK_VOLUME_NONE);
         if used && disk.flags.load(Ordering::Acquire) != flags {
             return Err(CaptureError::invalid(
-                format!("disk {}:{} is request-based for one volume and bio-based for another", spec.disk.0, spec.disk.1),
+                format!(
+                    "disk {}:{} is request-based for one volume and bio-based for another",
+                    spec.disk.0, spec.disk.1
+                ),
                 "this is a defect of the caller: `request_based` is a property of the disk",
             ));
         }

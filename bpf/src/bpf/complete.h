@@ -185,7 +185,8 @@ static long count_late_unknown(u32 i, void *ctx)
 SEC("tp_btf/block_bio_complete")
 int BPF_PROG(bio_done, struct request_queue *q, struct bio *bio)
 {
-	u32 op = bio->bi_opf & OP_MASK;
+	u32 opf = bio->bi_opf;
+	u32 op = opf & OP_MASK;
 	if (!(op & 1))
 		return 0;
 	struct done c = {};
@@ -217,7 +218,7 @@ int BPF_PROG(bio_done, struct request_queue *q, struct bio *bio)
 	u32 bytes = bio->bi_iter.bi_size;
 	if (d->flags & DISK_REQUEST_BASED) {
 		/* Requests take the trace flag off their bios: this one was refused before it became one. */
-		if (!bytes)
+		if (!bytes || is_deferred(opf, d->flags))
 			return 0;
 		c.sector = bio->bi_iter.bi_sector;
 		c.sectors = bytes >> SECTOR_SHIFT;

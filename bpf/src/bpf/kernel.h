@@ -70,6 +70,7 @@ enum {
 enum req_flag_bits {
 	__REQ_FUA = 17,
 	__REQ_PREFLUSH = 18,
+	__REQ_NOWAIT = 21,
 };
 
 struct page {

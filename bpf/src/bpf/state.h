@@ -88,6 +88,19 @@ always u64 max64(u64 a, u64 b)
 	return a > b ? a : b;
 }
 
+/* A flag of a bio, wherever the running kernel keeps it. */
+#define req_flag(name) (1u << bpf_core_enum_value(enum req_flag_bits, name))
+
+/*
+ * A write that must not wait (io_uring sends all of its first attempts so) is refused whenever no request is free, and
+ * is soon sent again. On request-based disks such a write is captured when it gets its request or is merged into one:
+ * at submission it may still come to nothing, and would cost a dirty region each time.
+ */
+always bool is_deferred(u32 opf, u32 disk_flags)
+{
+	return disk_flags & DISK_REQUEST_BASED && opf & req_flag(__REQ_NOWAIT) && (opf & OP_MASK) == OP_WRITE;
+}
+
 always u32 disk_number(u32 major, u32 first_minor)
 {
 	return major << 20 | first_minor;

@@ -3,6 +3,8 @@
  * Varve's capture programs.
  *
  *   block_bio_queue      a bio is submitted: count its bytes in flight, then put it into the ring of its group
+ *   block_getrq, block_bio_backmerge, block_bio_frontmerge
+ *                        the same for bios that must not wait, which may be refused until here
  *   block_rq_complete    a request completed: its bytes are no longer in flight; did it fail, was it ours?
  *   block_bio_complete   the same for drivers without requests, and for bios that never became a request
  *   mark                 called by the agent: a bookmark, canary or resize in the ring, in order
@@ -149,17 +151,16 @@ always void capture_bio(struct job *j, struct disk *d)
 		bpf_loop(n, capture_volume, j, 0);
 }
 
-SEC("tp_btf/block_bio_queue")
-int BPF_PROG(capture, struct bio *bio)
+always int accepted(struct bio *bio, bool deferred)
 {
 	u32 opf = bio->bi_opf;
 	u32 op = opf & OP_MASK;
-	if (!(op & 1))
+	if (!(op & 1) || (deferred && !(opf & req_flag(__REQ_NOWAIT))))
 		return 0;
 	struct gendisk *disk = bio->bi_bdev->bd_disk;
 	u32 at;
 	struct disk *d = find_disk(disk_number(disk->major, disk->first_minor), &at);
-	if (!d)
+	if (!d || deferred != is_deferred(opf, d->flags))
 		return 0;
 	if (!is_data(op)) {
 		unknown_write(at);
@@ -172,9 +173,9 @@ int BPF_PROG(capture, struct bio *bio)
 	j.bio = (u64)bio;
 	j.disk = at;
 	j.op = op;
-	if (opf & 1u << bpf_core_enum_value(enum req_flag_bits, __REQ_FUA))
+	if (opf & req_flag(__REQ_FUA))
 		j.flags |= FLAG_FUA;
-	if (opf & 1u << bpf_core_enum_value(enum req_flag_bits, __REQ_PREFLUSH))
+	if (opf & req_flag(__REQ_PREFLUSH))
 		j.flags |= FLAG_PREFLUSH;
 	if (!j.sectors && !(j.flags & FLAG_PREFLUSH))
 		return 0;
@@ -185,4 +186,28 @@ int BPF_PROG(capture, struct bio *bio)
 	j.skip = bio->bi_iter.bi_bvec_done;
 	capture_bio(&j, d);
 	return 0;
+}
+
+SEC("tp_btf/block_bio_queue")
+int BPF_PROG(capture, struct bio *bio)
+{
+	return accepted(bio, 0);
+}
+
+SEC("tp_btf/block_getrq")
+int BPF_PROG(capture_getrq, struct bio *bio)
+{
+	return accepted(bio, 1);
+}
+
+SEC("tp_btf/block_bio_backmerge")
+int BPF_PROG(capture_back, struct bio *bio)
+{
+	return accepted(bio, 1);
+}
+
+SEC("tp_btf/block_bio_frontmerge")
+int BPF_PROG(capture_front, struct bio *bio)
+{
+	return accepted(bio, 1);
 }

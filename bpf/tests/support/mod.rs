@@ -184,8 +184,7 @@ impl SlowDevice {
             .spawn()
             .unwrap();
         wait_for("nbdkit's socket", || socket.exists());
-        let nbdfuse =
-            Command::new("nbdfuse").arg(&mount).arg("--unix").arg(&socket).spawn().unwrap();
+        let nbdfuse = Command::new("nbdfuse").arg(&mount).arg("--unix").arg(&socket).spawn().unwrap();
         let mut slow = Self { device: None, children: vec![nbdfuse, nbdkit], mount, _dir: dir };
         wait_for("nbdfuse's mount", || fs::metadata(&slow.mount).is_ok_and(|m| m.len() == bytes));
         slow.device = Some(Device::over(&slow.mount, &[]));
@@ -246,4 +245,53 @@ pub fn seed() -> u64 {
     let seed = std::env::var("VARVE_SEED").map_or_else(|_| rand::random(), |s| s.parse().unwrap());
     eprintln!("VARVE_SEED={seed}");
     seed
+}
+
+/// A mounted filesystem, unmounted when dropped.
+pub struct Mount {
+    dir: TempDir,
+}
+
+impl Mount {
+    pub fn ext4(device: &Path) -> Self {
+        run("mkfs.ext4", &["-q", device.to_str().unwrap()]);
+        Self::mount(&[device.to_str().unwrap()])
+    }
+
+    /// A file system in memory of limited size.
+    pub fn tmpfs(bytes: u64) -> Self {
+        Self::mount(&["-t", "tmpfs", "-o", &format!("size={bytes}"), "varve-test"])
+    }
+
+    fn mount(arguments: &[&str]) -> Self {
+        let dir = memory_dir();
+        let mut all = arguments.to_vec();
+        all.push(dir.path().to_str().unwrap());
+        run("mount", &all);
+        Self { dir }
+    }
+
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        for _ in 0..100 {
+            if Command::new("umount").arg(self.dir.path()).output().is_ok_and(|out| out.status.success()) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+/// Every count of an idle group is zero.
+pub fn assert_in_flight_zero(group: &varve_bpf::Group) {
+    for volume in group.volumes() {
+        for region in 0..volume.regions() {
+            assert_eq!(volume.in_flight_bytes(region), 0, "region {region} of an idle device is in flight");
+        }
+    }
 }
