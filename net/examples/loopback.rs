@@ -3,12 +3,12 @@
 //!
 //! ```text
 //! cargo run --release -p varve-net --example loopback -- [--seconds 5] [--chunk 1048576] [--mtu 6500] [--ack 32|off]
-//!     [--congestion cubic|bbr] [--offload on|off] [--send-window BYTES] [--buffers BYTES] [--threads 2] [--json]
+//!     [--listen 127.0.0.1] [--sender-prefix "ip netns exec NAME"] [--congestion cubic|bbr] [--offload on|off] [--send-window BYTES] [--buffers BYTES] [--threads 2] [--json]
 //! ```
 //! Sender and receiver are two processes, so that the CPU of each is its own. TLS, enrolment and all settings are the
 //! product's. MB is 10^6 bytes.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -33,6 +33,9 @@ struct Options {
     chunk: usize,
     threads: usize,
     json: bool,
+    listen: IpAddr,
+    /// Words before the sender's command line: puts it into another network namespace.
+    sender_prefix: Vec<String>,
     /// Set in the child process.
     send_to: Option<String>,
     identity: Option<PathBuf>,
@@ -54,6 +57,8 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Options, Failure> {
         chunk: 1 << 20,
         threads: 2,
         json: false,
+        listen: IpAddr::from([127, 0, 0, 1]),
+        sender_prefix: Vec::new(),
         send_to: None,
         identity: None,
     };
@@ -77,6 +82,8 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Options, Failure> {
             "--offload" => tuning.offload = value == "on",
             "--send-window" => tuning.send_window_bytes = value.parse()?,
             "--buffers" => tuning.socket_buffer_bytes = value.parse()?,
+            "--listen" => options.listen = value.parse()?,
+            "--sender-prefix" => options.sender_prefix = value.split_whitespace().map(str::to_owned).collect(),
             "--send-to" => options.send_to = Some(value),
             "--identity" => options.identity = Some(value.into()),
             _ => return Err(format!("unknown option {name} {value}").into()),
@@ -93,6 +100,11 @@ fn cpu() -> Result<Duration, Failure> {
     Ok(Duration::from_micros(micros.try_into()?))
 }
 
+/// The most memory that this process has had, in MiB.
+fn resident_mib() -> Result<u64, Failure> {
+    Ok(u64::try_from(getrusage(UsageWho::RUSAGE_SELF)?.max_rss())? >> 10)
+}
+
 /// The receiver: enrols the sender, starts it, reads what it sends.
 async fn measure(options: &Options) -> Result<(), Failure> {
     let dir = std::env::temp_dir().join(format!("varve-loopback-{}", std::process::id()));
@@ -104,7 +116,7 @@ async fn measure(options: &Options) -> Result<(), Failure> {
 async fn measure_in(dir: &Path, options: &Options) -> Result<(), Failure> {
     let authority = Arc::new(Authority::create(&dir.join("pki"), "loopback")?);
     let hosts = Arc::new(Hosts::open(dir.join("hosts.json"))?);
-    let server = Server::bind_tuned(SocketAddr::from(([127, 0, 0, 1], 0)), &authority, hosts.clone(), &options.tuning)?;
+    let server = Server::bind_tuned(SocketAddr::new(options.listen, 0), &authority, hosts.clone(), &options.tuning)?;
     let addr = server.local_addr()?.to_string();
     let secret = hosts.invite("sender", Duration::from_secs(60), SystemTime::now())?;
     let token = JoinToken { ca_fingerprint: authority.fingerprint(), secret, name: "sender".into() };
@@ -117,8 +129,16 @@ async fn measure_in(dir: &Path, options: &Options) -> Result<(), Failure> {
     identity?.save(&dir.join("host"))?;
     drop(accepted?);
 
-    let mut command = Command::new(std::env::current_exe()?);
-    command.args(std::env::args().skip(1)).arg("--send-to").arg(&addr).arg("--identity").arg(dir.join("host"));
+    let mut words = options.sender_prefix.clone();
+    words.push(std::env::current_exe()?.to_string_lossy().into_owned());
+    let mut command = Command::new(&words[0]);
+    command
+        .args(&words[1..])
+        .args(std::env::args().skip(1))
+        .arg("--send-to")
+        .arg(&addr)
+        .arg("--identity")
+        .arg(dir.join("host"));
     let child = command.stdout(Stdio::piped()).spawn()?;
     let accepted = server.accept().await.ok_or("no sender")?;
     let mut stream = accepted.connection.accept_uni().await?;
@@ -146,16 +166,17 @@ fn report(
     let mut word = || words.next().ok_or("the sender said nothing");
     let (cpu_send_us, mtu, lost, sent): (f64, u64, u64, u64) =
         (word()?.parse()?, word()?.parse()?, word()?.parse()?, word()?.parse()?);
+    let (rss_send, rss_receive): (u64, u64) = (word()?.parse()?, resident_mib()?);
     let mb = total as f64 / 1e6;
     let (rate, send, receive) = (mb / took.as_secs_f64(), cpu_send_us / 1e3 / mb, cpu_receive.as_secs_f64() * 1e3 / mb);
     if options.json {
         println!(
-            "{{\"mb_per_s\":{rate:.1},\"send_cpu_ms_per_mb\":{send:.4},\"receive_cpu_ms_per_mb\":{receive:.4},\"mtu\":{mtu},\"lost_packets\":{lost}}}"
+            "{{\"mb_per_s\":{rate:.1},\"send_cpu_ms_per_mb\":{send:.4},\"receive_cpu_ms_per_mb\":{receive:.4},\"mtu\":{mtu},\"lost_packets\":{lost},\"send_mib_max\":{rss_send},\"receive_mib_max\":{rss_receive}}}"
         );
         return Ok(());
     }
     println!(
-        "{rate:7.0} MB/s   send {send:.3} ms/MB   receive {receive:.3} ms/MB   mtu {mtu}   lost {lost} of {sent} packets"
+        "{rate:7.0} MB/s   send {send:.3} ms/MB   receive {receive:.3} ms/MB   mtu {mtu}   lost {lost} of {sent} packets   memory {rss_send} / {rss_receive} MiB"
     );
     let buffers = server.buffers();
     if !buffers.is_full() {
@@ -183,6 +204,7 @@ async fn send(addr: &str, dir: &Path, options: &Options) -> Result<(), Failure> 
     stream.stopped().await?;
     let used = cpu()? - cpu_before;
     let stats = connection.stats().path;
-    println!("{} {} {} {}", used.as_micros(), stats.current_mtu, stats.lost_packets, stats.sent_packets);
+    let memory = resident_mib()?;
+    println!("{} {} {} {} {memory}", used.as_micros(), stats.current_mtu, stats.lost_packets, stats.sent_packets);
     Ok(())
 }

@@ -1,9 +1,10 @@
-//! Files that must be whole after a crash: write a temporary file, sync it, rename, sync the directory.
+//! Files that must be whole after a crash, and private: `varve_io::crashsafe` in this crate's words.
 
-use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
+
+use varve_io::{IoError, crashsafe};
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -11,40 +12,29 @@ use crate::error::{Error, ErrorKind, Result};
 pub(crate) const MODE_SECRET: u32 = 0o600;
 /// Readable by everybody.
 pub(crate) const MODE_PUBLIC: u32 = 0o644;
-const MODE_DIR: u32 = 0o700;
 
 /// Creates `dir` and what is missing above it, for its owner only.
 pub(crate) fn create_private_dir(dir: &Path) -> Result<()> {
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(MODE_DIR)
-        .create(dir)
-        .map_err(|e| Error::io(format!("cannot create {}", dir.display()), e))
+    crashsafe::create_dir_all_durable(dir).map_err(failed)
 }
 
 /// Replaces `path` by `bytes`: afterwards, and after a crash at any moment, it holds the old content or the new.
 pub(crate) fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".tmp");
-    let temporary = path.with_file_name(name);
-    let result = write_and_rename(path, &temporary, bytes, mode);
-    result.map_err(|e| Error::io(format!("cannot write {}", path.display()), e))
+    crashsafe::write_atomic(path, bytes, mode).map_err(failed)
 }
 
-fn write_and_rename(path: &Path, temporary: &Path, bytes: &[u8], mode: u32) -> std::io::Result<()> {
-    // A temporary file that a crash left behind may have another mode or owner: never write a secret into it.
-    match std::fs::remove_file(temporary) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
-        _ => {}
-    }
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(temporary)?;
-    file.write_all(bytes)?;
-    // The bytes before the name: a rename that survives a crash must not point at an empty file.
-    file.sync_all()?;
-    std::fs::rename(temporary, path)?;
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    // The name itself.
-    File::open(parent)?.sync_all()
+/// Removes `path`; a missing file is no error.
+pub(crate) fn remove(path: &Path) -> Result<()> {
+    crashsafe::remove_durable(path).map_err(failed)
+}
+
+/// The errno is kept: a full disk and a read-only one are different things to the operator.
+fn failed(error: IoError) -> Error {
+    let cause = match error.errno() {
+        Some(errno) => std::io::Error::from_raw_os_error(errno),
+        None => std::io::Error::new(error.kind(), error.source_io().to_string()),
+    };
+    Error::new(ErrorKind::Io, format!("cannot {} {}", error.doing(), error.path().display())).because(cause)
 }
 
 /// Reads a whole file of at most `limit` bytes.

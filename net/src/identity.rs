@@ -18,7 +18,7 @@ use rcgen::{
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
-use crate::durable::{MODE_PUBLIC, MODE_SECRET, create_private_dir, read_bounded, write_atomic};
+use crate::durable::{MODE_PUBLIC, MODE_SECRET, create_private_dir, read_bounded, remove, write_atomic};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hosts::{Fingerprint, InviteId, check_name, hex};
 
@@ -221,12 +221,7 @@ impl HostIdentity {
         create_private_dir(dir)?;
         // The certificate goes first and comes last, so that a crash in between cannot pair it with a foreign key.
         let certificate = dir.join(HOST_CERT);
-        match std::fs::remove_file(&certificate) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::io(format!("cannot replace {}", certificate.display()), e));
-            }
-            _ => {}
-        }
+        remove(&certificate)?;
         write_atomic(&dir.join(CA_CERT), pem("CERTIFICATE", &self.ca).as_bytes(), MODE_PUBLIC)?;
         write_atomic(&dir.join(HOST_KEY), pem("PRIVATE KEY", self.key.secret_der()).as_bytes(), MODE_SECRET)?;
         write_atomic(&certificate, pem("CERTIFICATE", &self.certificate).as_bytes(), MODE_PUBLIC)

@@ -133,8 +133,16 @@ pub async fn raw_dial(
     credentials: Option<Credentials>,
     alpn: &[u8],
 ) -> Result<quinn::Connection, quinn::ConnectionError> {
+    raw_dial_with(addr, raw_config(credentials, alpn)).await
+}
+
+/// As [`raw_dial`]; a configuration that is used again keeps its session tickets.
+pub async fn raw_dial_with(
+    addr: &str,
+    config: quinn::ClientConfig,
+) -> Result<quinn::Connection, quinn::ConnectionError> {
     let endpoint = quinn::Endpoint::client(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
-    let connecting = endpoint.connect_with(raw_config(credentials, alpn), addr.parse().unwrap(), SERVER_NAME).unwrap();
+    let connecting = endpoint.connect_with(config, addr.parse().unwrap(), SERVER_NAME).unwrap();
     within(async {
         let connection = connecting.await?;
         connection.accept_uni().await?;
