@@ -1,0 +1,76 @@
+//! The wall clock as the stream sees it: close to the machine's, and never going back.
+
+use nix::time::{ClockId, clock_gettime};
+
+/// Most of the elapsed time by which the stream's clock may fall behind to meet a wall clock that was set back:
+/// half, so that it always advances.
+const SLEW_DIVISOR: u64 = 2;
+
+/// Nanoseconds since 1970.
+pub fn wall_ns() -> u64 {
+    read(ClockId::CLOCK_REALTIME)
+}
+
+/// Nanoseconds since boot, suspend included: what the capture programs read.
+pub fn boot_ns() -> u64 {
+    read(ClockId::CLOCK_BOOTTIME)
+}
+
+fn read(clock: ClockId) -> u64 {
+    // Both clocks exist on every kernel that has BPF; a clock before 1970 counts as 1970.
+    clock_gettime(clock).map_or(0, |t| t.tv_sec().max(0) as u64 * 1_000_000_000 + t.tv_nsec() as u64)
+}
+
+/// Wall clock minus boot-time clock, kept so that their sum never goes back.
+#[derive(Clone, Copy, Debug)]
+pub struct Offset {
+    offset_ns: u64,
+    boot_ns: u64,
+}
+
+impl Offset {
+    /// From one reading of both clocks.
+    pub fn new(wall_ns: u64, boot_ns: u64) -> Self {
+        Self { offset_ns: wall_ns.saturating_sub(boot_ns), boot_ns }
+    }
+
+    /// What to add to the boot-time clock.
+    pub fn ns(&self) -> u64 {
+        self.offset_ns
+    }
+
+    /// Follows the wall clock: forward at once, back no faster than half the time that passed.
+    pub fn follow(&mut self, wall_ns: u64, boot_ns: u64) {
+        let wanted = wall_ns.saturating_sub(boot_ns);
+        let elapsed = boot_ns.saturating_sub(self.boot_ns);
+        self.offset_ns = wanted.max(self.offset_ns.saturating_sub(elapsed / SLEW_DIVISOR));
+        self.boot_ns = boot_ns;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_set_back_is_met_without_going_back() {
+        let second = 1_000_000_000;
+        let mut offset = Offset::new(1_000 * second, 10 * second);
+        let mut last = 0;
+        let mut met_after = None;
+        for step in 0..100 {
+            let boot = (10 + step) * second;
+            let wall = (1_000 + step) * second - 20 * second;
+            offset.follow(wall, boot);
+            let now = boot + offset.ns();
+            assert!(now > last, "time advances");
+            last = now;
+            if now == wall && met_after.is_none() {
+                met_after = Some(step);
+            }
+        }
+        assert_eq!(met_after, Some(40), "20 s are met in 40 s");
+        offset.follow(5_000 * second, 200 * second);
+        assert_eq!(200 * second + offset.ns(), 5_000 * second, "forward at once");
+    }
+}

@@ -1,0 +1,434 @@
+//! The agent: groups, capture, the link, the control socket. Changes of the set of groups are made one at a time.
+
+use crate::group::{FRAME_BYTES, GroupHandle, Surroundings};
+use crate::link::{self, LinkView, Target};
+use crate::store::{GroupFile, Store};
+use crate::volume::{self, Checked};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
+use tokio::sync::watch;
+use varve_bpf::{Capture, CaptureOptions};
+use varve_common::config::AgentConfig;
+use varve_common::control::{DaemonStatus, GroupStatus, ProtectReply, StatusReply, VolumeStatus, Window};
+use varve_common::limits::{GROUPS_MAX, REGION_BYTES, VOLUMES_PER_GROUP_MAX};
+use varve_common::paths::Paths;
+use varve_common::problem::{Problem, check_name};
+use varve_common::record::RECORD_BYTES_MAX;
+use varve_common::state::{Data, Link, Role};
+use varve_io::aligned::BufPool;
+
+/// Frames under way to the receiver, over all groups.
+const FRAMES_MAX: usize = 20;
+/// Regions in memory, over all groups.
+const REGIONS_MAX: usize = 16;
+/// Between two looks at the kernel's counter of skipped events, and two tries to start a group that could not be started.
+const TICK: Duration = Duration::from_secs(1);
+/// Ticks between two such tries.
+const RETRY_TICKS: u64 = 10;
+
+/// A group that could not be started: tried again, and never called protected.
+struct Failed {
+    file: GroupFile,
+    problem: Problem,
+}
+
+/// See the module's text.
+pub struct Daemon {
+    paths: Paths,
+    store: Store,
+    config: Mutex<AgentConfig>,
+    capture: tokio::sync::Mutex<Option<Arc<Capture>>>,
+    groups: RwLock<BTreeMap<String, Arc<GroupHandle>>>,
+    failed: Mutex<BTreeMap<String, Failed>>,
+    /// Held while the set of groups changes.
+    changes: tokio::sync::Mutex<()>,
+    target: watch::Sender<Target>,
+    view: watch::Receiver<LinkView>,
+    frames: BufPool,
+    regions: BufPool,
+    misses: Arc<AtomicU64>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Daemon {
+    /// Reads the configuration and the groups' files; starts nothing yet but the link.
+    pub fn open(paths: Paths) -> Result<Arc<Self>, Problem> {
+        let config = read_config(&paths)?;
+        let store = Store::open(&paths.agent_state())?;
+        let target = Target { receiver: config.receiver.clone(), identity: paths.agent_identity(), generation: 0 };
+        let (target, targets) = watch::channel(target);
+        let (view_sender, view) = watch::channel(LinkView { connection: None, link: Link::Disconnected, reason: None });
+        tokio::spawn(link::run(targets, view_sender));
+        // A frame holds the largest record, and LZ4 may make what does not shrink a little longer.
+        let frame_bytes = lz4_flex::block::get_maximum_output_size(FRAME_BYTES.max(RECORD_BYTES_MAX) as usize);
+        Ok(Arc::new(Self {
+            paths,
+            store,
+            config: Mutex::new(config),
+            capture: tokio::sync::Mutex::new(None),
+            groups: RwLock::default(),
+            failed: Mutex::default(),
+            changes: tokio::sync::Mutex::new(()),
+            target,
+            view,
+            frames: BufPool::new(FRAMES_MAX, frame_bytes.next_multiple_of(4096)),
+            regions: BufPool::new(REGIONS_MAX, REGION_BYTES as usize),
+            misses: Arc::new(AtomicU64::new(0)),
+        }))
+    }
+
+    /// Starts the groups that were protected before.
+    pub async fn start_groups(self: &Arc<Self>) -> Result<(), Problem> {
+        for file in self.store.load()? {
+            match file {
+                Ok(file) => self.start_or_remember(file).await,
+                Err(problem) => tracing::error!("{problem}; {}", problem.next),
+            }
+        }
+        Ok(())
+    }
+
+    async fn start_or_remember(self: &Arc<Self>, file: GroupFile) {
+        let _changes = self.changes.lock().await;
+        let name = file.name.clone();
+        let outcome = self.start_group(&file).await;
+        let mut failed = lock(&self.failed);
+        match outcome {
+            Ok(()) => {
+                failed.remove(&name);
+            }
+            Err(problem) => {
+                let known = failed.get(&name).is_some_and(|before| before.problem == problem);
+                if !known {
+                    tracing::error!(group = %name, "not protected: {problem}; {}", problem.next);
+                }
+                failed.insert(name, Failed { file, problem });
+            }
+        }
+    }
+
+    async fn start_group(self: &Arc<Self>, file: &GroupFile) -> Result<(), Problem> {
+        let volumes = self.check_volumes(&file.name, &file.volumes)?;
+        for (volume, bytes) in volumes.iter().zip(&file.bytes) {
+            if volume.spec.bytes != *bytes {
+                return Err(Problem::refused(
+                    format!("{} changed its size", volume.path),
+                    format!("it had {bytes} bytes when it was protected and has {} now", volume.spec.bytes),
+                    format!("'varve unprotect {0}', then protect it again with a new replica", file.name),
+                ));
+            }
+        }
+        self.run_group(file.clone(), &volumes).await
+    }
+
+    async fn run_group(self: &Arc<Self>, file: GroupFile, volumes: &[Checked]) -> Result<(), Problem> {
+        let capture = self.capture(&volumes[0]).await?;
+        let config = lock(&self.config).clone();
+        let surroundings = Surroundings {
+            capture,
+            link: self.view.clone(),
+            frames: self.frames.clone(),
+            regions: self.regions.clone(),
+            misses: self.misses.clone(),
+            ring_bytes: config.ring_bytes,
+            lagging_after: config.lagging_after,
+            compression: config.compression,
+        };
+        let (store, mut synced) = (self.store.clone(), file.clone());
+        synced.synced_once = true;
+        let was_synced = AtomicU64::new(u64::from(file.synced_once));
+        let on_consistent = move || {
+            if was_synced.swap(1, Ordering::AcqRel) == 0
+                && let Err(problem) = store.save(&synced)
+            {
+                tracing::error!("{problem}; {}", problem.next);
+            }
+        };
+        let name = file.name.clone();
+        let handle = GroupHandle::start(file, volumes, &surroundings, on_consistent)?;
+        self.groups.write().unwrap_or_else(PoisonError::into_inner).insert(name, Arc::new(handle));
+        Ok(())
+    }
+
+    /// The capture programs, loaded when the first group needs them.
+    async fn capture(&self, probe: &Checked) -> Result<Arc<Capture>, Problem> {
+        let mut loaded = self.capture.lock().await;
+        if let Some(capture) = loaded.as_ref() {
+            return Ok(capture.clone());
+        }
+        let options = CaptureOptions { probe: PathBuf::from(&probe.path) };
+        let capture = tokio::task::spawn_blocking(move || Capture::load(&options)).await;
+        let capture = capture
+            .map_err(|e| Problem::failed("the capture programs cannot be loaded", e.to_string(), "look at the log"))?
+            .map_err(|error| {
+                let source = std::error::Error::source(&error).map_or(String::new(), |source| format!(": {source}"));
+                Problem::failed("the capture programs cannot be loaded", format!("{error}{source}"), error.hint())
+            })?;
+        let capture = Arc::new(capture);
+        *loaded = Some(capture.clone());
+        Ok(capture)
+    }
+
+    fn check_volumes(&self, group: &str, paths: &[String]) -> Result<Vec<Checked>, Problem> {
+        let own = [self.paths.agent_state(), self.paths.receiver_state()];
+        let own: Vec<PathBuf> = own.into_iter().filter(|dir| dir.exists()).collect();
+        let mut checked: Vec<Checked> = Vec::with_capacity(paths.len());
+        for path in paths {
+            let volume = volume::check(path, &own)?;
+            for before in &checked {
+                volume::refuse_overlap(&volume, group, &before.spec, &before.path)?;
+            }
+            for handle in self.handles() {
+                for (path, spec) in handle.file.volumes.iter().zip(&handle.specs) {
+                    volume::refuse_overlap(&volume, &handle.file.name, spec, path)?;
+                }
+            }
+            checked.push(volume);
+        }
+        Ok(checked)
+    }
+
+    fn handles(&self) -> Vec<Arc<GroupHandle>> {
+        self.groups.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// The group of this name.
+    pub fn group(&self, name: &str) -> Result<Arc<GroupHandle>, Problem> {
+        let found = self.groups.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
+        found.ok_or_else(|| match lock(&self.failed).get(name) {
+            Some(failed) => failed.problem.clone(),
+            None => no_group(name),
+        })
+    }
+
+    /// `varve protect`.
+    pub async fn protect(
+        self: &Arc<Self>,
+        group: String,
+        volumes: Vec<String>,
+        replicas: Vec<String>,
+        dry_run: bool,
+    ) -> Result<ProtectReply, Problem> {
+        let _changes = self.changes.lock().await;
+        self.check_protect(&group, &volumes, &replicas)?;
+        let checked = self.check_volumes(&group, &volumes)?;
+        let mut notes: Vec<String> = checked.iter().flat_map(|volume| volume.notes.clone()).collect();
+        if lock(&self.config).receiver.is_none() {
+            return Err(Problem::refused(
+                format!("group '{group}' cannot be protected yet"),
+                "this host has not joined a receiver",
+                "run 'varve host invite NAME' on the recovery host, then 'varve join ADDR:7443 TOKEN' here",
+            ));
+        }
+        if self.view.borrow().connection.is_none() {
+            let why = self.view.borrow().reason.clone().unwrap_or_default();
+            notes.push(format!("the receiver is not connected now; the first sync begins when it is. {why}"));
+        }
+        let reply = ProtectReply {
+            group: group.clone(),
+            volumes: checked
+                .iter()
+                .enumerate()
+                .map(|(number, volume)| VolumeStatus {
+                    path: volume.path.clone(),
+                    bytes: volume.spec.bytes,
+                    replica: replicas.get(number).cloned(),
+                })
+                .collect(),
+            notes,
+        };
+        if dry_run {
+            return Ok(reply);
+        }
+        let bytes = checked.iter().map(|volume| volume.spec.bytes).collect();
+        let file = GroupFile::new(group, volumes, bytes, replicas);
+        // The file first: a group that is captured is a group that is remembered.
+        self.store.save(&file)?;
+        if let Err(problem) = self.run_group(file.clone(), &checked).await {
+            self.store.remove(&file.name)?;
+            return Err(problem);
+        }
+        tracing::info!(group = %file.name, volumes = ?file.volumes, "protected");
+        Ok(reply)
+    }
+
+    fn check_protect(&self, group: &str, volumes: &[String], replicas: &[String]) -> Result<(), Problem> {
+        check_name("group", group)?;
+        let known = self.groups.read().unwrap_or_else(PoisonError::into_inner).contains_key(group)
+            || lock(&self.failed).contains_key(group);
+        if known {
+            return Err(Problem::refused(
+                format!("group '{group}' exists already"),
+                "a group's volumes are fixed when it is made, because they share one history",
+                format!("choose another name, or 'varve unprotect {group}' first"),
+            ));
+        }
+        if volumes.is_empty() || volumes.len() > VOLUMES_PER_GROUP_MAX {
+            return Err(Problem::usage(
+                format!("a group cannot have {} volumes", volumes.len()),
+                format!("it has 1 to {VOLUMES_PER_GROUP_MAX}"),
+                "protect them as several groups",
+            ));
+        }
+        if !replicas.is_empty() && replicas.len() != volumes.len() {
+            return Err(Problem::usage(
+                format!("{} replicas for {} volumes", replicas.len(), volumes.len()),
+                "there is none, or one for each volume in the same order",
+                "repeat --replica for every volume",
+            ));
+        }
+        if let Some(relative) = replicas.iter().find(|path| !path.starts_with('/')) {
+            return Err(Problem::usage(
+                format!("replica '{relative}' is not an absolute path"),
+                "it is a path on the recovery host",
+                "give the whole path",
+            ));
+        }
+        let count = self.groups.read().unwrap_or_else(PoisonError::into_inner).len() + lock(&self.failed).len();
+        if count >= GROUPS_MAX {
+            return Err(Problem::failed(
+                format!("group '{group}' would be one too many"),
+                format!("an agent has at most {GROUPS_MAX} groups"),
+                "put volumes that belong together into one group",
+            ));
+        }
+        Ok(())
+    }
+
+    /// `varve unprotect`: capture ends; the receiver keeps what it has.
+    pub async fn unprotect(&self, name: &str) -> Result<(), Problem> {
+        let _changes = self.changes.lock().await;
+        let handle = self.groups.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+        let failed = lock(&self.failed).remove(name);
+        if handle.is_none() && failed.is_none() {
+            return Err(no_group(name));
+        }
+        if let Some(handle) = handle {
+            handle.stop().await;
+        }
+        self.store.remove(name)?;
+        tracing::info!(group = %name, "no longer protected");
+        Ok(())
+    }
+
+    /// The configuration or the identity changed on disk.
+    pub fn reload(&self) -> Result<(), Problem> {
+        let config = read_config(&self.paths)?;
+        self.target.send_modify(|target| {
+            target.receiver.clone_from(&config.receiver);
+            target.generation += 1;
+        });
+        *lock(&self.config) = config;
+        tracing::info!("configuration read again");
+        Ok(())
+    }
+
+    /// `varve status`.
+    pub fn status(&self, only: Option<&str>) -> Result<StatusReply, Problem> {
+        let mut groups: Vec<GroupStatus> = self.handles().iter().map(|handle| handle.shared.status()).collect();
+        groups.extend(lock(&self.failed).values().map(Failed::status));
+        groups.sort_by(|a, b| a.name.cmp(&b.name));
+        if let Some(only) = only {
+            groups.retain(|group| group.name == only);
+            if groups.is_empty() {
+                return Err(no_group(only));
+            }
+        }
+        let config = lock(&self.config);
+        let daemon = DaemonStatus {
+            daemon: "agent".to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            address: config.receiver.clone(),
+            name: config.name.clone(),
+            rss_bytes: varve_io::cpu::process_rss_bytes().unwrap_or(0),
+            hosts_connected: None,
+        };
+        Ok(StatusReply { groups, daemons: vec![daemon] })
+    }
+
+    /// Looks after what needs looking after, for ever.
+    pub async fn tick(self: Arc<Self>) {
+        for tick in 1u64.. {
+            tokio::time::sleep(TICK).await;
+            let capture = self.capture.lock().await.clone();
+            match capture.map(|capture| capture.misses()) {
+                Some(Ok(misses)) => self.misses.store(misses, Ordering::Release),
+                Some(Err(error)) => tracing::error!(%error, "cannot read how many events the kernel skipped"),
+                None => {}
+            }
+            if tick.is_multiple_of(RETRY_TICKS) {
+                let again: Vec<GroupFile> = lock(&self.failed).values().map(|failed| failed.file.clone()).collect();
+                for file in again {
+                    self.start_or_remember(file).await;
+                }
+            }
+        }
+    }
+
+    /// Ends all groups.
+    pub async fn stop(&self) {
+        let _changes = self.changes.lock().await;
+        let groups = std::mem::take(&mut *self.groups.write().unwrap_or_else(PoisonError::into_inner));
+        for handle in groups.values() {
+            handle.stop().await;
+        }
+    }
+}
+
+impl Failed {
+    fn status(&self) -> GroupStatus {
+        GroupStatus {
+            name: self.file.name.clone(),
+            role: Role::Source,
+            link: Link::Disconnected,
+            data: if self.file.synced_once { Data::Gap } else { Data::InitialSync },
+            reason: Some(format!("not protected: {}. {}", self.problem, self.problem.next)),
+            gap_reason: None,
+            epoch: 1,
+            rpo_seconds: None,
+            lag_bytes: 0,
+            captured: None,
+            durable: None,
+            applied: None,
+            window: Window::default(),
+            gaps: Vec::new(),
+            volumes: self
+                .file
+                .volumes
+                .iter()
+                .zip(&self.file.bytes)
+                .map(|(path, bytes)| VolumeStatus { path: path.clone(), bytes: *bytes, replica: None })
+                .collect(),
+            resync: None,
+            verify: None,
+            ring: None,
+            counters: BTreeMap::new(),
+        }
+    }
+}
+
+fn no_group(name: &str) -> Problem {
+    Problem::not_found(
+        format!("there is no group '{name}' on this host"),
+        "it is not protected here",
+        "'varve status' lists the groups; 'varve protect GROUP VOLUME...' makes one",
+    )
+}
+
+fn read_config(paths: &Paths) -> Result<AgentConfig, Problem> {
+    let path = paths.agent_config();
+    let name = path.display().to_string();
+    match std::fs::read_to_string(&path) {
+        Ok(text) => AgentConfig::parse(&name, &text),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => AgentConfig::parse(&name, ""),
+        Err(error) => {
+            Err(Problem::failed(format!("{name} cannot be read"), error.to_string(), "check its permissions"))
+        }
+    }
+}

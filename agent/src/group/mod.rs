@@ -1,0 +1,166 @@
+//! A protected group: its capture, its worker, and the handle by which the daemon reaches it.
+
+mod compress;
+mod cut;
+mod gap;
+mod regions;
+mod session;
+mod shared;
+mod source;
+mod sync;
+mod tracker;
+mod verify;
+mod worker;
+
+pub use shared::GroupShared;
+pub use worker::{Command, FRAME_BYTES};
+
+use crate::clock;
+use crate::link::LinkView;
+use crate::store::GroupFile;
+use crate::volume::Checked;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+use varve_bpf::{Capture, Group, VolumeSpec};
+use varve_common::limits::SYNC_REGIONS_MAX;
+use varve_common::problem::Problem;
+use varve_common::wire::messages::VolumeHello;
+use varve_io::aligned::BufPool;
+use varve_io::direct::DirectFile;
+
+/// Commands that wait for a worker.
+const COMMANDS_MAX: usize = 32;
+/// How long a group may take to end.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+
+/// What a group needs of the daemon.
+pub struct Surroundings {
+    /// The programs.
+    pub capture: Arc<Capture>,
+    /// The connection to the receiver.
+    pub link: watch::Receiver<LinkView>,
+    /// Buffers for frames.
+    pub frames: BufPool,
+    /// Buffers for regions.
+    pub regions: BufPool,
+    /// See [`worker::Worker::misses`].
+    pub misses: Arc<AtomicU64>,
+    /// Size of the ring.
+    pub ring_bytes: u32,
+    /// See [`varve_common::config::AgentConfig::lagging_after`].
+    pub lagging_after: Duration,
+    /// Compress where it pays.
+    pub compression: bool,
+}
+
+/// A running group.
+pub struct GroupHandle {
+    /// What it is made of.
+    pub file: GroupFile,
+    /// Where its volumes lie.
+    pub specs: Vec<VolumeSpec>,
+    /// What can be seen of it.
+    pub shared: Arc<GroupShared>,
+    commands: mpsc::Sender<Command>,
+    stop: watch::Sender<bool>,
+    task: std::sync::Mutex<Option<JoinHandle<()>>>,
+}
+
+impl GroupHandle {
+    /// Begins to capture the group's volumes and starts its worker.
+    pub fn start(
+        file: GroupFile,
+        volumes: &[Checked],
+        surroundings: &Surroundings,
+        on_consistent: impl Fn() + Send + Sync + 'static,
+    ) -> Result<Self, Problem> {
+        let name = file.name.clone();
+        let cannot = |why: String| {
+            Problem::failed(format!("group '{name}' cannot be captured"), why, "run 'varve doctor' and try again")
+        };
+        let files: Result<Vec<DirectFile>, _> =
+            volumes.iter().map(|volume| DirectFile::open_read(&volume.path)).collect();
+        let files = files.map_err(|error| cannot(error.chain()))?;
+        let specs: Vec<_> = volumes.iter().map(|volume| volume.spec.clone()).collect();
+        let group = surroundings.capture.add_group(surroundings.ring_bytes, &specs).map_err(|error| {
+            let source = std::error::Error::source(&error).map_or(String::new(), |source| format!(": {source}"));
+            Problem::failed(format!("group '{name}' cannot be captured"), format!("{error}{source}"), error.hint())
+        })?;
+        group.set_time_offset(clock::Offset::new(clock::wall_ns(), clock::boot_ns()).ns());
+        let source: Arc<Group> = Arc::new(group);
+        let shared = Arc::new(GroupShared::new(
+            name.clone(),
+            volumes.iter().map(|volume| (volume.path.clone(), volume.spec.bytes)).collect(),
+            rand::random(),
+            source.clone(),
+            surroundings.lagging_after,
+            file.synced_once,
+        ));
+        let (to_worker, from_sync) = mpsc::channel(SYNC_REGIONS_MAX);
+        let sync = sync::SyncThread::start(&name, source.clone(), files, surroundings.regions.clone(), to_worker)
+            .map_err(|error| cannot(error.chain()))?;
+        let (commands, command_queue) = mpsc::channel(COMMANDS_MAX);
+        let (stop, stopped) = watch::channel(false);
+        let hello = volumes.iter().zip(file.replicas.iter().map(Some).chain(std::iter::repeat(None)));
+        let worker = worker::Worker {
+            shared: shared.clone(),
+            source,
+            sync,
+            from_sync,
+            commands: command_queue,
+            link: surroundings.link.clone(),
+            stop: stopped,
+            misses: surroundings.misses.clone(),
+            frames: surroundings.frames.clone(),
+            volumes: hello
+                .map(|(volume, replica)| VolumeHello {
+                    path: volume.path.clone(),
+                    bytes: volume.spec.bytes,
+                    replica: replica.cloned(),
+                })
+                .collect(),
+            compression: surroundings.compression,
+            on_consistent: Box::new(on_consistent),
+        };
+        let task = tokio::spawn(worker.run());
+        Ok(Self { file, specs, shared, commands, stop, task: std::sync::Mutex::new(Some(task)) })
+    }
+
+    /// Ends the group's worker and its capture.
+    pub async fn stop(&self) {
+        // The worker may have ended by itself.
+        let _ = self.stop.send(true);
+        let task = self.task.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        if let Some(task) = task
+            && tokio::time::timeout(STOP_LIMIT, task).await.is_err()
+        {
+            tracing::error!(group = %self.file.name, "did not end within {} s", STOP_LIMIT.as_secs());
+        }
+    }
+
+    /// Sets a bookmark: position, time, durable.
+    pub async fn bookmark(&self, name: String) -> Result<(u64, u64, bool), Problem> {
+        self.ask(|answer| Command::Bookmark(name, answer)).await
+    }
+
+    /// Begins a verify: its number.
+    pub async fn verify(&self, repair: bool) -> Result<u64, Problem> {
+        self.ask(|answer| Command::Verify(repair, answer)).await
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<Result<T, Problem>>) -> Command) -> Result<T, Problem> {
+        let gone = || {
+            Problem::failed(
+                format!("group '{}' is ending", self.file.name),
+                "its worker does not answer",
+                "look at the log of varve-agent",
+            )
+        };
+        let (answer, answered) = oneshot::channel();
+        self.commands.send(command(answer)).await.map_err(|_| gone())?;
+        answered.await.map_err(|_| gone())?
+    }
+}

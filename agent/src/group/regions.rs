@@ -1,0 +1,229 @@
+//! The regions under way between the sync thread and the receiver: what to send for each, and when. Pure.
+//!
+//! ```text
+//!  read ──► (stream reaches the read's end) ──► probe ──► differs? ──► image ──► done
+//!                     │ replica is empty ─────────────────────────────────▲        ▲
+//!                     │ and region is zero ────────────────────────────────────────┘
+//! ```
+
+use super::sync::{Purpose, RegionRead};
+use super::tracker::RegionId;
+use std::collections::{BTreeMap, VecDeque};
+use varve_common::geometry::{Extent, ExtentSet};
+use varve_common::limits::DIGEST_BLOCK_BYTES;
+use varve_common::wire::messages::{Probe, ZERO_DIGEST};
+
+/// One bit per digest block of a region.
+pub type Blocks = u16;
+
+/// What to do with a region now.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Ask the receiver which blocks differ.
+    Probe(Probe),
+    /// Send these blocks.
+    Image(RegionId, Blocks),
+    /// Nothing is left to do for it.
+    Done(RegionId),
+}
+
+/// Regions by what they wait for.
+#[derive(Default)]
+pub struct Regions {
+    /// Read, waiting for the stream to reach the end of the read. In the order of those ends.
+    waiting: VecDeque<RegionRead>,
+    /// Probe sent, or image sent.
+    under_way: BTreeMap<RegionId, RegionRead>,
+    /// Of regions to compare: blocks written between the read and the probe's position.
+    touched: BTreeMap<RegionId, Blocks>,
+}
+
+/// Blocks of `read` that `overtaken` touches.
+pub fn touched_blocks(extent: Extent, overtaken: &ExtentSet) -> Blocks {
+    let mut blocks = 0;
+    for (index, start) in (extent.start..extent.end).step_by(DIGEST_BLOCK_BYTES as usize).enumerate() {
+        let block = Extent { start, end: (start + DIGEST_BLOCK_BYTES).min(extent.end) };
+        if overtaken.intersects(block) {
+            blocks |= 1 << index;
+        }
+    }
+    blocks
+}
+
+/// All blocks of a region of `blocks` digests.
+pub fn all_blocks(blocks: usize) -> Blocks {
+    ((1u32 << blocks) - 1) as Blocks
+}
+
+impl Regions {
+    /// A region was read.
+    pub fn push(&mut self, read: RegionRead) {
+        self.waiting.push_back(read);
+    }
+
+    /// Whether nothing is under way.
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty() && self.under_way.is_empty()
+    }
+
+    /// The next region that may go, now that everything before `sent` was sent. `fresh(volume)`: its replica is empty
+    /// but for what the stream wrote.
+    pub fn next(&mut self, sent: u64, fresh: impl Fn(u16) -> bool) -> Option<Next> {
+        if self.waiting.front()?.read_end > sent {
+            return None;
+        }
+        let read = self.waiting.pop_front()?;
+        let id = read.id;
+        let next = if read.purpose == Purpose::Send && fresh(read.volume) {
+            let mut blocks = all_blocks(read.digests.len());
+            for (index, digest) in read.digests.iter().enumerate() {
+                if *digest == ZERO_DIGEST {
+                    blocks &= !(1 << index);
+                }
+            }
+            if blocks == 0 { Next::Done(id) } else { Next::Image(id, blocks) }
+        } else {
+            Next::Probe(Probe {
+                id,
+                volume: read.volume,
+                offset: read.extent.start,
+                length: read.extent.len() as u32,
+                digests: read.digests.clone(),
+            })
+        };
+        self.under_way.insert(id, read);
+        Some(next)
+    }
+
+    /// The receiver answered a probe: what to do with that region. `None`: not one of ours.
+    pub fn probed(&mut self, id: RegionId, differs: Blocks) -> Option<(Purpose, Next)> {
+        let read = self.under_way.get(&id)?;
+        let differs = differs & all_blocks(read.digests.len());
+        let next = match read.purpose {
+            Purpose::Send if differs != 0 => Next::Image(id, differs),
+            Purpose::Send | Purpose::Compare => Next::Done(id),
+        };
+        Some((read.purpose, next))
+    }
+
+    /// The region with this number, if it is under way.
+    pub fn get(&self, id: RegionId) -> Option<&RegionRead> {
+        self.under_way.get(&id)
+    }
+
+    /// A probe to compare was sent: these blocks were written between the read and its position.
+    pub fn set_touched(&mut self, id: RegionId, blocks: Blocks) {
+        self.touched.insert(id, blocks);
+    }
+
+    /// See [`Regions::set_touched`]; all blocks if that was never said.
+    pub fn touched(&self, id: RegionId) -> Blocks {
+        self.touched.get(&id).copied().unwrap_or(Blocks::MAX)
+    }
+
+    /// A region is done.
+    pub fn remove(&mut self, id: RegionId) -> Option<RegionRead> {
+        self.touched.remove(&id);
+        self.under_way.remove(&id)
+    }
+
+    /// Everything that is under way, because the session ended.
+    pub fn drain(&mut self) -> Vec<RegionRead> {
+        let mut all: Vec<RegionRead> = self.waiting.drain(..).collect();
+        all.extend(std::mem::take(&mut self.under_way).into_values());
+        all
+    }
+}
+
+/// The extents of an image: the blocks to send without what the stream has overtaken. Offset, length, range of bytes in
+/// the region's buffer, or `None` for zeroes.
+pub fn image_extents(
+    read: &RegionRead,
+    blocks: Blocks,
+    overtaken: &ExtentSet,
+) -> Vec<(u64, u64, Option<(usize, usize)>)> {
+    let mut extents: Vec<(u64, u64, Option<(usize, usize)>)> = Vec::new();
+    for (index, digest) in read.digests.iter().enumerate().filter(|(index, _)| blocks & (1 << index) != 0) {
+        let start = read.extent.start + index as u64 * DIGEST_BLOCK_BYTES;
+        let block = Extent { start, end: (start + DIGEST_BLOCK_BYTES).min(read.extent.end) };
+        overtaken.for_each_missing(block, |part| {
+            let from = (part.start - read.extent.start) as usize;
+            let data = (*digest != ZERO_DIGEST).then_some((from, from + part.len() as usize));
+            match extents.last_mut() {
+                Some((offset, length, Some((_, to)))) if *offset + *length == part.start && data.is_some() => {
+                    *length += part.len();
+                    *to += part.len() as usize;
+                }
+                Some((offset, length, None)) if *offset + *length == part.start && data.is_none() => {
+                    *length += part.len();
+                }
+                _ => extents.push((part.start, part.len(), data)),
+            }
+        });
+    }
+    extents
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use varve_io::aligned::BufPool;
+
+    fn read(id: u64, read_end: u64, zero_blocks: &[usize]) -> RegionRead {
+        let pool = BufPool::new(1, 1 << 20);
+        let mut digests = vec![[1; 16]; 16];
+        for &block in zero_blocks {
+            digests[block] = ZERO_DIGEST;
+        }
+        RegionRead {
+            id,
+            session: 1,
+            purpose: Purpose::Send,
+            volume: 0,
+            region: 1,
+            extent: Extent { start: 1 << 20, end: 2 << 20 },
+            bytes: pool.take().expect("one buffer"),
+            digests,
+            read_end,
+        }
+    }
+
+    #[test]
+    fn nothing_goes_before_the_stream_reached_the_read() {
+        let mut regions = Regions::default();
+        regions.push(read(1, 500, &[]));
+        assert_eq!(regions.next(499, |_| false), None);
+        assert!(matches!(regions.next(500, |_| false), Some(Next::Probe(probe)) if probe.id == 1));
+        assert_eq!(regions.probed(1, 0b101), Some((Purpose::Send, Next::Image(1, 0b101))));
+        assert_eq!(regions.probed(1, 0), Some((Purpose::Send, Next::Done(1))));
+        assert_eq!(regions.probed(7, 0), None, "a number that was never sent");
+    }
+
+    #[test]
+    fn an_empty_replica_needs_no_probe_and_no_zeroes() {
+        let mut regions = Regions::default();
+        regions.push(read(1, 0, &[0, 1, 2]));
+        assert_eq!(regions.next(0, |_| true), Some(Next::Image(1, 0xfff8)));
+        regions.push(read(2, 0, &(0..16).collect::<Vec<_>>()));
+        assert_eq!(regions.next(0, |_| true), Some(Next::Done(2)));
+    }
+
+    #[test]
+    fn overtaken_sectors_are_left_out() {
+        let region = read(1, 0, &[1]);
+        let base = 1u64 << 20;
+        let mut overtaken = ExtentSet::new();
+        overtaken.insert(Extent { start: base + 512, end: base + 1024 });
+        overtaken.insert(Extent { start: base + 65536, end: base + 65536 + 4096 });
+        let extents = image_extents(&region, 0b11, &overtaken);
+        assert_eq!(
+            extents,
+            [
+                (base, 512, Some((0, 512))),
+                (base + 1024, 65536 - 1024, Some((1024, 65536))),
+                (base + 65536 + 4096, 65536 - 4096, None),
+            ]
+        );
+        assert_eq!(touched_blocks(region.extent, &overtaken), 0b11);
+    }
+}

@@ -1,0 +1,280 @@
+//! What the rest of the daemon may see of a group while its worker runs.
+
+use super::cut::oldest_write_ns;
+use super::source::Source;
+use crate::clock;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use varve_common::control::{
+    GapStatus, GroupStatus, ResyncStatus, RingStatus, VolumeStatus, Window, show_position, show_time,
+};
+use varve_common::limits::REGION_BYTES;
+use varve_common::state::{Data, DataFacts, GapReason, Link, Role};
+use varve_common::wire::messages::{Incarnation, Verify};
+
+/// Gaps that are remembered for status.
+const GAPS_MAX: usize = 32;
+
+/// Facts that the worker writes and status reads.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// The axis of the connection.
+    pub link: Link,
+    /// Why the link is not streaming, in words.
+    pub link_reason: Option<String>,
+    /// What keeps the volume from being read, in words.
+    pub read_error: Option<String>,
+    /// See [`super::gap::GapState::open`].
+    pub gap: Option<GapReason>,
+    /// When it began.
+    pub gap_since_ns: u64,
+    /// See [`DataFacts::ever_consistent`].
+    pub ever_consistent: bool,
+    /// Regions that a sync began with.
+    pub sync_total: u64,
+    /// Regions dirty or in hand at the last look.
+    pub sync_left: u64,
+    /// The newest verify.
+    pub verify: Option<Verify>,
+    /// Where the replicas are.
+    pub replicas: Vec<String>,
+    /// The newest gaps.
+    pub gaps: Vec<GapStatus>,
+    /// The receiver's epoch for this group.
+    pub epoch: u64,
+}
+
+/// See the module's text.
+pub struct GroupShared {
+    /// The group's name.
+    pub name: String,
+    /// In the order of their numbers: path and size.
+    pub volumes: Vec<(String, u64)>,
+    /// Names the ring.
+    pub incarnation: Incarnation,
+    /// Everything before is durable at the receiver.
+    pub durable: AtomicU64,
+    /// Everything before is in the replica.
+    pub applied: AtomicU64,
+    /// Counters by name, for status and metrics.
+    pub counters: Counters,
+    lagging_after: Duration,
+    source: Arc<dyn Source>,
+    facts: Mutex<Facts>,
+}
+
+/// See docs/json.md for what each counts.
+#[derive(Default)]
+#[expect(missing_docs, reason = "the names are the documentation; docs/json.md has a line for each")]
+pub struct Counters {
+    pub frames: AtomicU64,
+    pub stream_bytes: AtomicU64,
+    pub wire_bytes: AtomicU64,
+    pub frames_compressed: AtomicU64,
+    pub image_bytes: AtomicU64,
+    pub probes: AtomicU64,
+    pub sessions: AtomicU64,
+    pub refused_sessions: AtomicU64,
+    pub gaps: AtomicU64,
+}
+
+impl Counters {
+    /// Adds to a counter.
+    pub fn add(counter: &AtomicU64, by: u64) {
+        counter.fetch_add(by, Ordering::Relaxed);
+    }
+}
+
+impl GroupShared {
+    /// A group whose worker has not begun.
+    pub fn new(
+        name: String,
+        volumes: Vec<(String, u64)>,
+        incarnation: Incarnation,
+        source: Arc<dyn Source>,
+        lagging_after: Duration,
+        ever_consistent: bool,
+    ) -> Self {
+        let consumer = source.stream().consumer();
+        let gap = if ever_consistent { GapReason::NewRing } else { GapReason::InitialSync };
+        let facts = Facts {
+            link: Link::Disconnected,
+            link_reason: None,
+            read_error: None,
+            gap: Some(gap),
+            gap_since_ns: clock::wall_ns(),
+            ever_consistent,
+            sync_total: 0,
+            sync_left: 0,
+            verify: None,
+            replicas: Vec::new(),
+            gaps: Vec::new(),
+            epoch: 1,
+        };
+        Self {
+            name,
+            volumes,
+            incarnation,
+            durable: AtomicU64::new(consumer),
+            applied: AtomicU64::new(consumer),
+            counters: Counters::default(),
+            lagging_after,
+            source,
+            facts: Mutex::new(facts),
+        }
+    }
+
+    /// The facts, locked: never hold this across an await.
+    pub fn facts(&self) -> MutexGuard<'_, Facts> {
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Opens a gap in the facts.
+    pub fn gap_opened(&self, reason: GapReason) {
+        let mut facts = self.facts();
+        let now = clock::wall_ns();
+        if facts.gap.is_some() {
+            if let Some(last) = facts.gaps.last_mut() {
+                last.to.get_or_insert_with(|| show_time(now));
+            }
+        } else {
+            facts.gap_since_ns = now;
+        }
+        facts.gap = Some(reason);
+        if facts.gaps.len() == GAPS_MAX {
+            facts.gaps.remove(0);
+        }
+        facts.gaps.push(GapStatus { from: show_time(now), to: None, reason });
+        Counters::add(&self.counters.gaps, 1);
+    }
+
+    /// Closes the gap in the facts.
+    pub fn gap_closed(&self) {
+        let mut facts = self.facts();
+        facts.gap = None;
+        facts.ever_consistent = true;
+        (facts.sync_total, facts.sync_left) = (0, 0);
+        let now = show_time(clock::wall_ns());
+        if let Some(last) = facts.gaps.last_mut() {
+            last.to.get_or_insert(now);
+        }
+    }
+
+    /// RPO: age of the oldest captured write that is not durable; within a gap at least the gap's age; `None` before the
+    /// first sync, when there is nothing to recover.
+    pub fn rpo(&self) -> Option<Duration> {
+        let facts = self.facts();
+        if !facts.ever_consistent {
+            return None;
+        }
+        let gap_since = facts.gap.map(|_| facts.gap_since_ns);
+        drop(facts);
+        let oldest = oldest_write_ns(self.source.stream(), self.durable.load(Ordering::Acquire));
+        let since = [oldest, gap_since].into_iter().flatten().min();
+        Some(since.map_or(Duration::ZERO, |since| Duration::from_nanos(clock::wall_ns().saturating_sub(since))))
+    }
+
+    /// The word of the data axis at this moment.
+    pub fn data(&self) -> Data {
+        let rpo = self.rpo();
+        let facts = self.facts();
+        let behind = facts.link != Link::Streaming || rpo.is_some_and(|rpo| rpo > self.lagging_after);
+        DataFacts {
+            ever_consistent: facts.ever_consistent,
+            gap: facts.gap,
+            sync_running: facts.link == Link::Streaming && facts.sync_left > 0,
+            behind,
+            verifying: facts.verify.as_ref().is_some_and(|verify| !verify.finished),
+        }
+        .word()
+    }
+
+    /// Done and total bytes of a running sync.
+    pub fn resync(&self) -> Option<(u64, u64)> {
+        let facts = self.facts();
+        let total = facts.sync_total.max(facts.sync_left);
+        (facts.gap.is_some() && total > 0).then(|| ((total - facts.sync_left) * REGION_BYTES, total * REGION_BYTES))
+    }
+
+    /// Bytes captured and not durable.
+    pub fn lag_bytes(&self) -> u64 {
+        self.source.stream().producer().saturating_sub(self.durable.load(Ordering::Acquire))
+    }
+
+    /// As `varve status` shows it.
+    pub fn status(&self) -> GroupStatus {
+        let (data, rpo, resync, lag_bytes) = (self.data(), self.rpo(), self.resync(), self.lag_bytes());
+        let producer = self.source.stream().producer();
+        let durable = self.durable.load(Ordering::Acquire);
+        let now = clock::wall_ns();
+        let facts = self.facts().clone();
+        let position = |offset| Some(show_position(&self.incarnation, offset));
+        let newest =
+            data.is_consistent().then(|| show_time(now.saturating_sub(rpo.map_or(0, |rpo| rpo.as_nanos() as u64))));
+        let reason = [facts.read_error, facts.link_reason, facts.gap.map(|gap| gap.explain().to_owned())];
+        GroupStatus {
+            name: self.name.clone(),
+            role: Role::Source,
+            link: facts.link,
+            data,
+            reason: reason.into_iter().flatten().next(),
+            gap_reason: facts.gap,
+            epoch: facts.epoch,
+            rpo_seconds: rpo.map(|rpo| rpo.as_secs_f64()),
+            lag_bytes,
+            captured: position(producer),
+            durable: position(durable),
+            applied: position(self.applied.load(Ordering::Acquire)),
+            window: Window { from: newest.clone(), to: newest },
+            gaps: facts.gaps,
+            volumes: self
+                .volumes
+                .iter()
+                .enumerate()
+                .map(|(number, (path, bytes))| VolumeStatus {
+                    path: path.clone(),
+                    bytes: *bytes,
+                    replica: facts.replicas.get(number).cloned(),
+                })
+                .collect(),
+            resync: resync.map(|(done_bytes, total_bytes)| ResyncStatus { done_bytes, total_bytes }),
+            verify: facts.verify,
+            ring: Some(RingStatus {
+                used_bytes: producer - self.source.stream().consumer(),
+                total_bytes: self.source.stream().capacity(),
+            }),
+            counters: self.counter_table(),
+        }
+    }
+
+    fn counter_table(&self) -> BTreeMap<String, u64> {
+        let own = &self.counters;
+        let troubles = self.source.troubles();
+        let (captured_records, captured_bytes) = self.source.captured();
+        let value = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        [
+            ("captured_records", captured_records),
+            ("captured_bytes", captured_bytes),
+            ("dropped_records", troubles.dropped),
+            ("unreadable_writes", troubles.unreadable),
+            ("failed_writes", troubles.failed),
+            ("straddling_writes", troubles.straddling),
+            ("late_writes", troubles.late + troubles.late_unknown),
+            ("passthrough_commands", troubles.passthrough),
+            ("frames", value(&own.frames)),
+            ("frames_compressed", value(&own.frames_compressed)),
+            ("stream_bytes", value(&own.stream_bytes)),
+            ("wire_bytes", value(&own.wire_bytes)),
+            ("image_bytes", value(&own.image_bytes)),
+            ("probes", value(&own.probes)),
+            ("sessions", value(&own.sessions)),
+            ("refused_sessions", value(&own.refused_sessions)),
+            ("gaps", value(&own.gaps)),
+        ]
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value))
+        .collect()
+    }
+}

@@ -1,0 +1,395 @@
+//! Reading regions of the volumes: for the first sync, for a resync, for a verify. One thread per group, asleep unless
+//! there is something to read.
+//!
+//! The thread takes a region's dirty bit, registers the region (see [`super::tracker`]), waits until no write to it is in
+//! flight, reads it, and hands it to the group's worker. From then on the worker owns it: either it is done, or the
+//! region's bit is set again. Whatever is under way is counted, so that nobody calls a replica complete while a region
+//! is in somebody's hands.
+
+use super::source::Source;
+use super::tracker::{RegionId, Tracker};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+use varve_common::geometry::{Extent, region_extent};
+use varve_common::limits::{DIGEST_BLOCK_BYTES, SYNC_REGIONS_MAX};
+use varve_common::wire::digest::{block_digest, is_zero};
+use varve_common::wire::messages::{Digest, ZERO_DIGEST};
+use varve_io::aligned::{BufPool, PooledBuf};
+use varve_io::direct::DirectFile;
+use varve_io::error::IoError;
+use varve_io::uring::IoQueue;
+
+/// Regions read with one call.
+const READ_REGIONS_MAX: usize = 4;
+/// How long a region may have writes in flight before another one is tried first.
+const DRAIN_WAIT: Duration = Duration::from_millis(50);
+/// Pause between looks at a region's writes in flight.
+const DRAIN_POLL: Duration = Duration::from_micros(200);
+/// Pause after a region could not be read, or all regions are busy.
+const RETRY_PAUSE: Duration = Duration::from_millis(100);
+
+/// Why a region is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Its dirty bit was set: what differs is to be sent.
+    Send,
+    /// It is to be compared only.
+    Compare,
+}
+
+/// A region that was read.
+pub struct RegionRead {
+    /// Its registration with the tracker.
+    pub id: RegionId,
+    /// The session in which it was taken: later ones do not want it.
+    pub session: u64,
+    /// Why it was read.
+    pub purpose: Purpose,
+    /// The volume's number.
+    pub volume: u16,
+    /// The region's number.
+    pub region: u64,
+    /// Where it lies.
+    pub extent: Extent,
+    /// Its bytes, at the start of the buffer.
+    pub bytes: PooledBuf,
+    /// Digest per block of 64 KiB ([`ZERO_DIGEST`]: zeroes). With `digests_wanted` false only zeroes are told apart:
+    /// any other digest is meaningless.
+    pub digests: Vec<Digest>,
+    /// Position of the stream after the read had ended.
+    pub read_end: u64,
+}
+
+/// What the thread hands to the worker.
+pub enum FromSync {
+    /// A region was read.
+    Read(RegionRead),
+    /// A region to compare was busy for too long, or could not be read.
+    Busy {
+        /// The volume's number.
+        volume: u16,
+        /// The region's number.
+        region: u64,
+        /// The session.
+        session: u64,
+    },
+    /// The volume cannot be read; said once until it can.
+    Failed {
+        /// The volume's number.
+        volume: u16,
+        /// What happened.
+        error: IoError,
+    },
+}
+
+#[derive(Default)]
+struct Orders {
+    /// 0: nothing to do. Rises with every session.
+    session: u64,
+    active: bool,
+    stop: bool,
+    /// Per volume: no digests wanted, the replica is known to be empty.
+    fresh: Vec<bool>,
+    compare: VecDeque<(u16, u64)>,
+}
+
+/// What worker and thread share.
+pub struct SyncShared {
+    orders: Mutex<Orders>,
+    wake: Condvar,
+    /// Regions taken from the bitmaps and not done yet.
+    in_hand: AtomicU64,
+    /// Regions ever taken: see [`SyncShared::nothing_left`].
+    takes: AtomicU64,
+    /// See [`Tracker`].
+    pub tracker: Mutex<Tracker>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl SyncShared {
+    fn new() -> Self {
+        Self {
+            orders: Mutex::default(),
+            wake: Condvar::new(),
+            in_hand: AtomicU64::new(0),
+            takes: AtomicU64::new(0),
+            tracker: Mutex::default(),
+        }
+    }
+
+    /// A session begins; regions may be taken. `fresh`: see [`varve_common::wire::messages::Welcome`].
+    pub fn start(&self, session: u64, fresh: Vec<bool>) {
+        let mut orders = lock(&self.orders);
+        orders.session = session;
+        orders.active = true;
+        orders.fresh = fresh;
+        orders.compare.clear();
+        self.wake.notify_all();
+    }
+
+    /// The session ended: nothing more is taken.
+    pub fn pause(&self) {
+        let mut orders = lock(&self.orders);
+        orders.active = false;
+        orders.compare.clear();
+    }
+
+    /// Dirty bits were set.
+    pub fn nudge(&self) {
+        self.wake.notify_all();
+    }
+
+    /// Wants regions compared.
+    pub fn compare(&self, regions: impl IntoIterator<Item = (u16, u64)>) {
+        lock(&self.orders).compare.extend(regions);
+        self.wake.notify_all();
+    }
+
+    /// Regions taken from the bitmaps and not done yet.
+    pub fn in_hand(&self) -> u64 {
+        self.in_hand.load(Ordering::Acquire)
+    }
+
+    /// A region taken with [`Purpose::Send`] is durable at the receiver, or its bit is set again.
+    pub fn done(&self) {
+        self.in_hand.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Whether no region is dirty and none is in somebody's hands, at one moment during the call: with nothing in hand
+    /// and nothing taken since, no bit can have been on its way back into a bitmap that was already looked at.
+    pub fn nothing_left(&self, source: &dyn Source) -> bool {
+        let takes = self.takes.load(Ordering::SeqCst);
+        let idle = self.in_hand.load(Ordering::SeqCst) == 0;
+        let clean = || (0..source.volumes()).all(|number| source.track(number).next_dirty(0).is_none());
+        idle && clean() && self.takes.load(Ordering::SeqCst) == takes
+    }
+
+    fn stop(&self) {
+        let mut orders = lock(&self.orders);
+        orders.stop = true;
+        orders.active = false;
+        self.wake.notify_all();
+    }
+}
+
+/// The thread; ends with this handle.
+pub struct SyncThread {
+    shared: Arc<SyncShared>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl SyncThread {
+    /// Starts the thread of group `name`. `volumes` are read through their own files; `pool` bounds the memory.
+    pub fn start(
+        name: &str,
+        source: Arc<dyn Source>,
+        volumes: Vec<DirectFile>,
+        pool: BufPool,
+        out: mpsc::Sender<FromSync>,
+    ) -> Result<Self, IoError> {
+        let shared = Arc::new(SyncShared::new());
+        let queue = IoQueue::new(READ_REGIONS_MAX as u32)?;
+        let cursors = vec![0; volumes.len()];
+        let mut reader = Reader { source, volumes, pool, out, queue, shared: shared.clone(), cursors, failed: false };
+        let thread = std::thread::Builder::new()
+            .name(format!("sync-{name}"))
+            .spawn(move || reader.run())
+            .map_err(|error| IoError::new("start the sync thread of", name, error))?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// What worker and thread share.
+    pub fn shared(&self) -> &Arc<SyncShared> {
+        &self.shared
+    }
+}
+
+impl Drop for SyncThread {
+    fn drop(&mut self) {
+        self.shared.stop();
+        if let Some(thread) = self.thread.take() {
+            // A panic there was reported by the hook; there is nobody to hand it to here.
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Taken {
+    id: RegionId,
+    purpose: Purpose,
+    volume: u16,
+    region: u64,
+    extent: Extent,
+    buf: PooledBuf,
+}
+
+struct Reader {
+    source: Arc<dyn Source>,
+    volumes: Vec<DirectFile>,
+    pool: BufPool,
+    out: mpsc::Sender<FromSync>,
+    queue: IoQueue,
+    shared: Arc<SyncShared>,
+    cursors: Vec<u64>,
+    failed: bool,
+}
+
+impl Reader {
+    fn run(&mut self) {
+        while let Some(session) = self.wait_for_work() {
+            let taken = self.take(session);
+            if taken.is_empty() {
+                std::thread::park_timeout(DRAIN_POLL);
+                continue;
+            }
+            let drained = self.wait_drained(session, taken);
+            if drained.is_empty() || !self.read_and_hand_over(session, drained) {
+                std::thread::park_timeout(RETRY_PAUSE);
+            }
+        }
+    }
+
+    /// Blocks until a session is open and a region wants reading; `None`: the group ends.
+    fn wait_for_work(&mut self) -> Option<u64> {
+        let mut orders = lock(&self.shared.orders);
+        loop {
+            if orders.stop {
+                return None;
+            }
+            let dirty = (0..self.source.volumes()).any(|number| self.source.track(number).next_dirty(0).is_some());
+            if orders.active && (dirty || !orders.compare.is_empty()) {
+                return Some(orders.session);
+            }
+            // The kernel sets bits without telling: the worker sees its counters and nudges; this is the second look.
+            let pause = Duration::from_secs(1);
+            orders = self.shared.wake.wait_timeout(orders, pause).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn take(&mut self, session: u64) -> Vec<Taken> {
+        let mut taken = Vec::with_capacity(READ_REGIONS_MAX);
+        while taken.len() < READ_REGIONS_MAX {
+            let in_hand = self.shared.in_hand() as usize;
+            if in_hand >= SYNC_REGIONS_MAX {
+                break;
+            }
+            let Some(buf) = self.pool.take() else { break };
+            let Some((purpose, volume, region)) = self.take_region(session) else { break };
+            let extent = region_extent(region, self.volumes[usize::from(volume)].len());
+            let id = lock(&self.shared.tracker).register(volume, extent);
+            taken.push(Taken { id, purpose, volume, region, extent, buf });
+        }
+        taken
+    }
+
+    /// A dirty region (its bit is cleared, `in_hand` counts it) or one to compare.
+    fn take_region(&mut self, session: u64) -> Option<(Purpose, u16, u64)> {
+        let mut orders = lock(&self.shared.orders);
+        if !orders.active || orders.session != session {
+            return None;
+        }
+        for number in 0..self.source.volumes() {
+            let track = self.source.track(number);
+            let from = self.cursors[number];
+            let Some(region) = track.next_dirty(from).or_else(|| track.next_dirty(0)) else { continue };
+            // Counted before the bit goes: between the two nobody may see neither.
+            self.shared.takes.fetch_add(1, Ordering::SeqCst);
+            self.shared.in_hand.fetch_add(1, Ordering::SeqCst);
+            if track.take_dirty(region) {
+                self.cursors[number] = region + 1;
+                return Some((Purpose::Send, number as u16, region));
+            }
+            self.shared.in_hand.fetch_sub(1, Ordering::AcqRel);
+        }
+        orders.compare.pop_front().map(|(volume, region)| (Purpose::Compare, volume, region))
+    }
+
+    /// Waits until none of the regions has a write in flight; those that stay busy go back.
+    fn wait_drained(&mut self, session: u64, taken: Vec<Taken>) -> Vec<Taken> {
+        let deadline = Instant::now() + DRAIN_WAIT;
+        let mut drained = Vec::with_capacity(taken.len());
+        for region in taken {
+            let track = self.source.track(usize::from(region.volume));
+            while track.in_flight(region.region) && Instant::now() < deadline {
+                std::thread::park_timeout(DRAIN_POLL);
+            }
+            if track.in_flight(region.region) {
+                self.put_back(session, region);
+            } else {
+                drained.push(region);
+            }
+        }
+        drained
+    }
+
+    fn put_back(&self, session: u64, taken: Taken) {
+        lock(&self.shared.tracker).forget(taken.id);
+        match taken.purpose {
+            Purpose::Send => {
+                self.source.track(usize::from(taken.volume)).set_dirty(taken.region);
+                self.shared.done();
+            }
+            Purpose::Compare => {
+                let busy = FromSync::Busy { volume: taken.volume, region: taken.region, session };
+                // The worker is gone only when the group ends.
+                let _ = self.out.blocking_send(busy);
+            }
+        }
+    }
+
+    /// Whether the regions were read; if not, they went back.
+    fn read_and_hand_over(&mut self, session: u64, mut taken: Vec<Taken>) -> bool {
+        let files: Vec<&DirectFile> = self.volumes.iter().collect();
+        let mut reads: Vec<(usize, u64, &mut [u8])> = taken
+            .iter_mut()
+            .map(|region| {
+                let bytes = region.extent.len() as usize;
+                (usize::from(region.volume), region.extent.start, &mut region.buf[..bytes])
+            })
+            .collect();
+        let outcome = self.queue.read_batch(&files, &mut reads);
+        drop(reads);
+        if let Err(error) = outcome {
+            let volume = taken.first().map_or(0, |region| region.volume);
+            if !std::mem::replace(&mut self.failed, true) {
+                let _ = self.out.blocking_send(FromSync::Failed { volume, error });
+            }
+            for region in taken {
+                self.put_back(session, region);
+            }
+            return false;
+        }
+        self.failed = false;
+        let read_end = self.source.stream().producer();
+        let fresh = lock(&self.shared.orders).fresh.clone();
+        for region in taken {
+            let volume_fresh = fresh.get(usize::from(region.volume)).copied().unwrap_or(false);
+            let wanted = region.purpose == Purpose::Compare || !volume_fresh;
+            let digests = digests(&region.buf[..region.extent.len() as usize], wanted);
+            let Taken { id, purpose, volume, region, extent, buf: bytes } = region;
+            let read = RegionRead { id, session, purpose, volume, region, extent, bytes, digests, read_end };
+            if self.out.blocking_send(FromSync::Read(read)).is_err() {
+                return false;
+            }
+        }
+        true
+    }
+}
+
+/// A digest per block. Without `wanted` only zeroes are told apart.
+fn digests(bytes: &[u8], wanted: bool) -> Vec<Digest> {
+    let blocks = bytes.chunks(DIGEST_BLOCK_BYTES as usize);
+    blocks
+        .map(|block| match wanted {
+            true => block_digest(block),
+            false if is_zero(block) => ZERO_DIGEST,
+            false => [0xff; 16],
+        })
+        .collect()
+}

@@ -1,0 +1,89 @@
+//! Which parts of an image read are overtaken by the stream.
+//!
+//! An image read of a region may return data older than a write that was captured and is still under way, and newer
+//! than the position at which the image is applied. Both are harmless if every sector that a captured write touched
+//! *since the region was registered* is left out of the image, because:
+//!
+//! 1. the region is registered at the walk's position *w*: records from *w* on are noted here;
+//! 2. then the reader waits until no write to the region is in flight: every write with a position below *w* has
+//!    completed (capture counts a write as in flight before it reserves its record);
+//! 3. then it reads: the read holds all those writes, or newer ones, and newer ones are noted;
+//! 4. the image is sent at a position up to which all records were noted, without the noted sectors: what is left was
+//!    not written between *w* and that position, so it equals the volume at that position.
+//!
+//! A write that never reached the stream (ring full) has its region's dirty bit set again: the region is read again.
+
+use varve_common::geometry::{Extent, ExtentSet};
+
+/// Names one registered region.
+pub type RegionId = u64;
+
+struct Active {
+    id: RegionId,
+    volume: u16,
+    extent: Extent,
+    overtaken: ExtentSet,
+}
+
+/// The regions being read or compared, and what was written to them since. At most
+/// [`SYNC_REGIONS_MAX`](varve_common::limits::SYNC_REGIONS_MAX) are active, so a list is searched, not a map.
+#[derive(Default)]
+pub struct Tracker {
+    active: Vec<Active>,
+    next_id: RegionId,
+}
+
+impl Tracker {
+    /// Starts noting what the stream writes to `extent` of volume `volume`.
+    pub fn register(&mut self, volume: u16, extent: Extent) -> RegionId {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.active.push(Active { id, volume, extent, overtaken: ExtentSet::new() });
+        id
+    }
+
+    /// Stops noting.
+    pub fn forget(&mut self, id: RegionId) {
+        self.active.retain(|active| active.id != id);
+    }
+
+    /// Whether nothing is registered.
+    pub fn is_empty(&self) -> bool {
+        self.active.is_empty()
+    }
+
+    /// The walk met a record that changes `extent` of volume `volume`.
+    pub fn note(&mut self, volume: u16, extent: Extent) {
+        for active in self.active.iter_mut().filter(|active| active.volume == volume) {
+            if let Some(both) = active.extent.intersection(&extent) {
+                active.overtaken.insert(both);
+            }
+        }
+    }
+
+    /// What was overtaken since `id` was registered; nothing if it was forgotten.
+    pub fn overtaken(&self, id: RegionId) -> ExtentSet {
+        self.active.iter().find(|active| active.id == id).map(|active| active.overtaken.clone()).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notes_only_its_own_volume_and_extent() {
+        let mut tracker = Tracker::default();
+        let a = tracker.register(0, Extent { start: 1000, end: 2000 });
+        let b = tracker.register(1, Extent { start: 1000, end: 2000 });
+        tracker.note(0, Extent { start: 500, end: 1100 });
+        tracker.note(0, Extent { start: 3000, end: 4000 });
+        tracker.note(1, Extent { start: 1900, end: 9000 });
+        let extents = |id| tracker.overtaken(id).iter().collect::<Vec<_>>();
+        assert_eq!(extents(a), [Extent { start: 1000, end: 1100 }]);
+        assert_eq!(extents(b), [Extent { start: 1900, end: 2000 }]);
+        tracker.forget(a);
+        tracker.forget(b);
+        assert!(tracker.is_empty());
+    }
+}

@@ -1,0 +1,128 @@
+//! What the agent must remember over restarts: one JSON file per group, written atomically.
+
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use varve_common::problem::Problem;
+use varve_io::crashsafe;
+
+/// Version of the file. A file of another version is refused by name.
+const VERSION: u32 = 1;
+const MODE: u32 = 0o600;
+
+/// A group as it was protected.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupFile {
+    /// [`VERSION`].
+    pub version: u32,
+    /// The group's name.
+    pub name: String,
+    /// Paths of the volumes as the operator gave them, in the order of their numbers.
+    pub volumes: Vec<String>,
+    /// Their sizes when they were protected.
+    pub bytes: Vec<u64>,
+    /// Replica paths as the operator gave them; none or one per volume.
+    pub replicas: Vec<String>,
+    /// Whether the replica was complete at least once.
+    pub synced_once: bool,
+}
+
+impl GroupFile {
+    /// A new group.
+    pub fn new(name: String, volumes: Vec<String>, bytes: Vec<u64>, replicas: Vec<String>) -> Self {
+        Self { version: VERSION, name, volumes, bytes, replicas, synced_once: false }
+    }
+}
+
+/// The directory of group files.
+#[derive(Clone, Debug)]
+pub struct Store {
+    dir: PathBuf,
+}
+
+impl Store {
+    /// Opens (and makes) the directory below `state_dir`.
+    pub fn open(state_dir: &Path) -> Result<Self, Problem> {
+        let dir = state_dir.join("groups");
+        crashsafe::create_dir_all_durable(&dir).map_err(|e| cannot("make", &dir, e))?;
+        crashsafe::remove_temporaries(&dir).map_err(|e| cannot("clean", &dir, e))?;
+        Ok(Self { dir })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(format!("{name}.json"))
+    }
+
+    /// All groups, in the order of their names. A file that is not understood is a problem of its own, not of the others.
+    pub fn load(&self) -> Result<Vec<Result<GroupFile, Problem>>, Problem> {
+        let entries = std::fs::read_dir(&self.dir)
+            .map_err(|e| cannot("read", &self.dir, varve_io::IoError::new("read", &self.dir, e)))?;
+        let mut paths: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+        paths.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
+        paths.sort();
+        Ok(paths.iter().map(|path| read(path)).collect())
+    }
+
+    /// Writes a group's file, durably.
+    pub fn save(&self, file: &GroupFile) -> Result<(), Problem> {
+        let path = self.path(&file.name);
+        let text = serde_json::to_vec_pretty(file).map_err(|e| {
+            Problem::failed(format!("{} cannot be written", path.display()), e.to_string(), "report this as a defect")
+        })?;
+        crashsafe::write_atomic(&path, &text, MODE).map_err(|e| cannot("write", &path, e))
+    }
+
+    /// Removes a group's file, durably.
+    pub fn remove(&self, name: &str) -> Result<(), Problem> {
+        let path = self.path(name);
+        crashsafe::remove_durable(&path).map_err(|e| cannot("remove", &path, e))
+    }
+}
+
+fn cannot(verb: &str, path: &Path, error: varve_io::IoError) -> Problem {
+    let next = if error.is_no_space() {
+        "free space on that file system"
+    } else {
+        "check the file system and its permissions"
+    };
+    Problem::failed(format!("cannot {verb} {}", path.display()), error.chain(), next)
+}
+
+fn read(path: &Path) -> Result<GroupFile, Problem> {
+    let damaged = |why: String| {
+        Problem::failed(
+            format!("{} is not understood", path.display()),
+            why,
+            "restore the file, or remove it and protect the group again",
+        )
+    };
+    let text = std::fs::read(path).map_err(|e| damaged(e.to_string()))?;
+    let file: GroupFile = serde_json::from_slice(&text).map_err(|e| damaged(e.to_string()))?;
+    if file.version != VERSION {
+        return Err(damaged(format!("it has version {}, this agent knows version {VERSION}", file.version)));
+    }
+    let named = path.file_stem().is_some_and(|stem| stem == file.name.as_str());
+    let whole = file.volumes.len() == file.bytes.len() && !file.volumes.is_empty();
+    if !named || !whole || !(file.replicas.is_empty() || file.replicas.len() == file.volumes.len()) {
+        return Err(damaged("its parts contradict each other".to_owned()));
+    }
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn round_trip_and_damage() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let store = Store::open(dir.path()).expect("empty directory");
+        let file = GroupFile::new("db".into(), vec!["/dev/vdb".into()], vec![1 << 30], vec![]);
+        store.save(&file).expect("save");
+        assert_eq!(store.load().expect("list"), [Ok(file)]);
+        std::fs::write(store.path("bad"), b"{\"version\": 7}").expect("write");
+        let loaded = store.load().expect("list");
+        assert!(loaded[0].is_err() && loaded[1].is_ok(), "one bad file does not hide the others: {loaded:?}");
+        store.remove("db").expect("remove");
+        assert_eq!(store.load().expect("list").len(), 1);
+    }
+}

@@ -1,0 +1,168 @@
+//! Whether a block device can be protected, and if not, why and what to do.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use varve_bpf::VolumeSpec;
+use varve_common::limits::VOLUME_BYTES_MAX;
+use varve_common::problem::Problem;
+use varve_io::IoError;
+use varve_io::blockdev::{BlockFacts, disks_behind};
+
+/// A volume that can be captured.
+#[derive(Clone, Debug)]
+pub struct Checked {
+    /// The path as the operator gave it.
+    pub path: String,
+    /// Where it lies.
+    pub spec: VolumeSpec,
+    /// Things to know that are not errors.
+    pub notes: Vec<String>,
+}
+
+/// Looks at `path` and decides. `own` are directories that must not lie on the volume (see [`refuse_own_state`]).
+pub fn check(path: &str, own: &[PathBuf]) -> Result<Checked, Problem> {
+    if !Path::new(path).is_absolute() {
+        return Err(Problem::usage(
+            format!("volume '{path}' is not an absolute path"),
+            "the agent does not share your working directory",
+            "give the whole path, best one that does not change at a reboot, such as /dev/disk/by-id/…",
+        ));
+    }
+    let facts = BlockFacts::of(path).map_err(|error| not_usable(path, &error))?;
+    refuse_uncapturable(path, &facts)?;
+    refuse_own_state(path, &facts, own)?;
+    let mut notes = Vec::new();
+    if !facts.swaps.is_empty() {
+        notes.push(format!(
+            "{path} is swapped on: pages may change while they are written, so that verify can find differences there"
+        ));
+    }
+    Ok(Checked {
+        path: path.to_owned(),
+        spec: VolumeSpec {
+            disk: facts.disk,
+            start_bytes: facts.start_bytes,
+            bytes: facts.bytes,
+            request_based: facts.request_based,
+        },
+        notes,
+    })
+}
+
+fn not_usable(path: &str, error: &IoError) -> Problem {
+    if error.is_not_found() {
+        return Problem::not_found(
+            format!("there is no volume {path}"),
+            error.chain(),
+            "look at the output of 'lsblk' for the devices of this host",
+        );
+    }
+    if error.kind() == std::io::ErrorKind::InvalidInput {
+        return Problem::usage(
+            format!("{path} cannot be protected"),
+            "it is not a block device",
+            "give a disk, partition, logical volume, loop or md device; 'lsblk' lists them",
+        );
+    }
+    Problem::failed(format!("{path} cannot be looked at"), error.chain(), "check the device and try again")
+}
+
+fn refuse_uncapturable(path: &str, facts: &BlockFacts) -> Result<(), Problem> {
+    let refuse = |why: String, next: &str| Err(Problem::refused(format!("{path} cannot be protected"), why, next));
+    if facts.bytes == 0 {
+        return refuse("it has no size".into(), "attach a disk or a backing file to it first");
+    }
+    if facts.bytes > VOLUME_BYTES_MAX {
+        return refuse(
+            format!("it is larger than {VOLUME_BYTES_MAX} bytes"),
+            "protect its partitions or volumes instead",
+        );
+    }
+    if facts.read_only {
+        return refuse(
+            "it is read-only, so there is nothing to capture".into(),
+            "make it writable first ('blockdev --setrw')",
+        );
+    }
+    if facts.zoned {
+        return refuse(
+            "it is a zoned device: its zones are written by append, and where the data went is known only afterwards"
+                .into(),
+            "protect a volume on a conventional device",
+        );
+    }
+    if facts.dax_mounted {
+        return refuse(
+            "a file system on it is mounted with DAX: such writes are stores to memory and never pass the block layer"
+                .into(),
+            "mount it without dax (option dax=never), then protect it",
+        );
+    }
+    // md and bcache change a bio's device in place and pass it on: the tracepoint has already fired for the upper device
+    // and does not fire again for this one, so writes through them would be missed.
+    let remapping = facts.holders.iter().find(|name| name.starts_with("md") || name.starts_with("bcache"));
+    if let Some(holder) = remapping {
+        return refuse(
+            format!("it is a part of /dev/{holder}, which passes writes on in a way that cannot be seen here"),
+            &format!("protect /dev/{holder} instead"),
+        );
+    }
+    Ok(())
+}
+
+/// The agent's own files must not lie on a volume that it captures: what it writes there while the receiver is away
+/// would be captured, and so cause more to be written. The same holds for a receiver on this host.
+fn refuse_own_state(path: &str, facts: &BlockFacts, own: &[PathBuf]) -> Result<(), Problem> {
+    for dir in own {
+        let existing = dir.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(dir);
+        let unknown = |error: IoError| {
+            Problem::failed(format!("cannot tell which disk holds {}", dir.display()), error.chain(), "check the path")
+        };
+        let on_it = if facts.is_partition() {
+            let device = std::fs::metadata(existing)
+                .map(|meta| meta.dev())
+                .map_err(|e| unknown(IoError::new("look at", existing, e)))?;
+            let (major, minor) = (nix::sys::stat::major(device) as u32, nix::sys::stat::minor(device) as u32);
+            (major, minor) == facts.dev || is_held_by(facts, (major, minor))
+        } else {
+            disks_behind(existing).map_err(unknown)?.contains(&facts.disk)
+        };
+        if on_it {
+            return Err(Problem::refused(
+                format!("{path} cannot be protected"),
+                format!(
+                    "{} lies on it: what Varve writes there would be captured, and so cause more writing",
+                    dir.display()
+                ),
+                format!(
+                    "protect the partitions or volumes without {0}, or move {0} to another disk (stop the daemon, move it, \
+                     and mount or bind-mount it at the same place)",
+                    dir.display()
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Whether the device `dev` is one of the partition's holders (LVM, LUKS, … on it).
+fn is_held_by(facts: &BlockFacts, dev: (u32, u32)) -> bool {
+    let target = std::fs::canonicalize(format!("/sys/dev/block/{}:{}", dev.0, dev.1));
+    let name = target.ok().and_then(|path| path.file_name().map(|name| name.to_string_lossy().into_owned()));
+    name.is_some_and(|name| facts.holders.contains(&name))
+}
+
+/// Refuses a volume that overlaps one that is protected already.
+pub fn refuse_overlap(new: &Checked, group: &str, existing: &VolumeSpec, existing_path: &str) -> Result<(), Problem> {
+    let (a, b) = (&new.spec, existing);
+    let overlap =
+        a.disk == b.disk && a.start_bytes < b.start_bytes + b.bytes && b.start_bytes < a.start_bytes + a.bytes;
+    if !overlap {
+        return Ok(());
+    }
+    Err(Problem::refused(
+        format!("{} is already protected", new.path),
+        format!("group '{group}' protects {existing_path}, which is or overlaps the same part of the disk"),
+        format!("look at 'varve status {group}', or run 'varve unprotect {group}' first"),
+    ))
+}
