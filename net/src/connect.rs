@@ -2,9 +2,11 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use quinn::ConnectionError;
 use quinn::crypto::rustls::QuicClientConfig;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::endpoint::{ADDRESSES_MAX, CloseCode, HANDSHAKE_TIMEOUT, PORT, WELCOME};
@@ -12,6 +14,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::identity::{HostIdentity, SERVER_NAME};
 use crate::tls;
 use crate::transport::{Tuning, bind_udp, endpoint_config, transport_config};
+
+/// How long an address of a name is tried before the next one is tried as well.
+pub(crate) const ADDRESS_HEAD_START: Duration = Duration::from_millis(300);
 
 /// What a client wants; the same refusal means different things.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,19 +52,40 @@ pub(crate) async fn dial(addr: &str, crypto: QuicClientConfig, purpose: Purpose)
 async fn dial_tuned(addr: &str, crypto: QuicClientConfig, purpose: Purpose, tuning: &Tuning) -> Result<Dialled> {
     let mut config = quinn::ClientConfig::new(Arc::new(crypto));
     config.transport_config(transport_config(tuning));
-    let mut last = None;
-    for remote in resolve(addr).await? {
-        match timeout(HANDSHAKE_TIMEOUT, dial_one(remote, config.clone(), purpose, tuning)).await {
-            Ok(Ok(dialled)) => return Ok(dialled),
-            Ok(Err(error)) => last = Some(error),
-            Err(_) => last = Some(explain(&ConnectionError::TimedOut, purpose, &remote.to_string())),
-        }
-        // An answer is an answer; only silence and load are reasons to try the next address.
-        if last.as_ref().is_some_and(|e| !e.is_transient()) {
-            break;
+    race(resolve(addr).await?, config, purpose, tuning)
+        .await?
+        .ok_or_else(|| Error::new(ErrorKind::Resolve, format!("'{}' has no address", addr.escape_debug())))
+}
+
+/// Tries the addresses in their order, each [`ADDRESS_HEAD_START`] after the one before: a name whose first address is
+/// dead (IPv6 without a route) must not cost a handshake's time limit at every reconnect. `None` without addresses.
+async fn race(
+    addresses: Vec<SocketAddr>,
+    config: quinn::ClientConfig,
+    purpose: Purpose,
+    tuning: &Tuning,
+) -> Result<Option<Dialled>> {
+    let mut tries = JoinSet::new();
+    for (i, remote) in addresses.into_iter().take(ADDRESSES_MAX).enumerate() {
+        let (config, tuning) = (config.clone(), *tuning);
+        tries.spawn(async move {
+            tokio::time::sleep(ADDRESS_HEAD_START * i as u32).await;
+            let dialled = timeout(HANDSHAKE_TIMEOUT, dial_one(remote, config, purpose, &tuning)).await;
+            dialled.unwrap_or_else(|_| Err(explain(&ConnectionError::TimedOut, purpose, &remote.to_string())))
+        });
+    }
+    let mut silence = None;
+    // Leaving drops the set, and with it the tries that are still under way.
+    while let Some(outcome) = tries.join_next().await {
+        match outcome {
+            Ok(Ok(dialled)) => return Ok(Some(dialled)),
+            // An answer is an answer; only silence and load are reasons to wait for another address.
+            Ok(Err(error)) if !error.is_transient() => return Err(error),
+            Ok(Err(error)) => silence = Some(error),
+            Err(panic) => silence = Some(Error::new(ErrorKind::Io, "a connection attempt broke off").because(panic)),
         }
     }
-    Err(last.unwrap_or_else(|| Error::new(ErrorKind::Resolve, format!("'{addr}' has no address"))))
+    silence.map_or(Ok(None), Err)
 }
 
 async fn dial_one(
@@ -91,7 +117,8 @@ async fn dial_one(
 /// The addresses of `HOST:PORT`, `HOST`, `[v6]:PORT` or a bare address.
 async fn resolve(addr: &str) -> Result<Vec<SocketAddr>> {
     let addr = addr.trim();
-    if let Ok(ip) = addr.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>() {
+    let bare = addr.strip_prefix('[').and_then(|a| a.strip_suffix(']')).unwrap_or(addr);
+    if let Ok(ip) = bare.parse::<IpAddr>() {
         return Ok(vec![SocketAddr::new(ip, PORT)]);
     }
     let has_port = addr.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
@@ -175,3 +202,7 @@ pub fn explain(error: &ConnectionError, purpose: Purpose, peer: &str) -> Error {
         ConnectionError::CidsExhausted => new(ErrorKind::Limit, format!("no connection to {peer} can be numbered")),
     }
 }
+
+#[cfg(test)]
+#[path = "connect_tests.rs"]
+mod tests;

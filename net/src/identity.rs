@@ -164,6 +164,11 @@ impl HostKey {
         Ok(certificate.der().clone())
     }
 
+    /// DER of the public key's SubjectPublicKeyInfo.
+    pub fn spki(&self) -> Vec<u8> {
+        spki_of_key(&self.key)
+    }
+
     pub(crate) fn private_key(&self) -> PrivateKeyDer<'static> {
         PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(self.key.serialize_der()))
     }
@@ -186,7 +191,7 @@ impl std::fmt::Debug for HostIdentity {
 impl HostIdentity {
     /// Puts together what a join brought; refuses a certificate that is not for this key.
     pub fn new(key: &HostKey, certificate: CertificateDer<'static>, ca: CertificateDer<'static>) -> Result<Self> {
-        if spki_of(&certificate)? != spki_of_key(&key.key) {
+        if spki_of(&certificate)? != key.spki() {
             return Err(Error::new(ErrorKind::Protocol, "the receiver signed another key than ours"));
         }
         Ok(Self { name: host_name_of(&certificate)?, key: key.private_key(), certificate, ca })

@@ -3,7 +3,7 @@ use std::os::unix::fs::PermissionsExt;
 
 fn joined(authority: &Authority, name: &str) -> HostIdentity {
     let key = HostKey::generate().expect("key");
-    let certificate = authority.sign_host_der(name, &spki_of_key(&key.key)).expect("sign");
+    let certificate = authority.sign_host_der(name, &key.spki()).expect("sign");
     HostIdentity::new(&key, certificate, authority.ca().clone()).expect("identity")
 }
 
@@ -74,7 +74,7 @@ fn a_host_identity_comes_back_and_is_replaced_whole() {
 fn signing_checks_name_and_key() {
     let dir = tempfile::tempdir().expect("temporary directory");
     let authority = Authority::create(dir.path(), "recovery").expect("create");
-    let spki = spki_of_key(&HostKey::generate().expect("key").key);
+    let spki = HostKey::generate().expect("key").spki();
     assert_eq!(authority.sign_host("no spaces", &spki).expect_err("name").kind(), ErrorKind::BadName);
     for bad in [&b""[..], b"garbage", &spki[..spki.len() - 1]] {
         assert_eq!(authority.sign_host("db-1", bad).expect_err("key").kind(), ErrorKind::Crypto);

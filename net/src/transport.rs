@@ -1,4 +1,21 @@
 //! Every QUIC setting and socket option in one place, with its reason. Both sides use the same.
+//!
+//! Measured with `examples/loopback.rs` (TLS on, one stream, chunks of 1 MiB, sender and receiver as two processes on
+//! two busy cores; CPU in ms per 10^6 bytes, the middle of three runs; rates vary by a factor of two with the machine's
+//! other work, CPU by ±10 %):
+//!
+//! | largest datagram | rate MB/s | send | receive | |
+//! |---|---|---|---|---|
+//! | 1452 (a 1500-byte network) | 470 | 0.83 | 0.71 | |
+//! | 4000 | 1,090 | 0.40 | 0.36 | |
+//! | **6500** | 1,430 | 0.29 | 0.29 | one runtime thread: 0.26 / 0.27 |
+//! | 6500, no segmentation offload | 1,000 | 0.81 | 0.69 | |
+//! | 6500, chunks of 4 KiB | 1,660 | 0.46 | 0.33 | |
+//! | 6500, socket buffers of 208 KiB | 1,270 | 0.34 | 0.32 | 1 % of the packets lost |
+//! | 6500, BBR | 920–1,900 | 0.34 | 0.32 | within the noise of Cubic |
+//! | 8952 | 430 | 1.13 | 1.00 | broken: see [`MTU_MAX`] |
+//!
+//! Acknowledging every 2, 11 or 33 packets makes no difference beyond noise here; 4, 16 or 32 MiB of send window neither.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
@@ -48,7 +65,7 @@ pub const ACK_DELAY_MAX: Duration = Duration::from_millis(5);
 /// How the congestion window is found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Congestion {
-    /// Loss based, as TCP's default: proven.
+    /// Loss based, as TCP's default: proven, fair to the other traffic of a production line.
     Cubic,
     /// Model based; quinn calls its BBR experimental.
     Bbr,
