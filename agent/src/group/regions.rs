@@ -135,14 +135,12 @@ impl Regions {
     }
 }
 
-/// The extents of an image: the blocks to send without what the stream has overtaken. Offset, length, range of bytes in
-/// the region's buffer, or `None` for zeroes.
-pub fn image_extents(
-    read: &RegionRead,
-    blocks: Blocks,
-    overtaken: &ExtentSet,
-) -> Vec<(u64, u64, Option<(usize, usize)>)> {
-    let mut extents: Vec<(u64, u64, Option<(usize, usize)>)> = Vec::new();
+/// Offset in the volume, length, range of bytes in the region's buffer, or `None` for zeroes.
+pub type ImagePart = (u64, u64, Option<(usize, usize)>);
+
+/// The extents of an image: the blocks to send without what the stream has overtaken.
+pub fn image_extents(read: &RegionRead, blocks: Blocks, overtaken: &ExtentSet) -> Vec<ImagePart> {
+    let mut extents: Vec<ImagePart> = Vec::new();
     for (index, digest) in read.digests.iter().enumerate().filter(|(index, _)| blocks & (1 << index) != 0) {
         let start = read.extent.start + index as u64 * DIGEST_BLOCK_BYTES;
         let block = Extent { start, end: (start + DIGEST_BLOCK_BYTES).min(read.extent.end) };

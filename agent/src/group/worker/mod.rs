@@ -1,0 +1,467 @@
+//! The owner of a group: one loop that walks the ring, cuts frames, sends, and decides what is told to the receiver.
+//! Nothing else changes the group's state; others send commands or read [`GroupShared`].
+
+mod receive;
+mod send;
+mod turn;
+
+use super::compress::Compression;
+use super::cut::{Met, cut, walk};
+use super::gap::GapState;
+use super::regions::{Next, Regions, image_extents, touched_blocks};
+use super::session::{self, Ended, Event};
+use super::shared::{Counters, GroupShared};
+use super::source::{Source, Troubles, dirty_regions, set_all_dirty};
+use super::sync::{FromSync, Purpose, RegionRead, SyncThread};
+use super::verify::VerifyRun;
+use crate::clock;
+use crate::link::LinkView;
+use bytes::Bytes;
+use quinn::SendStream;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, oneshot, watch};
+use varve_common::format::{Mark, MarkKind};
+use varve_common::geometry::Extent;
+use varve_common::problem::Problem;
+use varve_common::record::RecordKind;
+use varve_common::state::{GapReason, Link};
+use varve_common::wire::messages::{self, Ask, Hello, Report, Verify, VolumeHello, Welcome};
+use varve_common::wire::{Codec, Frame, FrameKind, Image, WireError};
+use varve_io::aligned::{BufPool, PooledBuf};
+
+/// Plain bytes of a data frame, unless one record alone is larger.
+pub const FRAME_BYTES: u64 = 512 << 10;
+/// Bytes of records walked or sent before anything else gets its turn.
+const TURN_BYTES: u64 = 4 << 20;
+/// Pause between looks at the ring while writes come in.
+const POLL_MIN: Duration = Duration::from_millis(1);
+/// Longest pause: what an idle group costs (100 looks a second, far below 0.5 % of a core) and what its first write waits.
+const POLL_MAX: Duration = Duration::from_millis(10);
+/// Between two canaries.
+const CANARY_EVERY: Duration = Duration::from_secs(1);
+/// Between two reports to the receiver.
+const REPORT_EVERY: Duration = Duration::from_millis(500);
+/// Pause after a session ended, growing with the failures in a row.
+const RETRY_MIN: Duration = Duration::from_millis(100);
+/// Longest such pause.
+const RETRY_MAX: Duration = Duration::from_secs(10);
+/// How long a bookmark waits for the receiver before it is answered as not durable yet.
+const BOOKMARK_WAIT: Duration = Duration::from_secs(5);
+/// Bookmarks that may wait at once.
+const BOOKMARKS_MAX: usize = 64;
+
+/// What others want of the worker.
+pub enum Command {
+    /// Set a bookmark; answered with its position, its time, and whether it is durable.
+    Bookmark(String, oneshot::Sender<Result<(u64, u64, bool), Problem>>),
+    /// Begin a verify; answered with its number.
+    Verify(bool, oneshot::Sender<Result<u64, Problem>>),
+}
+
+/// A bookmark on its way.
+struct Pending {
+    name: String,
+    met: Option<(u64, u64)>,
+    since: Instant,
+    answer: oneshot::Sender<Result<(u64, u64, bool), Problem>>,
+}
+
+/// What a worker is made of.
+pub struct Worker {
+    /// Shared with status.
+    pub shared: Arc<GroupShared>,
+    /// Capture.
+    pub source: Arc<dyn Source>,
+    /// Reads the volumes.
+    pub sync: SyncThread,
+    /// What it read.
+    pub from_sync: mpsc::Receiver<FromSync>,
+    /// Wishes.
+    pub commands: mpsc::Receiver<Command>,
+    /// The connection.
+    pub link: watch::Receiver<LinkView>,
+    /// `true`: the group ends.
+    pub stop: watch::Receiver<bool>,
+    /// `recursion_misses` of the capture programs, kept up to date by the daemon.
+    pub misses: Arc<AtomicU64>,
+    /// Buffers for frames, shared by all groups.
+    pub frames: BufPool,
+    /// What is said in every Hello.
+    pub volumes: Vec<VolumeHello>,
+    /// Compress where it pays.
+    pub compression: bool,
+    /// Told when the group is consistent for the first time.
+    pub on_consistent: Box<dyn Fn() + Send + Sync>,
+}
+
+/// What lasts over sessions.
+struct State {
+    gap: GapState,
+    troubles: Troubles,
+    misses: u64,
+    /// Records before were walked.
+    walked: u64,
+    sessions: u64,
+    /// The receiver has known this ring.
+    known_there: bool,
+    bookmarks: Vec<Pending>,
+    verify: Option<VerifyRun>,
+    verifies: u64,
+    /// A `GapEnd` was sent at this position and is not known to have landed.
+    closing: Option<u64>,
+    offset: clock::Offset,
+    last_canary: Instant,
+    read_failed: bool,
+}
+
+/// What lasts as long as one session.
+struct Session {
+    send: SendStream,
+    number: u64,
+    /// Everything before was sent.
+    sent: u64,
+    /// What the receiver believes after the marks sent so far.
+    remote_consistent: bool,
+    fresh: Vec<bool>,
+    regions: Regions,
+    last_report: Option<Instant>,
+    compression: Compression,
+    image_body: Vec<u8>,
+}
+
+/// A frame's bytes in a pooled buffer, as `bytes` wants them.
+struct PooledBody {
+    buf: PooledBuf,
+    length: usize,
+}
+
+impl AsRef<[u8]> for PooledBody {
+    fn as_ref(&self) -> &[u8] {
+        &self.buf[..self.length]
+    }
+}
+
+impl Worker {
+    /// Runs until the group ends.
+    pub async fn run(mut self) {
+        let now = Instant::now();
+        let mut state = State {
+            gap: GapState::new(if self.shared.facts().ever_consistent {
+                GapReason::NewRing
+            } else {
+                GapReason::InitialSync
+            }),
+            troubles: self.source.troubles(),
+            misses: self.misses.load(Ordering::Acquire),
+            walked: self.source.stream().consumer(),
+            sessions: 0,
+            known_there: false,
+            bookmarks: Vec::new(),
+            verify: None,
+            verifies: 0,
+            closing: None,
+            offset: clock::Offset::new(clock::wall_ns(), clock::boot_ns()),
+            last_canary: now,
+            read_failed: false,
+        };
+        if self.shared.facts().ever_consistent {
+            state.gap.note_ever_consistent();
+        }
+        let mut retry = RETRY_MIN;
+        while !*self.stop.borrow() {
+            let Some(connection) = self.wait_for_connection(&mut state).await else { break };
+            let began = Instant::now();
+            let ended = self.session(&mut state, connection).await;
+            session::count(&self.shared, &ended);
+            if matches!(ended, Ended::Stopped) {
+                break;
+            }
+            retry = if began.elapsed() > RETRY_MAX { RETRY_MIN } else { (retry * 2).min(RETRY_MAX) };
+            self.note_ended(&ended);
+            self.idle(&mut state, retry).await;
+        }
+        // Frees the sync thread if it waits to hand something over.
+        self.from_sync.close();
+        for pending in state.bookmarks {
+            let _ = pending.answer.send(Err(session::not_streaming(&self.shared.name)));
+        }
+    }
+
+    fn note_ended(&self, ended: &Ended) {
+        let why = ended.explain();
+        let mut facts = self.shared.facts();
+        facts.link =
+            if matches!(ended, Ended::Refused(_) | Ended::Protocol(_)) { Link::Refused } else { Link::Disconnected };
+        if facts.link_reason.as_ref() != Some(&why) {
+            tracing::warn!(group = %self.shared.name, "session ended: {why}");
+        }
+        facts.link_reason = Some(why);
+    }
+
+    /// `None`: the group ends.
+    async fn wait_for_connection(&mut self, state: &mut State) -> Option<quinn::Connection> {
+        loop {
+            if *self.stop.borrow() {
+                return None;
+            }
+            {
+                let view = self.link.borrow_and_update();
+                if let Some(connection) = view.connection.clone().filter(|c| c.close_reason().is_none()) {
+                    return Some(connection);
+                }
+                let mut facts = self.shared.facts();
+                facts.link = view.link;
+                facts.link_reason.clone_from(&view.reason);
+            }
+            self.idle(state, Duration::from_millis(500)).await;
+        }
+    }
+
+    /// What must go on without a session, for `pause` or until the connection changes.
+    async fn idle(&mut self, state: &mut State, pause: Duration) {
+        let until = Instant::now() + pause;
+        while Instant::now() < until && !*self.stop.borrow() {
+            self.every_turn(state, None);
+            self.walk(state);
+            let left = until.saturating_duration_since(Instant::now()).min(Duration::from_millis(100));
+            tokio::select! {
+                () = tokio::time::sleep(left) => {}
+                changed = self.link.changed() => { if changed.is_err() || self.link.borrow().connection.is_some() { return } }
+                _ = self.stop.changed() => return,
+                Some(command) = self.commands.recv() => self.command(state, command, false),
+                Some(from_sync) = self.from_sync.recv() => self.return_region(from_sync),
+            }
+        }
+    }
+
+    /// A region that was read for a session that is over.
+    fn return_region(&self, from_sync: FromSync) {
+        if let FromSync::Read(read) = from_sync {
+            self.give_back(&read);
+        }
+    }
+
+    /// A region that was not sent: its bit is set again.
+    fn give_back(&self, read: &RegionRead) {
+        lock(&self.sync.shared().tracker).forget(read.id);
+        if read.purpose == Purpose::Send {
+            self.source.track(usize::from(read.volume)).set_dirty(read.region);
+            self.sync.shared().done();
+        }
+    }
+
+    async fn session(&mut self, state: &mut State, connection: quinn::Connection) -> Ended {
+        self.shared.facts().link = Link::Handshaking;
+        let stream = self.source.stream();
+        let hello = Hello {
+            group: self.shared.name.clone(),
+            epoch: self.shared.facts().epoch,
+            incarnation: self.shared.incarnation,
+            oldest: stream.consumer(),
+            newest: stream.producer(),
+            volumes: self.volumes.clone(),
+            software: env!("CARGO_PKG_VERSION").to_owned(),
+        };
+        let mut stop = self.stop.clone();
+        let (send, recv, welcome) = tokio::select! {
+            opened = session::open(&connection, &hello) => match opened {
+                Ok(opened) => opened,
+                Err(ended) => return ended,
+            },
+            _ = stop.wait_for(|stop| *stop) => return Ended::Stopped,
+        };
+        let sent_max = Arc::new(AtomicU64::new(stream.consumer()));
+        let (mut events, reader) = self.spawn_reader(recv, sent_max.clone());
+        let outcome = self.converse(state, send, welcome, &mut events, &sent_max).await;
+        reader.abort();
+        self.sync.shared().pause();
+        outcome
+    }
+
+    fn spawn_reader(
+        &self,
+        recv: quinn::RecvStream,
+        sent_max: Arc<AtomicU64>,
+    ) -> (mpsc::Receiver<Event>, tokio::task::JoinHandle<()>) {
+        let (source, shared) = (self.source.clone(), self.shared.clone());
+        session::spawn_reader(recv, self.shared.clone(), move |durable| {
+            // A receiver that acknowledges what was never sent is broken: releasing it would lose writes.
+            if durable > sent_max.load(Ordering::Acquire) {
+                return Err(WireError::Decode {
+                    kind: FrameKind::Ack,
+                    why: format!("position {durable} was not sent"),
+                });
+            }
+            if durable > source.stream().consumer() {
+                source.stream().release(durable);
+                shared.durable.store(durable, Ordering::Release);
+            }
+            Ok(())
+        })
+    }
+
+    /// The session proper: returns why it ended.
+    async fn converse(
+        &mut self,
+        state: &mut State,
+        send: SendStream,
+        welcome: Welcome,
+        events: &mut mpsc::Receiver<Event>,
+        sent_max: &AtomicU64,
+    ) -> Ended {
+        state.sessions += 1;
+        Counters::add(&self.shared.counters.sessions, 1);
+        let mut session = Session {
+            send,
+            number: state.sessions,
+            sent: self.source.stream().consumer(),
+            remote_consistent: welcome.consistent,
+            fresh: welcome.fresh.clone(),
+            regions: Regions::default(),
+            last_report: None,
+            compression: Compression::new(self.compression, Instant::now()),
+            image_body: Vec::new(),
+        };
+        let ended = match self.agree(state, &mut session, welcome).await {
+            Ok(()) => {
+                sent_max.store(session.sent, Ordering::Release);
+                self.turns(state, &mut session, events, sent_max).await
+            }
+            Err(ended) => ended,
+        };
+        for read in session.regions.drain() {
+            self.give_back(&read);
+        }
+        if let Some(run) = state.verify.as_mut().filter(|run| !run.outcome().finished) {
+            run.fail(format!("the session ended: {}", ended.explain()));
+            self.shared.facts().verify = Some(run.outcome().clone());
+        }
+        if matches!(ended, Ended::Stopped) {
+            // Polite, so that the receiver does not report a loss; it does not matter if it cannot be said.
+            let _ = session.send.finish();
+        }
+        ended
+    }
+
+    /// Where the stream goes on, and what must be compared first.
+    async fn agree(&mut self, state: &mut State, session: &mut Session, welcome: Welcome) -> Result<(), Ended> {
+        let stream = self.source.stream();
+        let resumable = welcome.resume.filter(|at| (stream.consumer()..=stream.producer()).contains(at));
+        match resumable {
+            Some(position) => {
+                stream.release(position);
+                self.shared.durable.store(position, Ordering::Release);
+                session.sent = position;
+                state.walked = state.walked.max(position);
+                state.closing = None;
+                if session.remote_consistent && state.gap.open().is_none() && self.shared.facts().gap.is_some() {
+                    // The GapEnd landed in the last session, which ended before we heard of it.
+                    self.gap_is_closed(state);
+                }
+            }
+            None => self.begin(state, session).await?,
+        }
+        state.known_there = true;
+        tracing::info!(
+            group = %self.shared.name,
+            position = session.sent,
+            resumed = resumable.is_some(),
+            consistent = session.remote_consistent,
+            "streaming"
+        );
+        {
+            let mut facts = self.shared.facts();
+            facts.link = Link::Streaming;
+            facts.link_reason = None;
+            facts.replicas = welcome.replicas;
+            facts.epoch = welcome.epoch;
+        }
+        self.sync.shared().start(session.number, session.fresh.clone());
+        Ok(())
+    }
+
+    /// The receiver does not know this ring (or cannot go on with it): everything is compared.
+    async fn begin(&mut self, state: &mut State, session: &mut Session) -> Result<(), Ended> {
+        let reason = match (state.known_there, state.gap.ever_consistent()) {
+            (true, _) => GapReason::ReplicaChanged,
+            (false, true) => GapReason::NewRing,
+            (false, false) => GapReason::InitialSync,
+        };
+        let position = self.source.stream().consumer();
+        set_all_dirty(&*self.source);
+        state.gap.restart(reason, position);
+        state.closing = None;
+        self.shared.gap_opened(reason);
+        session.sent = position;
+        session.remote_consistent = false;
+        self.send_mark(session, MarkKind::Begin, Some(reason)).await
+    }
+
+    async fn turns(
+        &mut self,
+        state: &mut State,
+        session: &mut Session,
+        events: &mut mpsc::Receiver<Event>,
+        sent_max: &AtomicU64,
+    ) -> Ended {
+        let mut pause = POLL_MIN;
+        loop {
+            if *self.stop.borrow() {
+                return Ended::Stopped;
+            }
+            self.every_turn(state, Some(session));
+            self.walk(state);
+            let busy = match self.send_turn(state, session, sent_max).await {
+                Ok(busy) => busy,
+                Err(ended) => return self.better_reason(events, ended).await,
+            };
+            if busy {
+                pause = POLL_MIN;
+                // Whatever came in meanwhile gets its turn, without waiting for it.
+                while let Ok(event) = events.try_recv() {
+                    if let Err(ended) = self.event(state, session, event).await {
+                        return ended;
+                    }
+                }
+                while let Ok(from_sync) = self.from_sync.try_recv() {
+                    self.region_came(state, session, from_sync);
+                }
+                tokio::task::yield_now().await;
+                continue;
+            }
+            tokio::select! {
+                biased;
+                event = events.recv() => {
+                    let event = event.unwrap_or(Event::Ended(Ended::Lost("the reader stopped".to_owned())));
+                    if let Err(ended) = self.event(state, session, event).await {
+                        return ended;
+                    }
+                    pause = POLL_MIN;
+                }
+                Some(from_sync) = self.from_sync.recv() => { self.region_came(state, session, from_sync); pause = POLL_MIN }
+                Some(command) = self.commands.recv() => { self.command(state, command, true); pause = POLL_MIN }
+                _ = self.stop.changed() => {}
+                () = tokio::time::sleep(pause) => pause = (pause * 5 / 4).min(POLL_MAX),
+            }
+        }
+    }
+
+    /// A write that fails often has its reason waiting in the other direction.
+    async fn better_reason(&self, events: &mut mpsc::Receiver<Event>, ended: Ended) -> Ended {
+        let wait = async {
+            while let Some(event) = events.recv().await {
+                if let Event::Ended(better @ (Ended::Refused(_) | Ended::Protocol(_))) = event {
+                    return Some(better);
+                }
+            }
+            None
+        };
+        tokio::time::timeout(Duration::from_secs(1), wait).await.ok().flatten().unwrap_or(ended)
+    }
+}
+
+fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,143 @@
+//! What goes out: data, marks, images, reports.
+
+use super::*;
+
+impl Worker {
+    /// Sends what there is to send; whether there was something.
+    pub(super) async fn send_turn(
+        &mut self,
+        state: &mut State,
+        session: &mut Session,
+        sent_max: &AtomicU64,
+    ) -> Result<bool, Ended> {
+        let mut busy = self.send_data(state, session, sent_max).await?;
+        if let Some(mark) = state.gap.next_mark(session.remote_consistent, session.sent) {
+            self.send_mark(session, mark.kind, mark.reason).await?;
+            session.remote_consistent = mark.kind == MarkKind::GapEnd;
+            if session.remote_consistent {
+                state.closing = Some(session.sent);
+                // What is acknowledged after the mark proves that the mark has landed: do not wait for the next write.
+                let _ = self.source.mark(RecordKind::Canary, &[]);
+            }
+            busy = true;
+        }
+        while let Some(next) = {
+            let fresh = &session.fresh;
+            session.regions.next(session.sent, |volume| fresh.get(usize::from(volume)).copied().unwrap_or(false))
+        } {
+            self.region(session, next).await?;
+            busy = true;
+        }
+        self.drive_verify(state);
+        self.finish_gap(state, session);
+        self.report(session).await?;
+        Ok(busy)
+    }
+
+    pub(super) async fn send_data(
+        &mut self,
+        state: &State,
+        session: &mut Session,
+        sent_max: &AtomicU64,
+    ) -> Result<bool, Ended> {
+        let limit = state.gap.cut_limit(session.remote_consistent);
+        let until = limit.map_or(state.walked, |limit| state.walked.min(limit.max(session.sent)));
+        let turn_end = session.sent + TURN_BYTES;
+        let mut busy = false;
+        while session.sent < until && session.sent < turn_end {
+            let end = cut(self.source.stream(), session.sent, until, FRAME_BYTES);
+            if end == session.sent {
+                break;
+            }
+            // All buffers are on their way: whatever else there is to do goes first.
+            let Some(mut buf) = self.frames.take() else { return Ok(busy) };
+            let length = (end - session.sent) as usize;
+            self.source.stream().copy_out(session.sent, &mut buf[..length]);
+            let mut frame = Frame::plain(FrameKind::Data, session.sent, &buf[..length]);
+            let mut body = PooledBody { buf, length };
+            if session.compression.wanted() {
+                self.compress(session, &mut frame, &mut body);
+            }
+            sent_max.store(end, Ordering::Release);
+            let wire_bytes = body.length as u64;
+            let before = Instant::now();
+            session::send_frame(&mut session.send, frame, Bytes::from_owner(body)).await?;
+            let now = Instant::now();
+            session.compression.sent(wire_bytes, now - before, now);
+            Counters::add(&self.shared.counters.frames, 1);
+            Counters::add(&self.shared.counters.stream_bytes, length as u64);
+            Counters::add(&self.shared.counters.wire_bytes, wire_bytes);
+            session.sent = end;
+            busy = true;
+        }
+        Ok(busy)
+    }
+
+    pub(super) fn compress(&self, session: &mut Session, frame: &mut Frame, body: &mut PooledBody) {
+        let Some(mut packed) = self.frames.take() else { return };
+        let Ok(length) = lz4_flex::block::compress_into(body.as_ref(), &mut packed) else { return };
+        if session.compression.worth(body.length, length) {
+            frame.codec = Codec::Lz4;
+            frame.body_bytes = length;
+            *body = PooledBody { buf: packed, length };
+            Counters::add(&self.shared.counters.frames_compressed, 1);
+        }
+    }
+
+    pub(super) async fn send_mark(
+        &self,
+        session: &mut Session,
+        kind: MarkKind,
+        reason: Option<GapReason>,
+    ) -> Result<(), Ended> {
+        let mark = Mark {
+            kind,
+            reason,
+            incarnation: self.shared.incarnation,
+            position: session.sent,
+            time_ns: clock::wall_ns(),
+            epoch: self.shared.facts().epoch,
+        };
+        session::send_control(&mut session.send, FrameKind::Mark, session.sent, mark.encode().to_vec()).await
+    }
+
+    pub(super) async fn send_image(&self, session: &mut Session, id: u64, blocks: u16) -> Result<(), Ended> {
+        let Some(read) = session.regions.get(id) else { return Ok(()) };
+        let overtaken = lock(&self.sync.shared().tracker).overtaken(id);
+        let extents = image_extents(read, blocks, &overtaken);
+        if extents.is_empty() {
+            self.region_done(session, id);
+            return Ok(());
+        }
+        let slices: Vec<(u64, u64, Option<&[u8]>)> = extents
+            .iter()
+            .map(|(offset, length, range)| (*offset, *length, range.map(|(from, to)| &read.bytes[from..to])))
+            .collect();
+        session.image_body.clear();
+        Image::encode(id, read.volume, &slices, &mut session.image_body);
+        let frame = Frame::plain(FrameKind::Image, session.sent, &session.image_body);
+        Counters::add(&self.shared.counters.image_bytes, session.image_body.len() as u64);
+        let body = Bytes::from(std::mem::take(&mut session.image_body));
+        session::send_frame(&mut session.send, frame, body).await
+    }
+
+    pub(super) async fn report(&mut self, session: &mut Session) -> Result<(), Ended> {
+        let now = Instant::now();
+        if session.last_report.is_some_and(|last| now.duration_since(last) < REPORT_EVERY) {
+            return Ok(());
+        }
+        session.last_report = Some(now);
+        if self.shared.facts().gap.is_some() {
+            self.update_sync_facts();
+        }
+        let report = Report {
+            captured: self.source.stream().producer(),
+            data: self.shared.data(),
+            rpo_ms: self.shared.rpo().map_or(0, |rpo| rpo.as_millis() as u64),
+            reason: self.shared.facts().gap,
+            resync: self.shared.resync(),
+            verify: self.shared.facts().verify.clone(),
+        };
+        session::send_control(&mut session.send, FrameKind::Report, session.sent, messages::encode(&report)).await
+    }
+}

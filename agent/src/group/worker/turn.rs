@@ -1,0 +1,150 @@
+//! What every turn looks at, with or without a session: the clock, the ring, the events of the capture, the end of a gap.
+
+use super::*;
+
+impl Worker {
+    /// Cheap work of every turn: the clock, canaries, events of the capture.
+    pub(super) fn every_turn(&mut self, state: &mut State, session: Option<&mut Session>) {
+        let now = Instant::now();
+        if now.duration_since(state.last_canary) >= CANARY_EVERY {
+            state.last_canary = now;
+            state.offset.follow(clock::wall_ns(), clock::boot_ns());
+            self.source.set_time_offset(state.offset.ns());
+            // A full ring has no room for a canary; that it is full is told by the counters below.
+            let _ = self.source.mark(RecordKind::Canary, &[]);
+        }
+        self.look_for_trouble(state, session.as_ref().map(|session| session.sent));
+        if state.closing.is_some_and(|position| self.shared.durable.load(Ordering::Acquire) > position) {
+            self.gap_is_closed(state);
+        }
+        self.answer_bookmarks(state);
+    }
+
+    /// The receiver has the `GapEnd`: only now may anybody be told.
+    pub(super) fn gap_is_closed(&self, state: &mut State) {
+        state.closing = None;
+        self.shared.gap_closed();
+        (self.on_consistent)();
+        tracing::info!(group = %self.shared.name, "protected");
+    }
+
+    /// Whatever put something outside the stream opens a gap; its regions are dirty already.
+    pub(super) fn look_for_trouble(&mut self, state: &mut State, sent: Option<u64>) {
+        let troubles = self.source.troubles();
+        let misses = self.misses.load(Ordering::Acquire);
+        if troubles == state.troubles && misses == state.misses {
+            return;
+        }
+        let before = std::mem::replace(&mut state.troubles, troubles);
+        let missed = std::mem::replace(&mut state.misses, misses) < misses;
+        let unknown_place =
+            missed || troubles.passthrough > before.passthrough || troubles.late_unknown > before.late_unknown;
+        if unknown_place {
+            set_all_dirty(&*self.source);
+        }
+        let reason = if missed {
+            GapReason::MissedEvents
+        } else if troubles.passthrough > before.passthrough {
+            GapReason::Passthrough
+        } else if troubles.dropped > before.dropped {
+            GapReason::RingFull
+        } else if troubles.unreadable > before.unreadable {
+            GapReason::UnreadablePage
+        } else if troubles.straddling > before.straddling {
+            GapReason::StraddlingWrite
+        } else if troubles.failed > before.failed {
+            GapReason::FailedWrite
+        } else {
+            GapReason::LateWrite
+        };
+        // Without a session nothing after the durable position was promised to anybody.
+        let here = sent.unwrap_or_else(|| self.source.stream().consumer());
+        let position = self.source.take_first_drop().unwrap_or(here).max(here);
+        if state.gap.begin(reason, position) {
+            state.closing = None;
+            tracing::warn!(group = %self.shared.name, position, "a gap begins: {}", reason.explain());
+            self.shared.gap_opened(reason);
+        }
+        self.update_sync_facts();
+        self.sync.shared().nudge();
+    }
+
+    pub(super) fn update_sync_facts(&self) {
+        let left = dirty_regions(&*self.source) + self.sync.shared().in_hand();
+        let mut facts = self.shared.facts();
+        facts.sync_left = left;
+        facts.sync_total = facts.sync_total.max(left);
+    }
+
+    /// Looks at the records that were committed since the last walk.
+    pub(super) fn walk(&mut self, state: &mut State) {
+        let stream = self.source.stream();
+        let mut tracker = lock(&self.sync.shared().tracker);
+        let (noting, bookmarks) = (!tracker.is_empty(), &mut state.bookmarks);
+        let until = stream.producer();
+        if !noting && bookmarks.is_empty() {
+            // Nobody wants to know what the records say, only where they end; frames are cut later.
+            state.walked = walk(stream, state.walked, until, TURN_BYTES, |_| {});
+            return;
+        }
+        state.walked = walk(stream, state.walked, until, TURN_BYTES, |Met::Record { position, end, header }| {
+            match RecordKind::from_number(header.kind) {
+                Some(kind) if kind.changes_data() => {
+                    if let Some(extent) = Extent::at(header.offset.get(), header.length.get()) {
+                        tracker.note(header.volume.get(), extent);
+                    }
+                }
+                Some(RecordKind::Bookmark) => {
+                    let mut name = vec![0; header.payload.get() as usize];
+                    stream.copy_out(position + 8 + size_of_val(&header) as u64, &mut name);
+                    let waiting = bookmarks.iter_mut().find(|p| p.met.is_none() && p.name.as_bytes() == name);
+                    if let Some(pending) = waiting {
+                        pending.met = Some((end, header.time_ns.get()));
+                    }
+                }
+                _ => {}
+            }
+        });
+    }
+
+    pub(super) fn answer_bookmarks(&self, state: &mut State) {
+        let durable = self.shared.durable.load(Ordering::Acquire);
+        let mut index = 0;
+        while index < state.bookmarks.len() {
+            let pending = &state.bookmarks[index];
+            let is_durable = pending.met.is_some_and(|(position, _)| position <= durable);
+            if !is_durable && pending.since.elapsed() < BOOKMARK_WAIT {
+                index += 1;
+                continue;
+            }
+            let pending = state.bookmarks.swap_remove(index);
+            let answer = pending.met.map(|(position, time)| (position, time, is_durable)).ok_or_else(|| {
+                Problem::failed(
+                    format!("bookmark '{}' was not seen in the stream", pending.name),
+                    "the stream does not advance",
+                    format!("look at 'varve status {}'", self.shared.name),
+                )
+            });
+            // Whoever asked may be gone.
+            let _ = pending.answer.send(answer);
+        }
+    }
+
+    /// Ends the gap if nothing is missing any more.
+    pub(super) fn finish_gap(&mut self, state: &mut State, session: &Session) {
+        if state.gap.open().is_none() || !session.regions.is_empty() {
+            return;
+        }
+        if !self.sync.shared().nothing_left(&*self.source) || !self.source.settled() {
+            return;
+        }
+        // Taken after the bitmaps were seen clean: a write that is dropped later stands behind this position.
+        let position = self.source.stream().producer();
+        self.look_for_trouble(state, Some(session.sent));
+        if !self.sync.shared().nothing_left(&*self.source) {
+            return;
+        }
+        state.gap.complete(position);
+        tracing::debug!(group = %self.shared.name, position, "the replica is complete");
+    }
+}
