@@ -270,6 +270,12 @@ impl Pair {
     #[track_caller]
     #[expect(clippy::new_without_default, reason = "it starts daemons")]
     pub fn new() -> Self {
+        Self::with_agent_config("")
+    }
+
+    /// The same with keys in `agent.toml` from the beginning.
+    #[track_caller]
+    pub fn with_agent_config(config: &str) -> Self {
         let address = format!("127.0.0.1:{}", free_port());
         let mut recovery = Installation::new();
         recovery.varve(&["receiver", "init", "--listen", &address]).ok();
@@ -277,6 +283,10 @@ impl Pair {
         let token = recovery.varve(&["host", "invite", "production", "--json"]).ok().json();
         let token = token["token"].as_str().expect("host invite --json has a token").to_owned();
         let mut production = Installation::new();
+        if !config.is_empty() {
+            std::fs::create_dir_all(production.root().join("etc/varve")).unwrap();
+            std::fs::write(production.root().join("etc/varve/agent.toml"), config).unwrap();
+        }
         production.varve(&["join", &address, &token]).ok();
         production.start(Role::Agent);
         Pair { production, recovery, address }
@@ -294,6 +304,25 @@ impl Pair {
         }
         self.production.varve(&args).ok();
         replicas
+    }
+
+    /// Waits until everything that was captured up to now is in the replica. Nobody may be writing.
+    #[track_caller]
+    pub fn wait_applied(&self, group: &str, limit: Duration) {
+        let offset = |status: &serde_json::Value, key: &str| -> Option<u64> {
+            status[key].as_str()?.rsplit_once(':')?.1.parse().ok()
+        };
+        let captured = self.production.group(group).and_then(|status| offset(&status, "captured"));
+        let captured = captured.unwrap_or_else(|| panic!("{group} has no captured position"));
+        let start = Instant::now();
+        loop {
+            let status = self.production.group(group);
+            if status.as_ref().and_then(|status| offset(status, "applied")).is_some_and(|applied| applied >= captured) {
+                return;
+            }
+            assert!(start.elapsed() < limit, "{group}: {captured} is not applied after {limit:?}: {status:#?}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// Waits until the group is `protected`; panics with the last status when `limit` passes.

@@ -11,6 +11,7 @@
     reason = "a test's broken assumption is a panic with a line number, there is nobody to hand an error to"
 )]
 
+mod aligned;
 mod command;
 mod database;
 mod device;
@@ -22,11 +23,13 @@ mod scratch;
 mod seed;
 mod slow;
 
+pub use aligned::Aligned;
 pub use command::{Child, Output, run, run_ok};
 pub use database::{Pgbench, Postgres};
 pub use device::{LoopDevice, LoopOptions, logical_sector_bytes, size_bytes};
 pub use fio::{Fio, FioResult, FioRun};
 pub use installation::{Installation, Pair, Role, free_port};
+pub use judge::{assert_same, compare_devices};
 pub use mount::{Filesystem, FullTmpfs, Mount};
 pub use scratch::Scratch;
 pub use seed::Seed;
