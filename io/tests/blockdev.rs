@@ -8,7 +8,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 
-use common::{Loop, Mounted, Zram, disk_dir, need_root, run, sparse_file, tmpfs_dir};
+use common::{Detach, Loop, Mounted, Zram, disk_dir, need_root, run, sparse_file, tmpfs_dir};
 use nix::sys::stat::{major, minor};
 use varve_io::DirectFile;
 use varve_io::blockdev::{BlockFacts, DevNo, disks_behind, in_use};
@@ -143,12 +143,6 @@ fn disks_under_stacked_loops() {
     run("mkfs.ext4", &["-q", outer.path.to_str().unwrap()]);
     let mount = Mounted::new(&[outer.path.to_str().unwrap()]);
     let file = sparse_file(mount.path(), "inner", 16 << 20);
-    struct Detach(String);
-    impl Drop for Detach {
-        fn drop(&mut self) {
-            let _ = std::process::Command::new("losetup").args(["--detach", &self.0]).status();
-        }
-    }
     let inner = Detach(run("losetup", &["--find", "--show", file.to_str().unwrap()]));
     let mut both = vec![dev_of(&outer.path), dev_of(Path::new(&inner.0))];
     both.sort();

@@ -6,7 +6,7 @@ mod common;
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
 
-use common::{Loop, Mounted, disk_dir, need_root, run, sparse_file};
+use common::{Detach, Loop, Mounted, disk_dir, need_root, run, sparse_file};
 use varve_io::{AlignedBuf, DirectFile, IoError, IoQueue, sparse};
 
 fn buf(bytes: usize) -> AlignedBuf {
@@ -88,6 +88,9 @@ fn a_file_cut_underneath_ends_the_read() {
         assert_eq!(error.kind(), ErrorKind::UnexpectedEof, "{}", error.chain());
         assert!(error.chain().contains("stopped after"), "{}", error.chain());
         let mut queue = IoQueue::new(4).unwrap();
+        // One slice: the first, short completion must be continued and then meet the end.
+        let error = queue.read_batch(&[&file], &mut [(0, 0, &mut memory[..])]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::UnexpectedEof, "{}", error.chain());
         let (low, high) = memory.split_at_mut(32 << 10);
         let error = queue.read_batch(&[&file], &mut [(0, 0, low), (0, 32 << 10, high)]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::UnexpectedEof, "{}", error.chain());
@@ -139,18 +142,28 @@ fn a_full_file_system_is_enospc() {
     }
 }
 
+/// Needs root. The kernel writes what has room and says how much: the rest must be tried again, fail,
+/// and be told.
+#[test]
+fn a_short_write_is_continued_to_its_error() {
+    let tmpfs = Mounted::new(&["-t", "tmpfs", "-o", "size=256k", "none"]);
+    let file = DirectFile::create_new(tmpfs.path().join("f"), 1 << 20, 0o600).unwrap();
+    let memory = buf(1 << 20);
+    let error = IoQueue::new(8).unwrap().write_batch(&[&file], &[(0, 0, &memory[..])]).unwrap_err();
+    assert!(error.is_no_space(), "{}", error.chain());
+    assert!(!error.doing().contains("1048576 bytes at 0 "), "the first part was written: {error}");
+    sparse::punch_hole(&file, 0, 1 << 20).unwrap();
+    assert!(file.write_all_at(&memory, 0).unwrap_err().is_no_space());
+    sparse::punch_hole(&file, 0, 1 << 20).unwrap();
+    assert!(file.write_all_at_durable(&memory, 0).unwrap_err().is_no_space());
+}
+
 /// Needs root. A loop file on a full tmpfs: the block device takes the write and fails it.
 #[test]
 fn a_failing_device_is_told_from_a_full_one() {
     need_root();
     let tmpfs = Mounted::new(&["-t", "tmpfs", "-o", "size=1m", "none"]);
     let backing = sparse_file(tmpfs.path(), "backing", 16 << 20);
-    struct Detach(String);
-    impl Drop for Detach {
-        fn drop(&mut self) {
-            let _ = std::process::Command::new("losetup").args(["--detach", &self.0]).status();
-        }
-    }
     let device = Detach(run("losetup", &["--find", "--show", backing.to_str().unwrap()]));
     let file = DirectFile::open_rw(&device.0).unwrap();
     let memory = buf(1 << 20);

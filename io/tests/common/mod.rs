@@ -88,7 +88,33 @@ impl Loop {
 
 impl Drop for Loop {
     fn drop(&mut self) {
-        let _ = Command::new("losetup").arg("--detach").arg(&self.path).status();
+        detach(&self.path);
+    }
+}
+
+/// Detaches a loop device and its partitions, and waits until the kernel has done it: a detach is put off
+/// while anybody (a scan of all devices in another test) has the device open, and holds up the unmount
+/// of the file system that the backing file is on.
+pub(crate) fn detach(device: &Path) {
+    let name = device.to_str().unwrap_or_default();
+    let attribute = format!("/sys/block/{}/loop/backing_file", name.trim_start_matches("/dev/"));
+    let Ok(ours) = fs::read_to_string(&attribute) else { return };
+    // Fails where there are none, which is the rule.
+    let _ = Command::new("partx").args(["--delete", name]).output();
+    // Once: a second try could hit a device of somebody else, who was given the freed number.
+    let _ = Command::new("losetup").args(["--detach", name]).status();
+    let limit = Instant::now() + Duration::from_secs(5);
+    while fs::read_to_string(&attribute).is_ok_and(|now| now == ours) && Instant::now() < limit {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A loop device by its node, detached when dropped.
+pub(crate) struct Detach(pub(crate) String);
+
+impl Drop for Detach {
+    fn drop(&mut self) {
+        detach(Path::new(&self.0));
     }
 }
 
@@ -114,7 +140,14 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.target.path()).status();
+        for _ in 0..100 {
+            match Command::new("umount").arg(self.target.path()).output() {
+                Ok(output) if output.status.success() => return,
+                _ => std::thread::sleep(Duration::from_millis(20)),
+            }
+        }
+        // No panic: this runs while a test fails.
+        eprintln!("LEFT BEHIND: {} is still mounted after two seconds", self.target.path().display());
     }
 }
 
