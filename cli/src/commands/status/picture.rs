@@ -19,12 +19,15 @@ pub(crate) struct Picture {
     /// Bytes per second of running syncs, where they are known (see [`key`]).
     #[serde(skip)]
     pub(crate) rates: BTreeMap<String, f64>,
+    /// It is on the screen of `--watch`, which needs not be suggested.
+    #[serde(skip)]
+    pub(crate) watched: bool,
 }
 
 /// A daemon that did not answer.
 #[derive(Debug, Serialize)]
 pub(crate) struct DaemonProblem {
-    /// `agent` or `receiver`.
+    /// `agent` or `receiver`; `host` if neither is set up any more.
     pub(crate) daemon: &'static str,
     /// Why not, and what to do.
     #[serde(flatten)]

@@ -64,7 +64,9 @@ fn groups(picture: &Picture, varve: &str) -> Vec<String> {
     let mut lines: Vec<String> = table.next().into_iter().collect();
     for (row, group) in table.zip(&picture.groups) {
         lines.push(row);
-        lines.extend(details(group, picture.rates.get(&key(group)).copied(), varve));
+        lines.extend(details(group, picture.rates.get(&key(group)).copied()));
+        let next = advice::next_step(group, varve, picture.watched);
+        lines.extend(next.map(|text| detail("next", &text)));
     }
     lines
 }
@@ -100,7 +102,11 @@ pub(crate) fn word<T: serde::Serialize>(value: &T) -> String {
     }
 }
 
-fn details(group: &GroupStatus, rate: Option<f64>, varve: &str) -> Vec<String> {
+fn detail(name: &str, text: &str) -> String {
+    format!("  {name:<6}  {text}")
+}
+
+fn details(group: &GroupStatus, rate: Option<f64>) -> Vec<String> {
     let mut rows: Vec<(&str, String)> = Vec::new();
     let explained = group.gap_reason.map(|reason| reason.explain().to_owned());
     if let Some(reason) = &group.reason {
@@ -117,8 +123,7 @@ fn details(group: &GroupStatus, rate: Option<f64>, varve: &str) -> Vec<String> {
         let replica = volume.replica.as_deref().map(|path| format!(" -> {path}")).unwrap_or_default();
         rows.push(("volume", format!("{} ({}){replica}", volume.path, words::bytes(volume.bytes))));
     }
-    rows.extend(advice::next_step(group, varve).map(|text| ("next", text)));
-    rows.into_iter().map(|(name, text)| format!("  {name:<6}  {text}")).collect()
+    rows.into_iter().map(|(name, text)| detail(name, &text)).collect()
 }
 
 fn sync_text(group: &GroupStatus, rate: Option<f64>) -> Option<String> {

@@ -19,6 +19,7 @@ pub(crate) fn run(context: &Context, group: Option<&str>, first: Picture) -> Out
     let mut next = Instant::now();
     loop {
         picture.rates = rates.of(&picture, Instant::now());
+        picture.watched = true;
         if context.json {
             print_json(&picture);
         } else if on_terminal() {
@@ -37,7 +38,7 @@ pub(crate) fn run(context: &Context, group: Option<&str>, first: Picture) -> Out
             // The group was unprotected meanwhile: there is nothing left to watch.
             Err(problem) if problem.kind == ProblemKind::NotFound => return Err(problem),
             Err(problem) => Picture {
-                problems: vec![super::picture::DaemonProblem { daemon: "status", problem }],
+                problems: vec![super::picture::DaemonProblem { daemon: "host", problem }],
                 ..Picture::default()
             },
         };
