@@ -8,7 +8,7 @@ use nix::mount::{MntFlags, umount2};
 use crate::{Child, LoopDevice, LoopOptions, Scratch, complain, wait_until};
 
 /// A loop device over a FUSE file over an NBD server that waits before it answers: requests stay in flight for as long
-/// as asked, which no local disk does. `Drop` takes all of it down, top first.
+/// as asked, about five at a time, which no local disk does. `Drop` takes all of it down, top first.
 #[derive(Debug)]
 pub struct SlowDevice {
     // The order of the fields is the order of their end; see `Drop`.

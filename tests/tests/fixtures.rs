@@ -121,10 +121,11 @@ fn slow_device_keeps_requests_in_flight_and_goes_away() {
         file.write_all_at(&buffer[from..from + 4096], 0).unwrap();
         assert!(start.elapsed() >= delay, "a write took {:?} only", start.elapsed());
 
-        // Sixteen at once take about as long as one: they really are in flight together.
-        let result = Fio::new(device.path()).depth(16).option("number_ios=16").run(&scratch);
-        assert_eq!(result.writes, 16);
-        assert!(result.write_p99 < 6 * delay, "16 writes one after the other: {:?}", result.write_p99);
+        // About five are in flight at a time (nbdfuse); one after the other would take 8 seconds.
+        let start = Instant::now();
+        let result = Fio::new(device.path()).depth(16).option("number_ios=32").run(&scratch);
+        assert_eq!(result.writes, 32);
+        assert!(start.elapsed() < 24 * delay, "32 writes took {:?}", start.elapsed());
     }
     assert_eq!(traces(scratch.path()), "");
 }
