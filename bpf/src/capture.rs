@@ -3,7 +3,7 @@
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
@@ -18,6 +18,7 @@ use crate::layout::*;
 use crate::memory::{Table, program_statistics};
 use crate::skeleton::VarveSkelBuilder;
 use crate::slots::Slots;
+use crate::tend::Stuck;
 
 /// How to load.
 #[derive(Clone, Debug)]
@@ -37,6 +38,9 @@ pub struct ProgramCost {
     pub run_time_ns: u64,
 }
 
+/// How many of the attached programs watch completions: two pairs.
+const COMPLETION_PROGRAMS: usize = 4;
+
 /// The loaded and proved capture programs. Dropping it ends capture when its last group is gone, too.
 pub struct Capture {
     shared: Arc<Shared>,
@@ -53,6 +57,8 @@ pub(crate) struct Shared {
     pub(crate) bios: MapHandle,
     mark: Mutex<(MapHandle, ProgramHandle)>,
     slots: Mutex<Slots>,
+    stuck: Mutex<Stuck>,
+    /// The attached programs; those that capture come last.
     programs: Vec<ProgramHandle>,
     /// The attachments: closing them detaches.
     _links: Vec<OwnedFd>,
@@ -96,14 +102,18 @@ impl Capture {
             bios: handle(&maps.bios)?,
             mark: Mutex::new((handle(&maps.mark_arguments)?, program(&programs.mark)?)),
             slots: Mutex::default(),
+            stuck: Mutex::default(),
             programs: Vec::new(),
             _links: Vec::new(),
             barrier_map,
         };
         // Completions first: a write that is captured must not complete unseen.
+        // And of each pair, the second one after the first: they run in this order.
         for watched in [
             &programs.request_done,
+            &programs.request_again,
             &programs.bio_done,
+            &programs.bio_again,
             &programs.capture_getrq,
             &programs.capture_back,
             &programs.capture_front,
@@ -127,17 +137,39 @@ impl Capture {
         Group::new(self.shared.clone(), ring_bytes, volumes)
     }
 
-    /// How often the kernel skipped a program because it interrupted itself on its CPU. Any rise is loss: which writes
-    /// were missed is not known.
+    /// How often the kernel skipped a capturing program because it interrupted itself on its CPU. Any rise is loss:
+    /// which writes were missed is not known.
     ///
     /// # Errors
     /// `Kernel` if the statistics cannot be read.
     pub fn misses(&self) -> Result<u64, CaptureError> {
         let mut sum = 0;
-        for program in &self.shared.programs {
+        for program in &self.shared.programs[COMPLETION_PROGRAMS..] {
             sum += statistics(program)?.recursion_misses;
         }
         Ok(sum)
+    }
+
+    /// How many completions went unseen. Not loss: their writes are in the stream, and what would be missed is that a
+    /// write failed. Their regions stay in flight until [`Capture::tend`] finds the disk idle, and get dirty then.
+    ///
+    /// # Errors
+    /// `Kernel` if the statistics cannot be read.
+    pub fn completion_misses(&self) -> Result<u64, CaptureError> {
+        let mut skipped = 0;
+        for program in [0, 2].map(|first| &self.shared.programs[first]) {
+            skipped += statistics(program)?.recursion_misses;
+        }
+        Ok(skipped.saturating_sub(self.shared.config().rescued.load(Ordering::Acquire)))
+    }
+
+    /// Housekeeping, to be called about once a second: frees what dropped groups left behind, and takes back the
+    /// counts of writes whose completion was not seen (their regions get dirty). Returns how many regions got dirty.
+    ///
+    /// # Errors
+    /// `Kernel` if the state of a disk cannot be read.
+    pub fn tend(&self) -> Result<u64, CaptureError> {
+        self.shared.tend()
     }
 
     /// What the attached programs cost so far.
@@ -202,6 +234,10 @@ impl Shared {
     pub(crate) fn slots(&self) -> MutexGuard<'_, Slots> {
         // A panic while the lock was held leaves slots taken, never given twice.
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn stuck(&self) -> MutexGuard<'_, Stuck> {
+        self.stuck.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns when every program that was running at the call has ended: the kernel waits for them whenever a map in

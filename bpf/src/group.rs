@@ -15,6 +15,7 @@ use crate::error::{CaptureError, CaptureErrorKind};
 use crate::layout::*;
 use crate::memory::{PAGE_BYTES, Table};
 use crate::ring::Ring;
+use crate::slots::Watched;
 use crate::track::{VolumeCounters, VolumeTrack};
 
 /// After activation, no answer of the disk before this counts: a bio may be between our programs and its accounting.
@@ -101,6 +102,7 @@ impl Group {
         let words = spec.bytes.div_ceil(crate::REGION_BYTES).div_ceil(64);
         let map = dirty_map(words as u32)?;
         let bits = Table::new(&map, words as usize).map_err(|e| CaptureError::kernel("map a bitmap", e))?;
+        let bits = Arc::new(bits);
         let mut slots = self.shared.slots();
         let index = slots.take_volume()?;
         let entry = &self.shared.volumes[index as usize];
@@ -129,6 +131,7 @@ impl Group {
             slots.free_volume(index);
             return Err(error);
         }
+        slots.own_volume(index, Watched { spec: spec.clone(), bits: bits.clone() });
         drop(slots);
         self.tracks.push(VolumeTrack::new(self.shared.clone(), index, spec.clone(), bits));
         Ok(())
@@ -319,7 +322,7 @@ fn check_volume(spec: &VolumeSpec) -> Result<(), CaptureError> {
 }
 
 /// Whether no write is in flight on the disk. A disk that does not count is never idle in our eyes.
-fn disk_is_idle((major, minor): (u32, u32)) -> Result<bool, CaptureError> {
+pub(crate) fn disk_is_idle((major, minor): (u32, u32)) -> Result<bool, CaptureError> {
     let sys = format!("/sys/dev/block/{major}:{minor}");
     if std::fs::read_to_string(format!("{sys}/queue/iostats")).is_ok_and(|on| on.trim() == "0") {
         return Ok(false);

@@ -73,13 +73,14 @@ pub(crate) struct ConfigEntry {
     pub(crate) ratio: AtomicU64,
     pub(crate) bio_based: AtomicU32,
     pub(crate) unused: AtomicU32,
+    pub(crate) rescued: AtomicU64,
 }
 
 const _: () = assert!(size_of::<DiskEntry>() == 64);
 const _: () = assert!(size_of::<VolumeEntry>() == 192);
 const _: () = assert!(core::mem::offset_of!(VolumeEntry, records) == 64);
 const _: () = assert!(size_of::<GroupEntry>() == 64);
-const _: () = assert!(size_of::<ConfigEntry>() == 32);
+const _: () = assert!(size_of::<ConfigEntry>() == 40);
 
 // SAFETY: repr(C), atomic integers only, the size asserted above is the sum of the members.
 #[allow(unsafe_code)]

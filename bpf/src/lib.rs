@@ -23,6 +23,7 @@ mod layout;
 mod memory;
 mod ring;
 mod slots;
+mod tend;
 mod track;
 
 #[allow(

@@ -5,8 +5,9 @@
 //! completions still are, and the index is free when each of its counts was seen at zero once. A device that hangs
 //! keeps its index; that is a few bytes, and honest.
 
-use std::collections::HashSet;
-use std::sync::atomic::Ordering;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use libbpf_rs::{MapCore, MapFlags};
@@ -15,6 +16,7 @@ use crate::capture::Shared;
 use crate::error::CaptureError;
 use crate::group::VolumeSpec;
 use crate::layout::*;
+use crate::memory::Table;
 
 /// How long dropping a group waits for its last writes before it leaves the rest to a later call.
 const DRAIN_WAIT: Duration = Duration::from_millis(200);
@@ -23,8 +25,14 @@ const DRAIN_WAIT: Duration = Duration::from_millis(200);
 #[derive(Default)]
 pub(crate) struct Slots {
     groups: HashSet<u32>,
-    volumes: HashSet<u32>,
+    volumes: HashMap<u32, Option<Watched>>,
     draining: Vec<Draining>,
+}
+
+/// A volume that owns an index.
+pub(crate) struct Watched {
+    pub(crate) spec: VolumeSpec,
+    pub(crate) bits: Arc<Table<AtomicU64>>,
 }
 
 struct Draining {
@@ -36,7 +44,8 @@ struct Draining {
 
 impl Slots {
     pub(crate) fn take_group(&mut self) -> Result<u32, CaptureError> {
-        take(&mut self.groups, GROUPS_MAX as u32).ok_or_else(|| {
+        let free = (0..GROUPS_MAX as u32).find(|slot| self.groups.insert(*slot));
+        free.ok_or_else(|| {
             CaptureError::limit(format!("more than {GROUPS_MAX} groups"), "put volumes into fewer groups")
         })
     }
@@ -46,20 +55,26 @@ impl Slots {
     }
 
     pub(crate) fn take_volume(&mut self) -> Result<u32, CaptureError> {
-        take(&mut self.volumes, BARRIER_VOLUME).ok_or_else(|| {
+        let free = (0..BARRIER_VOLUME).find(|index| !self.volumes.contains_key(index)).ok_or_else(|| {
             CaptureError::limit(format!("more than {BARRIER_VOLUME} volumes"), "protect fewer volumes on this host")
-        })
+        })?;
+        self.volumes.insert(free, None);
+        Ok(free)
+    }
+
+    /// Notes whose the index is.
+    pub(crate) fn own_volume(&mut self, index: u32, watched: Watched) {
+        self.volumes.insert(index, Some(watched));
+    }
+
+    /// The volumes whose writes are counted, those that drain included.
+    pub(crate) fn watched(&self) -> impl Iterator<Item = (u32, &Watched)> {
+        self.volumes.iter().filter_map(|(&index, watched)| Some((index, watched.as_ref()?)))
     }
 
     pub(crate) fn free_volume(&mut self, index: u32) {
         self.volumes.remove(&index);
     }
-}
-
-fn take(used: &mut HashSet<u32>, end: u32) -> Option<u32> {
-    let free = (0..end).find(|slot| !used.contains(slot))?;
-    used.insert(free);
-    Some(free)
 }
 
 impl Shared {

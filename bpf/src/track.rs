@@ -57,11 +57,11 @@ pub struct VolumeTrack {
     shared: Arc<Shared>,
     index: u32,
     spec: VolumeSpec,
-    bits: Table<AtomicU64>,
+    bits: Arc<Table<AtomicU64>>,
 }
 
 impl VolumeTrack {
-    pub(crate) fn new(shared: Arc<Shared>, index: u32, spec: VolumeSpec, bits: Table<AtomicU64>) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, index: u32, spec: VolumeSpec, bits: Arc<Table<AtomicU64>>) -> Self {
         Self { shared, index, spec, bits }
     }
 

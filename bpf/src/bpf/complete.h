@@ -141,8 +141,29 @@ always void complete_request(struct done *c, u32 op)
 		complete_extent(c);
 }
 
-SEC("tp_btf/block_rq_complete")
-int BPF_PROG(request_done, struct request *rq, int error, unsigned int bytes)
+/*
+ * The kernel skips a program that interrupts itself on its CPU, and completions do come in interrupts. So there are two
+ * of each: the first says on its CPU that it is running, and the second, which follows it at the same tracepoint, does
+ * the work only if it finds that the first *is* running, that is, was interrupted and so skipped for this event.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 2);
+	__type(key, u32);
+	__type(value, u64);
+} running SEC(".maps");
+
+enum {
+	RUNNING_REQUEST,
+	RUNNING_BIO,
+};
+
+always volatile u64 *running_flag(u32 which)
+{
+	return bpf_map_lookup_elem(&running, &which);
+}
+
+always int request_completed(struct request *rq, int error, unsigned int bytes)
 {
 	u32 op = rq->cmd_flags & OP_MASK;
 	if (!(op & 1))
@@ -172,6 +193,28 @@ int BPF_PROG(request_done, struct request *rq, int error, unsigned int bytes)
 	return 0;
 }
 
+SEC("tp_btf/block_rq_complete")
+int BPF_PROG(request_done, struct request *rq, int error, unsigned int bytes)
+{
+	volatile u64 *flag = running_flag(RUNNING_REQUEST);
+	if (!flag)
+		return 0;
+	*flag = 1;
+	request_completed(rq, error, bytes);
+	*flag = 0;
+	return 0;
+}
+
+SEC("tp_btf/block_rq_complete")
+int BPF_PROG(request_again, struct request *rq, int error, unsigned int bytes)
+{
+	volatile u64 *flag = running_flag(RUNNING_REQUEST);
+	if (!flag || !*flag)
+		return 0;
+	add(config.rescued, 1);
+	return request_completed(rq, error, bytes);
+}
+
 static long count_late_unknown(u32 i, void *ctx)
 {
 	struct done *c = ctx;
@@ -182,8 +225,7 @@ static long count_late_unknown(u32 i, void *ctx)
 	return 0;
 }
 
-SEC("tp_btf/block_bio_complete")
-int BPF_PROG(bio_done, struct request_queue *q, struct bio *bio)
+always int bio_completed(struct bio *bio)
 {
 	u32 opf = bio->bi_opf;
 	u32 op = opf & OP_MASK;
@@ -230,6 +272,28 @@ int BPF_PROG(bio_done, struct request_queue *q, struct bio *bio)
 	if (!bpf_map_lookup_elem(&bios, &parent))
 		bpf_loop(c.volumes, count_late_unknown, &c, 0);
 	return 0;
+}
+
+SEC("tp_btf/block_bio_complete")
+int BPF_PROG(bio_done, struct request_queue *q, struct bio *bio)
+{
+	volatile u64 *flag = running_flag(RUNNING_BIO);
+	if (!flag)
+		return 0;
+	*flag = 1;
+	bio_completed(bio);
+	*flag = 0;
+	return 0;
+}
+
+SEC("tp_btf/block_bio_complete")
+int BPF_PROG(bio_again, struct request_queue *q, struct bio *bio)
+{
+	volatile u64 *flag = running_flag(RUNNING_BIO);
+	if (!flag || !*flag)
+		return 0;
+	add(config.rescued, 1);
+	return bio_completed(bio);
 }
 
 #endif

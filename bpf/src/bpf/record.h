@@ -115,8 +115,9 @@ struct config {
 	u64 ratio;     /* 4096 / sizeof(struct page); 0 = not calibrated */
 	u32 bio_based; /* number of watched bio-based volumes */
 	u32 unused;
+	u64 rescued; /* completions that the second program saw because the first was interrupted */
 };
-_Static_assert(sizeof(struct config) == 32, "config");
+_Static_assert(sizeof(struct config) == 40, "config");
 
 /* A write that must be recognised at its completion. */
 struct tracked {

@@ -204,6 +204,19 @@ always s64 *inflight_slot(u32 volume, u64 region)
 	return bpf_map_lookup_elem(&inflight, &slot);
 }
 
+/* User space takes back what never completed in our eyes (see `tend`). If it completes after all, the count goes below
+ * zero here, and whoever trusted the zero before has to look at the region again. */
+always void account_slot(u32 volume, u64 region, s64 bytes, u32 sign)
+{
+	s64 *slot = inflight_slot(volume, region);
+	if (!slot)
+		return;
+	if (sign)
+		add(*slot, bytes);
+	else if (__sync_fetch_and_add(slot, -bytes) < bytes)
+		mark_dirty(volume, region << REGION_SECTOR_SHIFT, 1);
+}
+
 static long account_region(u32 i, void *ctx)
 {
 	struct extent *e = ctx;
@@ -213,11 +226,7 @@ static long account_region(u32 i, void *ctx)
 	u64 to = min64(end, (region + 1) << REGION_SECTOR_SHIFT);
 	if (from >= to)
 		return 1;
-	s64 *slot = inflight_slot(e->volume, region);
-	if (!slot)
-		return 1;
-	s64 bytes = (to - from) << SECTOR_SHIFT;
-	add(*slot, e->sign ? bytes : -bytes);
+	account_slot(e->volume, region, (to - from) << SECTOR_SHIFT, e->sign);
 	return 0;
 }
 
@@ -235,10 +244,7 @@ always void account(struct extent *e, u32 sign)
 {
 	u64 region = e->from >> REGION_SECTOR_SHIFT;
 	if (region == (e->from + e->sectors - 1) >> REGION_SECTOR_SHIFT) {
-		s64 bytes = e->sectors << SECTOR_SHIFT;
-		s64 *slot = inflight_slot(e->volume, region);
-		if (slot)
-			add(*slot, sign ? bytes : -bytes);
+		account_slot(e->volume, region, e->sectors << SECTOR_SHIFT, sign);
 		return;
 	}
 	account_large(e->volume, e->from, e->sectors, sign);

@@ -20,6 +20,9 @@ pub struct Judge {
     pub more: u64,
     pub discarded: u64,
     pub position: u64,
+    pub last_bytes: u64,
+    pub last_length: u64,
+    pub last_time_ns: u64,
 }
 
 impl Judge {
@@ -65,6 +68,11 @@ impl Judge {
         self.fua += u64::from(header.flags & FLAG_FUA != 0);
         self.preflush += u64::from(header.flags & FLAG_PREFLUSH != 0);
         self.more += u64::from(header.flags & FLAG_MORE != 0);
+        self.last_length = header.length.get();
+        self.last_time_ns = header.time_ns.get();
+        if header.kind == RecordKind::Write as u8 {
+            self.last_bytes = header.length.get();
+        }
         let image = &mut self.images[volume];
         match header.kind {
             k if k == RecordKind::Write as u8 => {
