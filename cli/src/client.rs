@@ -1,6 +1,6 @@
 //! Asking a daemon over its Unix socket: one JSON line there, lines back (see `varve_common::control`).
 
-use crate::context::{Context, net_problem};
+use crate::context::{Context, is_there, net_problem};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io;
@@ -66,7 +66,7 @@ impl Daemon {
 
     /// Whether this installation is meant to have it. A socket without a configuration counts: somebody started it.
     pub(crate) fn is_here(self, paths: &Paths) -> bool {
-        self.config(paths).exists() || self.socket(paths).exists()
+        is_there(&self.config(paths)) || is_there(&self.socket(paths))
     }
 
     /// What it says of its groups.
@@ -172,7 +172,7 @@ fn absent(context: &Context, daemon: Daemon, error: &varve_net::Error) -> Proble
     let cause = std::error::Error::source(error).and_then(|source| source.downcast_ref::<io::Error>());
     match cause.map(io::Error::kind) {
         Some(io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
-            if !daemon.config(&context.paths).exists() {
+            if !is_there(&daemon.config(&context.paths)) {
                 return not_set_up(context, daemon, what);
             }
             let why = format!("{} does not run: nothing listens at {}", daemon.program(), socket.display());

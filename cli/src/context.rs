@@ -98,6 +98,11 @@ impl Context {
     }
 }
 
+/// Whether there is something. What only root may look at counts: "not set up" would be wrong, "run it as root" follows.
+pub(crate) fn is_there(path: &Path) -> bool {
+    path.try_exists().unwrap_or_else(|error| error.kind() == ErrorKind::PermissionDenied)
+}
+
 /// Whether a person sees standard output.
 pub(crate) fn on_terminal() -> bool {
     std::io::stdout().is_terminal()
@@ -175,7 +180,7 @@ pub(crate) fn net_problem(error: &varve_net::Error) -> Problem {
         Net::NoSuchHost => ProblemKind::NotFound,
         _ => ProblemKind::Failed,
     };
-    let (context, why) = (error.context().to_owned(), error.why());
+    let (context, why) = (error.context().to_owned(), plain_chain(error));
     // An error without a cause says what and why in one sentence ("…: …"): take it apart, not twice.
     let (what, why) = match (why.is_empty(), context.split_once(": ")) {
         (false, _) => (context, why),
@@ -183,6 +188,18 @@ pub(crate) fn net_problem(error: &varve_net::Error) -> Problem {
         (true, None) => (context, plain_reason(error.kind()).to_owned()),
     };
     Problem::new(kind, what, why, error.hint())
+}
+
+/// The causes without numbers for programmers, and without a step that only names what the context names already.
+fn plain_chain(error: &varve_net::Error) -> String {
+    let why: Vec<String> = error.why().split(": ").map(without_number).collect();
+    let named = |step: &String| error.context().split(' ').any(|word| word.starts_with('/') && step.ends_with(word));
+    let known = why.len() > 1 && why.first().is_some_and(named);
+    why[usize::from(known)..].join(": ")
+}
+
+fn without_number(text: &str) -> String {
+    text.split(" (os error").next().unwrap_or_default().to_owned()
 }
 
 fn plain_reason(kind: varve_net::ErrorKind) -> &'static str {
@@ -223,5 +240,8 @@ mod tests {
         assert_eq!(problem.kind, ProblemKind::Usage);
         assert_eq!(problem.what, "this is not a join token");
         assert_eq!(problem.why, "it does not start with 'varve1.'");
+        let problem = net_problem(&varve_net::identity::HostIdentity::load(Path::new("/no")).expect_err("not there"));
+        assert_eq!(problem.what, "/no/host.pem cannot be used");
+        assert_eq!(problem.why, "No such file or directory");
     }
 }

@@ -142,7 +142,8 @@ fn forget() {
     let root = Root::recovery();
     let asked = root.daemon("receiver", knows("receiver", vec![group("db", "replica")]));
     let said = root.varve(&["forget", "db", "--dry-run"]);
-    let facts = "  points lost: the newest, 2026-11-20 14:03:22.512Z\n  replica of /dev/vdb (1.0 GiB): /srv/db-0.img\n";
+    let facts =
+        "  points lost: the newest, 2026-11-20 14:03:22.512Z\n  replica of /dev/vdb (1.0 GiB) stays: /srv/db-0.img\n";
     assert_eq!((said.code, said.out), (0, format!("group 'db' would be forgotten; nothing was changed\n{facts}")));
     let said = root.varve(&["forget", "db", "--yes"]);
     assert_eq!((said.code, said.out), (0, format!("group 'db' is forgotten\n{facts}")));

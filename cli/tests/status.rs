@@ -109,6 +109,34 @@ fn a_daemon_that_cannot_say_is_shown_with_its_reason() {
     said.problem(1, "the groups cannot be read", "the disk failed", "varve doctor");
 }
 
+/// On a host that is set up, somebody without rights is not told that it is not.
+#[test]
+fn without_rights_the_answer_is_to_be_root() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+    if !std::fs::read_to_string("/proc/self/status").is_ok_and(|text| text.contains("\nUid:\t0\t")) {
+        return;
+    }
+    let root = Root::production();
+    root.daemon("agent", knows("agent", vec![]));
+    // As systemd-tmpfiles makes them; the program itself must be reachable for somebody without rights.
+    for (path, mode) in [("", 0o755), ("etc/varve", 0o700), ("run/varve", 0o755), ("run/varve/agent.sock", 0o600)] {
+        std::fs::set_permissions(root.at(path), std::fs::Permissions::from_mode(mode)).expect("changed");
+    }
+    let program = root.at("varve");
+    std::fs::copy(env!("CARGO_BIN_EXE_varve"), &program).expect("copied");
+    let output = Command::new(&program)
+        .arg("status")
+        .env("VARVE_ROOT", root.path())
+        .uid(65534)
+        .gid(65534)
+        .output()
+        .expect("varve runs");
+    let said = String::from_utf8(output.stderr).expect("text");
+    assert_eq!(output.status.code(), Some(4), "{said}");
+    assert!(said.contains("agent.sock may only be used by root\n  next: run it as root\n"), "{said}");
+}
+
 #[test]
 fn suggestions_name_another_root() {
     let root = Root::production();

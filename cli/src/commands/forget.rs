@@ -12,8 +12,8 @@ const EXAMPLE: &str = "Example:
   varve forget db --dry-run
   varve forget db --yes";
 
-/// Removes a group from this recovery host: no point of it can be recovered any more. `varve unprotect` on the
-/// production host comes first.
+/// Removes a group and its history from this recovery host. The replicas stay where they are, for you to keep or
+/// delete. `varve unprotect` on the production host comes first.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLE)]
 pub(crate) struct Args {
@@ -63,8 +63,8 @@ fn text_of(plan: &Forgotten) -> String {
         _ => lines.push("  points lost: none, nothing of it could be recovered".to_owned()),
     }
     for volume in &plan.volumes {
-        let replica = volume.replica.as_deref().unwrap_or("none");
-        lines.push(format!("  replica of {} ({}): {replica}", volume.path, words::bytes(volume.bytes)));
+        let replica = volume.replica.as_deref().unwrap_or("none was made");
+        lines.push(format!("  replica of {} ({}) stays: {replica}", volume.path, words::bytes(volume.bytes)));
     }
     lines.join("\n") + "\n"
 }

@@ -48,8 +48,10 @@ pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
     check::host(&name)?;
     let paths = &context.paths;
     let config = paths.receiver_config();
-    if config.exists() {
-        return Err(exists(context));
+    match config.try_exists() {
+        Ok(false) => {}
+        Ok(true) => return Err(exists(context)),
+        Err(error) => return Err(file_problem(&varve_io::IoError::new("look at", &config, error))),
     }
     for dir in [paths.config_dir(), paths.receiver_state()] {
         create_dir_all_durable(&dir).map_err(|error| file_problem(&error))?;

@@ -1,7 +1,7 @@
 //! Configuration files and identities: whether the daemons could use them.
 
 use super::Section;
-use crate::context::{Context, net_problem};
+use crate::context::{Context, is_there, net_problem};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use varve_common::config::{AgentConfig, ReceiverConfig};
@@ -17,13 +17,13 @@ pub(super) fn section(context: &Context) -> Section {
     let paths = &context.paths;
     let name = paths.agent_config().display().to_string();
     file(&mut section, &paths.agent_config(), &mut |text| AgentConfig::parse(&name, text).map(|_| ()));
-    if paths.agent_config().exists() {
+    if is_there(&paths.agent_config()) {
         let loaded = HostIdentity::load(&paths.agent_identity()).map(|identity| format!("host '{}'", identity.name()));
         identity(&mut section, "agent's identity", &paths.agent_identity(), loaded);
     }
     let name = paths.receiver_config().display().to_string();
     file(&mut section, &paths.receiver_config(), &mut |text| ReceiverConfig::parse(&name, text).map(|_| ()));
-    if paths.receiver_config().exists() {
+    if is_there(&paths.receiver_config()) {
         let opened = Authority::open(&paths.receiver_identity()).map(|_| "authority and server key".to_owned());
         identity(&mut section, "receiver's identity", &paths.receiver_identity(), opened);
     }
@@ -37,7 +37,7 @@ pub(super) fn text(path: &Path) -> Option<String> {
 }
 
 fn file(section: &mut Section, path: &Path, check: &mut dyn FnMut(&str) -> Result<(), Problem>) {
-    if !path.exists() {
+    if !is_there(path) {
         return;
     }
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -46,7 +46,12 @@ fn file(section: &mut Section, path: &Path, check: &mut dyn FnMut(&str) -> Resul
         Some(Err(problem)) => {
             section.fail(&name, format!("{}: {}", problem.what, problem.why), CONFIG_WHY, problem.next)
         }
-        None => section.fail(&name, format!("{} cannot be read as text", path.display()), CONFIG_WHY, "restore it"),
+        None => section.fail(
+            &name,
+            format!("{} cannot be read as text", path.display()),
+            CONFIG_WHY,
+            "run this as root, or restore it",
+        ),
     }
 }
 
