@@ -154,7 +154,8 @@ pub(crate) fn report(problem: &Problem, json: bool) -> u8 {
 
 /// The three lines: what happened, why, what to do next.
 pub(crate) fn explain(problem: &Problem) {
-    let line = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    // What a daemon says may have lines of its own, and numbers for programmers.
+    let line = |text: &str| without_numbers(&text.split_whitespace().collect::<Vec<_>>().join(" "));
     note(&format!("varve: {}\n  why:  {}\n  next: {}", line(&problem.what), line(&problem.why), line(&problem.next)));
 }
 
@@ -192,14 +193,18 @@ pub(crate) fn net_problem(error: &varve_net::Error) -> Problem {
 
 /// The causes without numbers for programmers, and without a step that only names what the context names already.
 fn plain_chain(error: &varve_net::Error) -> String {
-    let why: Vec<String> = error.why().split(": ").map(without_number).collect();
+    let why: Vec<String> = error.why().split(": ").map(without_numbers).collect();
     let named = |step: &String| error.context().split(' ').any(|word| word.starts_with('/') && step.ends_with(word));
     let known = why.len() > 1 && why.first().is_some_and(named);
     why[usize::from(known)..].join(": ")
 }
 
-fn without_number(text: &str) -> String {
-    text.split(" (os error").next().unwrap_or_default().to_owned()
+/// `file not found (os error 2)` without the number.
+fn without_numbers(text: &str) -> String {
+    let mut parts = text.split(" (os error ");
+    let mut plain = parts.next().unwrap_or_default().to_owned();
+    parts.for_each(|part| plain.push_str(part.split_once(')').map_or("", |(_, rest)| rest)));
+    plain
 }
 
 fn plain_reason(kind: varve_net::ErrorKind) -> &'static str {
@@ -232,6 +237,12 @@ mod tests {
         let system = Context { paths: Paths::new("/"), json: false, root_as_option: false };
         assert_eq!(system.suggest("status"), "varve status");
         assert_eq!(system.suggest_start("varve-agent"), "systemctl enable --now varve-agent");
+    }
+
+    #[test]
+    fn numbers_of_errors_are_for_programmers() {
+        assert_eq!(without_numbers("a (os error 2): b (os error 13); c"), "a: b; c");
+        assert_eq!(without_numbers("plain (text)"), "plain (text)");
     }
 
     #[test]
