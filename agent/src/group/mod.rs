@@ -6,6 +6,8 @@ mod gap;
 mod regions;
 mod session;
 mod shared;
+#[cfg(test)]
+mod simulation;
 mod source;
 mod sync;
 mod tracker;

@@ -2,8 +2,7 @@
 //!
 //! ```text
 //!  read ──► (stream reaches the read's end) ──► probe ──► differs? ──► image ──► done
-//!                     │ replica is empty ─────────────────────────────────▲        ▲
-//!                     │ and region is zero ────────────────────────────────────────┘
+//!                     │ replica is empty ─────────────────────▲    no ──────▲
 //! ```
 
 use super::sync::{Purpose, RegionRead};
@@ -75,13 +74,9 @@ impl Regions {
         let read = self.waiting.pop_front()?;
         let id = read.id;
         let next = if read.purpose == Purpose::Send && fresh(read.volume) {
-            let mut blocks = all_blocks(read.digests.len());
-            for (index, digest) in read.digests.iter().enumerate() {
-                if *digest == ZERO_DIGEST {
-                    blocks &= !(1 << index);
-                }
-            }
-            if blocks == 0 { Next::Done(id) } else { Next::Image(id, blocks) }
+            // Zeroes too, although they cost no more than an extent: the stream may have written there what the volume
+            // does not hold (a write that failed, or one that was followed by a dropped one).
+            Next::Image(id, all_blocks(read.digests.len()))
         } else {
             Next::Probe(Probe {
                 id,
@@ -198,12 +193,12 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_replica_needs_no_probe_and_no_zeroes() {
+    fn an_empty_replica_needs_no_probe() {
         let mut regions = Regions::default();
         regions.push(read(1, 0, &[0, 1, 2]));
-        assert_eq!(regions.next(0, |_| true), Some(Next::Image(1, 0xfff8)));
-        regions.push(read(2, 0, &(0..16).collect::<Vec<_>>()));
-        assert_eq!(regions.next(0, |_| true), Some(Next::Done(2)));
+        assert_eq!(regions.next(0, |_| true), Some(Next::Image(1, 0xffff)));
+        let extents = image_extents(regions.get(1).expect("under way"), 0xffff, &ExtentSet::new());
+        assert_eq!(extents, [(1 << 20, 3 << 16, None), ((1 << 20) + (3 << 16), 13 << 16, Some((3 << 16, 1 << 20)))]);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use varve_common::geometry::{Extent, region_extent};
-use varve_common::limits::{DIGEST_BLOCK_BYTES, SYNC_REGIONS_MAX};
+use varve_common::limits::{DIGEST_BLOCK_BYTES, REGION_BYTES, SYNC_REGIONS_MAX};
 use varve_common::wire::digest::{block_digest, is_zero};
 use varve_common::wire::messages::{Digest, ZERO_DIGEST};
 use varve_io::aligned::{BufPool, PooledBuf};
@@ -282,7 +282,10 @@ impl Reader {
             let Some(buf) = self.pool.take() else { break };
             let Some((purpose, volume, region)) = self.take_region(session) else { break };
             let extent = region_extent(region, self.volumes[usize::from(volume)].len());
-            let id = lock(&self.shared.tracker).register(volume, extent);
+            let id = {
+                let mut tracker = lock(&self.shared.tracker);
+                tracker.register(volume, extent, self.source.stream().producer())
+            };
             taken.push(Taken { id, purpose, volume, region, extent, buf });
         }
         taken
@@ -295,9 +298,8 @@ impl Reader {
             return None;
         }
         for number in 0..self.source.volumes() {
+            let Some(region) = self.next_free(number) else { continue };
             let track = self.source.track(number);
-            let from = self.cursors[number];
-            let Some(region) = track.next_dirty(from).or_else(|| track.next_dirty(0)) else { continue };
             // Counted before the bit goes: between the two nobody may see neither.
             self.shared.takes.fetch_add(1, Ordering::SeqCst);
             self.shared.in_hand.fetch_add(1, Ordering::SeqCst);
@@ -308,6 +310,16 @@ impl Reader {
             self.shared.in_hand.fetch_sub(1, Ordering::AcqRel);
         }
         orders.compare.pop_front().map(|(volume, region)| (Purpose::Compare, volume, region))
+    }
+
+    /// The next dirty region of a volume that is in nobody's hands, going round from where the last one was.
+    fn next_free(&self, number: usize) -> Option<u64> {
+        let track = self.source.track(number);
+        let tracker = lock(&self.shared.tracker);
+        let free = |region: &u64| !tracker.is_active(number as u16, region * REGION_BYTES);
+        let from = |start| std::iter::successors(track.next_dirty(start), |region| track.next_dirty(region + 1));
+        // At most SYNC_REGIONS_MAX regions are active, so few steps are taken in vain.
+        from(self.cursors[number]).find(free).or_else(|| from(0).find(free))
     }
 
     /// Waits until none of the regions has a write in flight; those that stay busy go back.

@@ -91,7 +91,7 @@ impl Worker {
             match RecordKind::from_number(header.kind) {
                 Some(kind) if kind.changes_data() => {
                     if let Some(extent) = Extent::at(header.offset.get(), header.length.get()) {
-                        tracker.note(header.volume.get(), extent);
+                        tracker.note(position, header.volume.get(), extent);
                     }
                 }
                 Some(RecordKind::Bookmark) => {
