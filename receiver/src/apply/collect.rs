@@ -1,0 +1,280 @@
+//! Entries into batches: bodies decoded, records turned into changes.
+
+use super::plan::{BatchPlan, Piece, Source, Stamp};
+use super::work::{Landed, Work};
+use crate::failure::Failure;
+use crate::group::stream::{Checked, StreamState, check_record, frame_of};
+use crate::landing::Place;
+use crate::landing::batch::Effect;
+use crate::landing::reader::{Next, Reader, in_memory};
+use crate::limits::{APPLY_BYTES_MAX, APPLY_RECORDS_MAX, APPLY_STORED_BYTES_MAX};
+use bytes::Bytes;
+use varve_common::format::{ENTRY_HEADER_BYTES, EntryHeader, Mark};
+use varve_common::limits::FRAME_PLAIN_BYTES_MAX;
+use varve_common::record::{RING_HEADER_BYTES, RecordHeader, RecordKind, Records};
+use varve_common::wire::{Codec, FrameKind};
+
+/// One batch: changes and the memory that they refer to. Used again for the next one.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// The changes.
+    pub plan: BatchPlan,
+    /// Decompressed bodies, and bodies read from the log.
+    plain: Vec<u8>,
+    plain_used: usize,
+    /// Parts of arenas that hold bodies as they came.
+    shared: Vec<Bytes>,
+    /// Plain bytes in it.
+    pub plain_bytes: usize,
+    stored_bytes: usize,
+}
+
+impl Batch {
+    /// Forgets the last one; memory of arenas is free from here on.
+    pub fn clear(&mut self) {
+        self.plan.clear();
+        self.plain_used = 0;
+        self.shared.clear();
+        self.plain_bytes = 0;
+        self.stored_bytes = 0;
+    }
+
+    /// Frees what is only needed while there is work.
+    pub fn rest(&mut self) {
+        self.clear();
+        self.plain = Vec::new();
+    }
+
+    /// Whether another frame of any size may be too much.
+    fn is_full(&self) -> bool {
+        self.plain_bytes + FRAME_PLAIN_BYTES_MAX > APPLY_BYTES_MAX
+            || self.stored_bytes + FRAME_PLAIN_BYTES_MAX > APPLY_STORED_BYTES_MAX
+            || self.plan.len() >= APPLY_RECORDS_MAX
+    }
+
+    /// The changes resolved, and the memory that their sources name.
+    pub fn resolve(&mut self) -> (&[Piece], Vec<&[u8]>) {
+        let mut buffers: Vec<&[u8]> = Vec::with_capacity(1 + self.shared.len());
+        buffers.push(&self.plain[..self.plain_used]);
+        buffers.extend(self.shared.iter().map(|part| &part[..]));
+        (self.plan.resolve(), buffers)
+    }
+
+    /// Adds the records of a data entry. `shared` is the memory in which `body` lies at an offset, if it may be kept.
+    /// Gives the newest record's time.
+    fn add(
+        &mut self,
+        header: &EntryHeader,
+        body: &[u8],
+        shared: Option<(&Bytes, usize)>,
+        volumes: &[u64],
+    ) -> Result<Option<u64>, Failure> {
+        let damaged = |why: String| Failure::damaged(format!("an entry of the landing log that was checked: {why}"));
+        let frame = frame_of(header).ok_or_else(|| damaged("unknown codec".to_owned()))?;
+        self.stored_bytes += body.len();
+        self.plain_bytes += frame.plain_bytes;
+        let (buffer, base) = match (frame.codec, shared) {
+            (Codec::Plain, Some((part, offset))) => (self.keep(part), offset),
+            (Codec::Plain, None) => {
+                let base = self.reserve(body.len());
+                self.plain[base..base + body.len()].copy_from_slice(body);
+                (0, base)
+            }
+            (Codec::Lz4, _) => {
+                let base = self.reserve(frame.plain_bytes);
+                let target = &mut self.plain[base..base + frame.plain_bytes];
+                match lz4_flex::block::decompress_into(body, target) {
+                    Ok(bytes) if bytes == frame.plain_bytes => (0, base),
+                    _ => return Err(damaged("it does not decompress".to_owned())),
+                }
+            }
+        };
+        let plain = match (buffer, frame.codec) {
+            (0, _) => &self.plain[base..base + frame.plain_bytes],
+            _ => body,
+        };
+        let mut time_ns = None;
+        for record in Records::new(frame.position, plain) {
+            let record = record.map_err(|e| damaged(e.to_string()))?;
+            check_record(&record, volumes).map_err(|e| damaged(e.to_string()))?;
+            time_ns = Some(record.header.time_ns.get());
+            if !record.kind.changes_data() {
+                continue;
+            }
+            let payload = record.position - frame.position + RING_HEADER_BYTES + size_of::<RecordHeader>() as u64;
+            let source = Source { buffer, offset: base as u32 + payload as u32 };
+            let start = record.header.offset.get();
+            let piece = Piece {
+                volume: record.header.volume.get(),
+                start,
+                end: start + record.header.length.get(),
+                source: (record.kind == RecordKind::Write).then_some(source),
+            };
+            self.plan.push(piece, Stamp { position: record.position, time_ns: record.header.time_ns.get() });
+        }
+        Ok(time_ns)
+    }
+
+    /// The number of this memory among the batch's buffers.
+    fn keep(&mut self, part: &Bytes) -> u32 {
+        let same = |last: &Bytes| last.as_ptr() == part.as_ptr() && last.len() == part.len();
+        if !self.shared.last().is_some_and(same) {
+            self.shared.push(part.clone());
+        }
+        self.shared.len() as u32
+    }
+
+    /// Room for `bytes` in `plain`; gives where. What is there already is not cleared: it is overwritten.
+    fn reserve(&mut self, bytes: usize) -> usize {
+        let base = self.plain_used;
+        self.plain_used += bytes;
+        if self.plain.len() < self.plain_used {
+            self.plain.resize(self.plain_used, 0);
+        }
+        base
+    }
+}
+
+/// What ended a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The work that was open is used up.
+    Used,
+    /// The batch is full.
+    Full,
+    /// A mark was passed: what comes after is another batch.
+    Mark,
+}
+
+/// Where the applier stands in the log, and the work it has open.
+#[derive(Debug)]
+pub struct Cursor {
+    reader: Reader,
+    open: Option<Open>,
+    /// The stream's state there.
+    pub state: StreamState,
+}
+
+#[derive(Debug)]
+enum Open {
+    Memory { landed: Landed, at: usize },
+    Log { until: Place },
+}
+
+impl Cursor {
+    /// Begins where the reader is.
+    pub fn new(reader: Reader, state: StreamState) -> Self {
+        Self { reader, open: None, state }
+    }
+
+    /// Takes entries that come next; an action is not entries.
+    pub fn open(&mut self, work: Work) -> Option<super::work::Action> {
+        debug_assert!(self.open.is_none());
+        match work {
+            Work::Landed(landed) => self.open = Some(Open::Memory { landed, at: 0 }),
+            Work::Log { until } => self.open = Some(Open::Log { until }),
+            Work::Act(action) => return Some(action),
+        }
+        None
+    }
+
+    /// Whether there are entries left of what was opened.
+    pub fn is_open(&self) -> bool {
+        self.open.is_some()
+    }
+
+    /// Where the next entry stands (or the padding before it).
+    pub fn place(&self) -> Place {
+        self.reader.place()
+    }
+
+    /// CRC of the header before it.
+    pub fn chain(&self) -> u32 {
+        self.reader.chain()
+    }
+
+    /// Frees what is only needed while there is work.
+    pub fn rest(&mut self) {
+        self.reader.rest();
+    }
+
+    /// Moves entries into the batch until it is full, a mark was passed, or none are left.
+    pub fn fill(&mut self, batch: &mut Batch, volumes: &[u64]) -> Result<Ended, Failure> {
+        loop {
+            if batch.is_full() {
+                return Ok(Ended::Full);
+            }
+            let effect = match self.open.take() {
+                None => return Ok(Ended::Used),
+                Some(Open::Memory { landed, at }) => self.step_in_memory(landed, at, batch, volumes)?,
+                Some(Open::Log { until }) => self.step_in_log(until, batch, volumes)?,
+            };
+            let Some(effect) = effect else { return Ok(Ended::Used) };
+            self.state.pass(&effect);
+            if matches!(effect, Effect::Mark(_)) {
+                return Ok(Ended::Mark);
+            }
+        }
+    }
+
+    fn step_in_memory(
+        &mut self,
+        landed: Landed,
+        at: usize,
+        batch: &mut Batch,
+        volumes: &[u64],
+    ) -> Result<Option<Effect>, Failure> {
+        if at >= landed.entry_bytes {
+            self.reader.jump(landed.end(), self.reader.chain());
+            return Ok(None);
+        }
+        let place = Place { offset: landed.place.offset + at as u64, ..landed.place };
+        let lost = || Failure::damaged(format!("no entry in memory at {place:?}"));
+        let (header, body) = in_memory(&landed.bytes, at, place).ok_or_else(lost)?;
+        let effect = check_place(&self.state, &header, body).ok_or_else(lost)?.effect;
+        let effect = match effect {
+            Effect::Data { end, .. } => {
+                let shared = Some((&landed.bytes, at + ENTRY_HEADER_BYTES));
+                Effect::Data { end, time_ns: batch.add(&header, body, shared, volumes)? }
+            }
+            mark => mark,
+        };
+        let next = at + header.total_bytes();
+        self.reader.jump(Place { offset: landed.place.offset + next as u64, ..place }, header.header_crc.get());
+        self.open = Some(Open::Memory { landed, at: next });
+        Ok(Some(effect))
+    }
+
+    fn step_in_log(&mut self, until: Place, batch: &mut Batch, volumes: &[u64]) -> Result<Option<Effect>, Failure> {
+        if self.reader.place().next_block() >= until {
+            self.reader.jump(until, self.reader.chain());
+            return Ok(None);
+        }
+        let state = self.state;
+        let effect = match self.reader.next(|header, body| check_place(&state, header, body))? {
+            Next::Entry(header, body, checked) => match checked.effect {
+                Effect::Data { end, .. } => Effect::Data { end, time_ns: batch.add(&header, body, None, volumes)? },
+                mark => mark,
+            },
+            Next::End => return Err(Failure::damaged(format!("the landing log ends before {until:?}"))),
+            Next::Damaged(why) => return Err(Failure::damaged(format!("the landing log before {until:?}: {why}"))),
+        };
+        self.open = Some(Open::Log { until });
+        Ok(Some(effect))
+    }
+}
+
+/// Whether an entry continues the stream, by its header; the records are checked as they become changes.
+fn check_place(state: &StreamState, header: &EntryHeader, body: &[u8]) -> Option<Checked> {
+    let position = header.position.get();
+    let effect = match FrameKind::from_number(header.kind)? {
+        FrameKind::Data => {
+            let follows = header.incarnation == state.at.incarnation && position == state.at.position;
+            let end = position.checked_add(u64::from(header.plain_bytes.get()))?;
+            follows.then_some(Effect::Data { end, time_ns: None })?
+        }
+        FrameKind::Mark => Effect::Mark(Mark::decode(body).filter(|mark| state.admits(mark))?),
+        _ => return None,
+    };
+    Some(Checked { effect })
+}

@@ -1,0 +1,284 @@
+//! The replicas of a group: files or block devices, written in whole blocks past the page cache.
+
+use super::plan::{Piece, Source};
+use crate::failpoint;
+use crate::failure::Failure;
+use crate::limits::{REPLICA_DEPTH, STAGE_BYTES};
+use varve_common::format::BLOCK_BYTES;
+use varve_io::{AlignedBuf, DirectFile, IoError, IoQueue, sparse};
+
+const BLOCK: u64 = BLOCK_BYTES as u64;
+
+/// One replica, open.
+#[derive(Debug)]
+pub struct Replica {
+    file: DirectFile,
+    volume_bytes: u64,
+    /// Written since its last sync.
+    dirty: bool,
+}
+
+impl Replica {
+    /// Of a volume of `volume_bytes`; the file or device may be larger.
+    pub fn new(file: DirectFile, volume_bytes: u64) -> Self {
+        Self { file, volume_bytes, dirty: false }
+    }
+
+    /// The file or device.
+    pub fn file(&self) -> &DirectFile {
+        &self.file
+    }
+
+    /// Size of the volume.
+    pub fn volume_bytes(&self) -> u64 {
+        self.volume_bytes
+    }
+}
+
+/// All replicas of a group, and what is needed to write them.
+pub struct Replicas {
+    list: Vec<Replica>,
+    queue: IoQueue,
+    stage: Option<AlignedBuf>,
+    parts: Vec<Piece>,
+    fill: Fill,
+}
+
+/// What the stage will hold when it is full: not copied before the blocks that are only partly overwritten are read.
+#[derive(Debug, Default)]
+struct Fill {
+    used: usize,
+    runs: Vec<Run>,
+    copies: Vec<Copy>,
+    /// Blocks that must be read first: offset in the stage, volume, offset in the volume, bytes.
+    reads: Vec<(usize, u16, u64, usize)>,
+}
+
+/// Consecutive blocks of one volume.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    volume: u16,
+    start: u64,
+    end: u64,
+    stage: usize,
+    /// Everything before is overwritten, or its block is read.
+    covered: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Copy {
+    stage: usize,
+    bytes: usize,
+    source: Option<Source>,
+}
+
+impl Replicas {
+    /// Takes the open replicas in the order of their volumes.
+    pub fn new(list: Vec<Replica>) -> Result<Self, IoError> {
+        let queue = IoQueue::new(REPLICA_DEPTH)?;
+        Ok(Self { list, queue, stage: None, parts: Vec::new(), fill: Fill::default() })
+    }
+
+    /// The replica of a volume.
+    pub fn get(&self, volume: u16) -> Option<&Replica> {
+        self.list.get(usize::from(volume))
+    }
+
+    /// Frees memory that is only needed while there is work.
+    pub fn rest(&mut self) {
+        self.stage = None;
+    }
+
+    /// Writes sorted, disjoint pieces; `buffers` are what their sources name. Not durable before [`Replicas::sync`].
+    /// Whole blocks of zeroes become holes where that is possible.
+    pub fn apply(&mut self, pieces: &[Piece], buffers: &[&[u8]]) -> Result<(), Failure> {
+        let mut parts = std::mem::take(&mut self.parts);
+        parts.clear();
+        let result = self.punch(pieces, &mut parts).and_then(|()| self.write_parts(&parts, buffers));
+        self.parts = parts;
+        result
+    }
+
+    /// Makes holes of whole blocks of zeroes; everything else goes to `parts`.
+    fn punch(&mut self, pieces: &[Piece], parts: &mut Vec<Piece>) -> Result<(), Failure> {
+        for piece in pieces {
+            if piece.source.is_some() {
+                parts.push(*piece);
+                continue;
+            }
+            let replica = self.replica(piece.volume)?;
+            let last_block = replica.file.len() - replica.file.len() % BLOCK;
+            let inner = piece.start.next_multiple_of(BLOCK);
+            // A file's tail is no whole block, but it can be punched; past a volume's end the device is not ours.
+            let whole_tail = piece.end == replica.file.len() && !replica.file.is_block_device();
+            let outer = if whole_tail { piece.end } else { (piece.end - piece.end % BLOCK).min(last_block) };
+            if inner >= outer {
+                parts.push(*piece);
+                continue;
+            }
+            sparse::punch_hole(&replica.file, inner, outer - inner).map_err(|e| failed(piece.volume, &e))?;
+            replica.dirty = true;
+            for (start, end) in [(piece.start, inner), (outer, piece.end)] {
+                if start < end {
+                    parts.push(Piece { start, end, ..*piece });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn replica(&mut self, volume: u16) -> Result<&mut Replica, Failure> {
+        let replica = self.list.get_mut(usize::from(volume));
+        replica.ok_or_else(|| Failure::damaged(format!("a change of volume {volume}, which the group does not have")))
+    }
+
+    fn write_parts(&mut self, parts: &[Piece], buffers: &[&[u8]]) -> Result<(), Failure> {
+        for part in parts {
+            let len = self.replica(part.volume)?.file.len();
+            let (mut at, mut source) = (part.start, part.source);
+            while at < part.end {
+                let took = self.fill.add(&Piece { start: at, source, ..*part }, len);
+                at += took;
+                source = source.map(|source| Source { offset: source.offset + took as u32, ..source });
+                if at < part.end {
+                    self.flush(buffers)?;
+                }
+            }
+        }
+        self.flush(buffers)
+    }
+
+    /// Reads what must be read, copies, writes.
+    fn flush(&mut self, buffers: &[&[u8]]) -> Result<(), Failure> {
+        if self.fill.runs.is_empty() {
+            return Ok(());
+        }
+        self.fill.close_run();
+        let stage = self.stage.get_or_insert_with(|| AlignedBuf::new(STAGE_BYTES));
+        let files: Vec<&DirectFile> = self.list.iter().map(|replica| &replica.file).collect();
+        let fill = &mut self.fill;
+        if !fill.reads.is_empty() {
+            let mut reads = Vec::with_capacity(fill.reads.len());
+            let (mut rest, mut at) = (&mut stage[..], 0);
+            for &(stage_at, volume, offset, bytes) in &fill.reads {
+                let (block, after) = rest.split_at_mut(stage_at - at).1.split_at_mut(bytes);
+                (rest, at) = (after, stage_at + bytes);
+                reads.push((usize::from(volume), offset, block));
+            }
+            self.queue.read_batch(&files, &mut reads).map_err(|e| Failure::io("a replica", &e))?;
+        }
+        for copy in &fill.copies {
+            let target = &mut stage[copy.stage..copy.stage + copy.bytes];
+            match copy.source {
+                Some(Source { buffer, offset }) => {
+                    target.copy_from_slice(&buffers[buffer as usize][offset as usize..][..copy.bytes]);
+                }
+                None => target.fill(0),
+            }
+        }
+        let write = |run: &Run| {
+            let bytes = &stage[run.stage..run.stage + (run.end - run.start) as usize];
+            (usize::from(run.volume), run.start, bytes)
+        };
+        let mut writes: Vec<_> = fill.runs.iter().map(write).collect();
+        let torn = failpoint::due(failpoint::APPLY_HALF);
+        if torn {
+            writes.truncate(writes.len() / 2);
+        }
+        self.queue.write_batch(&files, &writes).map_err(|e| Failure::io("a replica", &e))?;
+        if torn {
+            failpoint::crash(failpoint::APPLY_HALF);
+        }
+        for run in &fill.runs {
+            self.list[usize::from(run.volume)].dirty = true;
+        }
+        fill.clear();
+        Ok(())
+    }
+
+    /// Makes everything written before durable.
+    pub fn sync(&mut self) -> Result<(), Failure> {
+        for (volume, replica) in self.list.iter_mut().enumerate() {
+            if replica.dirty {
+                replica.file.sync_data().map_err(|e| failed(volume as u16, &e))?;
+                replica.dirty = false;
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets what a failed call left behind.
+    pub fn abandon(&mut self) {
+        self.fill.clear();
+    }
+}
+
+fn failed(volume: u16, error: &IoError) -> Failure {
+    Failure::io(&format!("replica {volume}"), error)
+}
+
+impl Fill {
+    fn clear(&mut self) {
+        self.used = 0;
+        self.runs.clear();
+        self.copies.clear();
+        self.reads.clear();
+    }
+
+    /// Takes as much of the front of `part` as there is room for; gives the bytes taken (at least one if the stage is
+    /// empty). What is taken ends at the part's end or at a block boundary. `len` is the replica's size.
+    fn add(&mut self, part: &Piece, len: u64) -> u64 {
+        let block = part.start - part.start % BLOCK;
+        let continues = self.runs.last().is_some_and(|run| run.volume == part.volume && block <= run.end);
+        if !continues {
+            self.close_run();
+            self.used = self.used.next_multiple_of(BLOCK_BYTES);
+            if self.used == STAGE_BYTES {
+                return 0;
+            }
+            self.runs.push(Run { volume: part.volume, start: block, end: block, stage: self.used, covered: block });
+        }
+        let room = (STAGE_BYTES - self.used) as u64;
+        let Some(run) = self.runs.last_mut() else { return 0 };
+        let wanted_end = part.end.next_multiple_of(BLOCK).min(len);
+        let end = wanted_end.min(run.end + room).max(run.end);
+        let taken_end = part.end.min(end);
+        if taken_end <= part.start {
+            return 0;
+        }
+        if part.start > run.covered {
+            // A stretch that nobody overwrites, in one block or two.
+            let (first, second) = (run.covered, part.start);
+            self.need(first, len);
+            self.need(second, len);
+        }
+        let Some(run) = self.runs.last_mut() else { return 0 };
+        self.used += (end - run.end) as usize;
+        run.end = end;
+        run.covered = taken_end;
+        let stage = run.stage + (part.start - run.start) as usize;
+        self.copies.push(Copy { stage, bytes: (taken_end - part.start) as usize, source: part.source });
+        taken_end - part.start
+    }
+
+    /// The block around `at` of the last run must be read, unless `at` is a block boundary.
+    fn need(&mut self, at: u64, len: u64) {
+        let Some(run) = self.runs.last() else { return };
+        let block = at - at % BLOCK;
+        if at == block {
+            return;
+        }
+        let stage = run.stage + (block - run.start) as usize;
+        if self.reads.last().is_none_or(|last| last.0 != stage) {
+            self.reads.push((stage, run.volume, block, (len - block).min(BLOCK) as usize));
+        }
+    }
+
+    /// The last run ends: what is left of its last block must be read.
+    fn close_run(&mut self) {
+        let Some(run) = self.runs.last().copied() else { return };
+        if run.covered < run.end {
+            self.need(run.covered, run.end);
+        }
+    }
+}

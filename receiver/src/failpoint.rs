@@ -1,0 +1,81 @@
+//! Named places in the durable steps where tests end the process as a crash would. Compiled in always, so that the
+//! program under test is the program; inert (one relaxed load) unless `VARVE_FAILPOINT=NAME[:COUNT]` was set at start.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Before the batch is written.
+pub const LAND_BEFORE: &str = "land-before";
+/// When only the first half of a batch was written.
+pub const LAND_TORN: &str = "land-torn";
+/// After the batch was written and synced, before anybody knows.
+pub const LAND_AFTER: &str = "land-after";
+/// A segment was made under its temporary name.
+pub const SEGMENT_MADE: &str = "segment-made";
+/// A segment was put to use; nothing is in it.
+pub const SEGMENT_BEGUN: &str = "segment-begun";
+/// Before the replica is written.
+pub const APPLY_BEFORE: &str = "apply-before";
+/// Some of a batch is in the replica.
+pub const APPLY_HALF: &str = "apply-half";
+/// All of a batch is in the replica, not synced.
+pub const APPLY_AFTER: &str = "apply-after";
+/// The replicas are synced, the mark is old.
+pub const MARK_BEFORE: &str = "mark-before";
+/// The mark is new, nothing is recycled.
+pub const MARK_AFTER: &str = "mark-after";
+/// A new group's replicas exist, the group does not.
+pub const GROUP_BEFORE: &str = "group-before";
+/// A new group exists, nobody knows.
+pub const GROUP_AFTER: &str = "group-after";
+
+/// All of them, for tests that try each.
+pub const ALL: [&str; 12] = [
+    LAND_BEFORE,
+    LAND_TORN,
+    LAND_AFTER,
+    SEGMENT_MADE,
+    SEGMENT_BEGUN,
+    APPLY_BEFORE,
+    APPLY_HALF,
+    APPLY_AFTER,
+    MARK_BEFORE,
+    MARK_AFTER,
+    GROUP_BEFORE,
+    GROUP_AFTER,
+];
+
+struct Armed {
+    name: String,
+    left: AtomicU64,
+}
+
+static ARMED: OnceLock<Option<Armed>> = OnceLock::new();
+
+fn armed() -> Option<&'static Armed> {
+    let read = || {
+        let text = std::env::var("VARVE_FAILPOINT").ok().filter(|text| !text.is_empty())?;
+        let (name, count) = text.split_once(':').unwrap_or((&text, "1"));
+        Some(Armed { name: name.to_owned(), left: AtomicU64::new(count.parse().unwrap_or(1)) })
+    };
+    ARMED.get_or_init(read).as_ref()
+}
+
+/// Whether the process is to end here, the configured number of visits having been made. For the places that must do
+/// something half before.
+pub fn due(name: &str) -> bool {
+    armed().is_some_and(|armed| armed.name == name && armed.left.fetch_sub(1, Ordering::Relaxed) == 1)
+}
+
+/// Ends the process here if it is due.
+pub fn hit(name: &str) {
+    if due(name) {
+        crash(name);
+    }
+}
+
+/// Ends the process without unwinding, flushing or telling anybody.
+pub fn crash(name: &str) -> ! {
+    tracing::error!(failpoint = name, "the process ends here on request");
+    std::process::abort();
+}

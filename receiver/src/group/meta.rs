@@ -1,0 +1,151 @@
+//! `group.json`: what a group is. Its presence means that the group exists.
+
+use crate::limits::GROUP_FILE_BYTES_MAX;
+use serde::{Deserialize, Serialize};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use varve_common::limits::{VOLUME_BYTES_MAX, VOLUMES_PER_GROUP_MAX};
+use varve_common::problem::check_name;
+use varve_io::{IoError, crashsafe};
+
+/// The version of the file.
+const FILE_VERSION: u32 = 1;
+/// Its name in the group's directory.
+pub const FILE_NAME: &str = "group.json";
+
+/// What a group is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupMeta {
+    /// Readable without knowing the rest.
+    pub version: u32,
+    /// Made at random with the group, so that files of another one are not taken for ours: 32 hex digits.
+    id: String,
+    /// Its name.
+    pub name: String,
+    /// The host that writes to it.
+    pub owner: String,
+    /// Fencing token: an older source is refused.
+    pub epoch: u64,
+    /// When it was made, nanoseconds since 1970.
+    pub created_ns: u64,
+    /// In the order of their numbers.
+    pub volumes: Vec<VolumeMeta>,
+}
+
+/// One volume and its replica.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeMeta {
+    /// Path at the source.
+    pub path: String,
+    /// Size.
+    pub bytes: u64,
+    /// Where the replica is.
+    pub replica: PathBuf,
+}
+
+/// Why a `group.json` is not used.
+#[derive(Debug, thiserror::Error)]
+pub enum MetaError {
+    /// It cannot be read or written.
+    #[error("{}", .0.chain())]
+    Io(#[from] IoError),
+    /// It is not what it should be.
+    #[error("{} is not understood: {why}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+}
+
+impl GroupMeta {
+    /// A new group.
+    pub fn new(name: &str, owner: &str, epoch: u64, created_ns: u64, volumes: Vec<VolumeMeta>) -> Self {
+        let id: [u8; 16] = rand::random();
+        let id = id.iter().map(|byte| format!("{byte:02x}")).collect();
+        let (name, owner) = (name.to_owned(), owner.to_owned());
+        Self { version: FILE_VERSION, id, name, owner, epoch, created_ns, volumes }
+    }
+
+    /// The random identity.
+    pub fn id(&self) -> [u8; 16] {
+        u128::from_str_radix(&self.id, 16).unwrap_or(0).to_be_bytes()
+    }
+
+    /// Sizes of the volumes.
+    pub fn volume_bytes(&self) -> Vec<u64> {
+        self.volumes.iter().map(|volume| volume.bytes).collect()
+    }
+
+    /// Writes the file of the group in `dir`; durable on return.
+    pub fn save(&self, dir: &Path) -> Result<(), MetaError> {
+        let path = dir.join(FILE_NAME);
+        let damaged = |e: serde_json::Error| MetaError::Damaged { path: path.clone(), why: e.to_string() };
+        let text = serde_json::to_vec_pretty(self).map_err(damaged)?;
+        Ok(crashsafe::write_atomic(&path, &text, 0o600)?)
+    }
+
+    /// Reads the file of the group in `dir`; `None` if there is none.
+    pub fn load(dir: &Path) -> Result<Option<Self>, MetaError> {
+        let path = dir.join(FILE_NAME);
+        let file = match std::fs::File::open(&path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(IoError::new("open", &path, e).into()),
+        };
+        let mut text = String::new();
+        file.take(GROUP_FILE_BYTES_MAX).read_to_string(&mut text).map_err(|e| IoError::new("read", &path, e))?;
+        let damaged = |why: String| MetaError::Damaged { path: path.clone(), why };
+        let version = serde_json::from_str::<serde_json::Value>(&text).ok().and_then(|v| v["version"].as_u64());
+        if let Some(other) = version.filter(|version| *version != u64::from(FILE_VERSION)) {
+            return Err(damaged(format!("it has version {other}, this program knows {FILE_VERSION}")));
+        }
+        let meta: Self = serde_json::from_str(&text).map_err(|e| damaged(e.to_string()))?;
+        match meta.objection(dir) {
+            Some(why) => Err(damaged(why)),
+            None => Ok(Some(meta)),
+        }
+    }
+
+    fn objection(&self, dir: &Path) -> Option<String> {
+        let named = dir.file_name().is_some_and(|name| name == self.name.as_str());
+        let id_ok = self.id.len() == 32 && self.id.bytes().all(|b| b.is_ascii_hexdigit());
+        let sizes = self.volumes.iter().all(|volume| (1..=VOLUME_BYTES_MAX).contains(&volume.bytes));
+        let count = (1..=VOLUMES_PER_GROUP_MAX).contains(&self.volumes.len());
+        if check_name("group", &self.name).is_err() || !named {
+            return Some(format!("its name is '{}'", self.name.escape_debug()));
+        }
+        (!(id_ok && sizes && count)).then(|| "its identity or its volumes are impossible".to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn round_trip_and_refusals() {
+        let base = tempfile::tempdir().expect("directory");
+        let dir = base.path().join("db");
+        std::fs::create_dir(&dir).expect("group's directory");
+        assert!(GroupMeta::load(&dir).expect("nothing there").is_none());
+        let volume = VolumeMeta { path: "/dev/vdb".into(), bytes: 1 << 20, replica: "/r.img".into() };
+        let meta = GroupMeta::new("db", "production", 3, 7, vec![volume]);
+        meta.save(&dir).expect("save");
+        assert_eq!(GroupMeta::load(&dir).expect("load"), Some(meta.clone()));
+        assert_ne!(meta.id(), [0; 16]);
+        let text = std::fs::read_to_string(dir.join(FILE_NAME)).expect("text");
+        for (from, to, word) in [
+            ("\"version\": 1", "\"version\": 9", "version 9"),
+            ("\"db\"", "\"other\"", "name"),
+            ("1048576", "0", "volumes"),
+            ("{", "", "expected"),
+        ] {
+            std::fs::write(dir.join(FILE_NAME), text.replacen(from, to, 1)).expect("damage");
+            let error = GroupMeta::load(&dir).expect_err(word).to_string();
+            assert!(error.contains(FILE_NAME), "{error}");
+            assert!(word == "expected" || error.contains(word), "{error}");
+        }
+    }
+}

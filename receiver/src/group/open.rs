@@ -1,0 +1,166 @@
+//! A group with its files open and its two threads running.
+
+use super::live::{Counters, Live};
+use super::meta::GroupMeta;
+use super::replicas;
+use super::stream::StreamState;
+use crate::apply::applier::Applier;
+use crate::apply::collect::Cursor;
+use crate::apply::history::NoHistory;
+use crate::apply::mark::AppliedFile;
+use crate::apply::replica::{Replica, Replicas};
+use crate::apply::work::{Queue, Work};
+use crate::failure::Failure;
+use crate::landing::Place;
+use crate::landing::batch::Batch;
+use crate::landing::lander::Lander;
+use crate::landing::log::{Log, Writer};
+use crate::landing::reader::Reader;
+use crate::landing::recover::{Recovered, recover};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc};
+use std::thread::{Builder, JoinHandle};
+use varve_common::config::ReceiverConfig;
+use varve_common::wire::messages::Refused;
+use varve_io::{IoError, crashsafe};
+
+/// The applied mark's file in the group's directory.
+pub const APPLIED_NAME: &str = "applied";
+/// The directory of the landing log in it.
+pub const LANDING_NAME: &str = "landing";
+
+/// See the module's text.
+#[derive(Debug)]
+pub struct OpenGroup {
+    /// What the threads, the session and the status share.
+    pub live: Arc<Live>,
+    /// Sizes of the volumes.
+    pub volumes: Arc<[u64]>,
+    /// To the applier; a session that is short of memory asks it to let go of what waits.
+    pub queue: Arc<Queue>,
+    /// To the lander. A session has one batch under way at most.
+    pub batches: mpsc::Sender<Batch>,
+    /// Which replicas were never written. True until the first session begins, whose images may be under way later.
+    fresh: Option<Vec<bool>>,
+    lander: JoinHandle<()>,
+    applier: JoinHandle<()>,
+}
+
+impl OpenGroup {
+    /// Opens the group in `dir`: claims the replicas, finds the end of the landing log, starts to apply what is there.
+    pub fn open(
+        dir: &Path,
+        meta: &GroupMeta,
+        config: &ReceiverConfig,
+        counters: &Arc<Counters>,
+    ) -> Result<Self, Refused> {
+        let io = |e: IoError| Failure::io("the group's directory", &e).refused();
+        crashsafe::remove_temporaries(dir).map_err(io)?;
+        let list: Vec<Replica> = meta.volumes.iter().map(replicas::open).collect::<Result<_, _>>()?;
+        let hollow: Vec<bool> = list.iter().map(replicas::is_fresh).collect();
+        let files = Files::open(dir, meta, config).map_err(|failure| failure.refused())?;
+        let never = files.recovered.entries == 0 && !files.applied.begun();
+        let fresh = hollow.into_iter().map(|hollow| hollow && never).collect();
+        files.report(&meta.name, counters);
+        let replicas = Replicas::new(list).map_err(|e| Failure::io("io_uring", &e).refused())?;
+        files.start(meta, replicas, counters, fresh).map_err(|failure| failure.refused())
+    }
+
+    /// Which replicas are known to hold only zeroes. Only the first session is told: later ones may meet images of
+    /// earlier ones.
+    pub fn take_fresh(&mut self) -> Vec<bool> {
+        self.fresh.take().unwrap_or_else(|| vec![false; self.volumes.len()])
+    }
+
+    /// Ends both threads. What is being written is finished and synced, what waits stays in the landing log.
+    pub fn close(self) {
+        let Self { live, queue, batches, lander, applier, .. } = self;
+        drop(batches);
+        queue.close();
+        for thread in [lander, applier] {
+            if thread.join().is_err() {
+                live.fail(Failure::damaged("a thread of the group panicked; the receiver's log says where"));
+            }
+        }
+    }
+}
+
+/// What a group keeps beside the replicas.
+struct Files {
+    log: Arc<Log>,
+    mark: AppliedFile,
+    applied: StreamState,
+    recovered: Recovered,
+}
+
+impl Files {
+    fn open(dir: &Path, meta: &GroupMeta, config: &ReceiverConfig) -> Result<Self, Failure> {
+        let mark = AppliedFile::open(&dir.join(APPLIED_NAME), meta.id())?;
+        let slot = *mark.slot();
+        let applied = StreamState::from_slot(&slot);
+        let place = Place { segment: slot.segment.get(), offset: slot.offset.get() };
+        let (bytes, most) = (config.landing_segment_bytes, config.landing_bytes_max);
+        let log = Arc::new(Log::open(&dir.join(LANDING_NAME), meta.id(), bytes, most, place)?);
+        let recovered = recover(&log, place, slot.chain.get(), applied, &meta.volume_bytes())?;
+        Ok(Self { log, mark, applied, recovered })
+    }
+
+    fn report(&self, group: &str, counters: &Counters) {
+        let Recovered { entries, bytes, end, damage, .. } = &self.recovered;
+        if let Some(why) = damage {
+            counters.log_damages.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            tracing::error!(
+                group,
+                why,
+                "the landing log lost data that was acknowledged; the agent sends it again if it still has it, else a gap \
+                 begins and the volumes are compared"
+            );
+        }
+        if *entries > 0 {
+            tracing::info!(group, entries, bytes, segment = end.segment, "landed entries to apply");
+        }
+    }
+
+    fn start(
+        self,
+        meta: &GroupMeta,
+        replicas: Replicas,
+        counters: &Arc<Counters>,
+        fresh: Vec<bool>,
+    ) -> Result<OpenGroup, Failure> {
+        let Self { log, mark, applied, recovered } = self;
+        let live = Arc::new(Live::new(counters.clone(), recovered.state, applied));
+        let queue = Arc::new(Queue::default());
+        let slot = *mark.slot();
+        let place = Place { segment: slot.segment.get(), offset: slot.offset.get() };
+        if recovered.entries > 0 {
+            queue.push(Work::Log { until: recovered.end.next_block() });
+        }
+        let applier = Applier {
+            live: live.clone(),
+            queue: queue.clone(),
+            log: log.clone(),
+            volumes: meta.volume_bytes(),
+            replicas,
+            mark,
+            cursor: Cursor::new(Reader::new(log.clone(), place, slot.chain.get()), applied),
+            history: Box::new(NoHistory),
+        };
+        let writer = Writer::new(log, recovered.end, recovered.chain);
+        let lander = Lander { live: live.clone(), queue: queue.clone(), writer, state: recovered.state };
+        let (batches, received) = mpsc::channel();
+        let thread = |role: &str| Builder::new().name(format!("{role}-{}", meta.name));
+        let failed = |e: std::io::Error| Failure::io("a thread", &IoError::new("start", PathBuf::from("thread"), e));
+        let applier = thread("apply").spawn(move || applier.run()).map_err(failed)?;
+        let lander = match thread("land").spawn(move || lander.run(received)) {
+            Ok(lander) => lander,
+            Err(error) => {
+                queue.close();
+                let _ = applier.join();
+                return Err(failed(error));
+            }
+        };
+        let volumes = meta.volume_bytes().into();
+        Ok(OpenGroup { live, volumes, queue, batches, fresh: Some(fresh), lander, applier })
+    }
+}

@@ -1,0 +1,403 @@
+//! All groups, and who may have a session of one.
+//!
+//! A group's *desk* is a lock that its session holds for as long as it lasts; everything that opens, closes or removes
+//! the group takes it, too. A newcomer of the group's host asks the session to leave (its *turn* is over) and waits for
+//! the desk: after a silent loss of the network the old session would otherwise sit there until its idle timeout.
+
+use super::live::{Counters, Live};
+use super::meta::{GroupMeta, VolumeMeta};
+use super::open::{APPLIED_NAME, LANDING_NAME, OpenGroup};
+use super::replicas;
+use crate::apply::mark::AppliedFile;
+use crate::failpoint;
+use crate::failure::{Failure, refuse, refuse_for_now};
+use crate::limits::{DISK_FREE_BYTES_MIN, GROUPS_MAX, TAKEOVER_TIMEOUT};
+use crate::session::hello;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use tokio::sync::{OwnedMutexGuard, mpsc, watch};
+use varve_common::config::ReceiverConfig;
+use varve_common::paths::Paths;
+use varve_common::state::Link;
+use varve_common::wire::messages::{Ask, Hello, Refused, RefusedReason, Report};
+use varve_io::{IoError, crashsafe};
+
+/// One group, whether it exists already or somebody is about to make it.
+#[derive(Debug)]
+pub struct Slot {
+    /// Its name.
+    pub name: String,
+    /// Count since the daemon started.
+    pub counters: Arc<Counters>,
+    desk: Arc<tokio::sync::Mutex<Desk>>,
+    turn: watch::Sender<u64>,
+    board: Mutex<Board>,
+}
+
+/// What only the holder of the desk may touch.
+#[derive(Debug, Default)]
+pub struct Desk {
+    /// The group, if its files are open.
+    pub open: Option<OpenGroup>,
+}
+
+/// What the status shows, and what is known of the group without its desk.
+#[derive(Clone, Debug)]
+pub struct Board {
+    /// `None` until the group exists.
+    pub meta: Option<GroupMeta>,
+    /// The axis of the connection.
+    pub link: Link,
+    /// Why the last session was refused or the group cannot be opened.
+    pub refusal: Option<String>,
+    /// The threads' state, if it is open.
+    pub live: Option<Arc<Live>>,
+    /// What the agent said last, and when.
+    pub report: Option<(Report, Instant)>,
+    /// To the session, if there is one.
+    pub asks: Option<mpsc::Sender<Ask>>,
+}
+
+impl Slot {
+    fn new(name: &str, meta: Option<GroupMeta>) -> Self {
+        let link = Link::Disconnected;
+        let board = Board { meta, link, refusal: None, live: None, report: None, asks: None };
+        Self {
+            name: name.to_owned(),
+            counters: Arc::default(),
+            desk: Arc::default(),
+            turn: watch::Sender::new(0),
+            board: Mutex::new(board),
+        }
+    }
+
+    /// The board, locked for a moment.
+    pub fn board(&self) -> MutexGuard<'_, Board> {
+        self.board.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The session, if there is one, is to end.
+    fn end_session(&self) -> u64 {
+        let mut mine = 0;
+        self.turn.send_modify(|turn| {
+            *turn += 1;
+            mine = *turn;
+        });
+        mine
+    }
+}
+
+/// A group's desk, taken for a session.
+#[derive(Debug)]
+pub struct Claim {
+    /// The group.
+    pub slot: Arc<Slot>,
+    /// Held until the session has ended.
+    pub desk: OwnedMutexGuard<Desk>,
+    /// Changes when the session is to end.
+    pub turn: watch::Receiver<u64>,
+    /// What the group is.
+    pub meta: GroupMeta,
+    /// Whether the daemon stops.
+    pub stopping: Arc<AtomicBool>,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub struct Registry {
+    paths: Paths,
+    config: ReceiverConfig,
+    slots: Mutex<BTreeMap<String, Arc<Slot>>>,
+    /// One group is made at a time: two must not choose the same replica.
+    making: tokio::sync::Mutex<()>,
+    stopping: Arc<AtomicBool>,
+}
+
+impl Registry {
+    /// Finds all groups. One whose file is damaged is named in the log and left alone.
+    pub fn load(paths: Paths, config: ReceiverConfig) -> Result<Self, IoError> {
+        let dir = groups_dir(&paths);
+        crashsafe::create_dir_all_durable(&dir)?;
+        let fail = |e| IoError::new("list", &dir, e);
+        let mut slots = BTreeMap::new();
+        for entry in std::fs::read_dir(&dir).map_err(fail)? {
+            let path = entry.map_err(fail)?.path();
+            match GroupMeta::load(&path) {
+                Ok(Some(meta)) => {
+                    slots.insert(meta.name.clone(), Arc::new(Slot::new(&meta.name.clone(), Some(meta))));
+                }
+                Ok(None) => {}
+                Err(error) => tracing::error!(group = %path.display(), %error, "this group cannot be used"),
+            }
+        }
+        let (slots, making, stopping) = (Mutex::new(slots), tokio::sync::Mutex::new(()), Arc::default());
+        Ok(Self { paths, config, slots, making, stopping })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Slot>>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All groups that exist, by name.
+    pub fn groups(&self) -> Vec<Arc<Slot>> {
+        self.lock().values().filter(|slot| slot.board().meta.is_some()).cloned().collect()
+    }
+
+    /// The group of this name, if it exists.
+    pub fn group(&self, name: &str) -> Option<Arc<Slot>> {
+        self.lock().get(name).filter(|slot| slot.board().meta.is_some()).cloned()
+    }
+
+    /// Whether the daemon stops.
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Opens every group, so that what is landed is applied without waiting for an agent.
+    pub async fn open_all(self: &Arc<Self>) {
+        for slot in self.groups() {
+            let registry = self.clone();
+            tokio::spawn(async move {
+                let mut desk = slot.desk.clone().lock_owned().await;
+                let meta = slot.board().meta.clone();
+                if let (Some(meta), false) = (meta, registry.is_stopping())
+                    && let Err(refused) = registry.ensure_open(&slot, &mut desk, &meta).await
+                {
+                    tracing::error!(group = slot.name, why = refused.text, next = refused.next, "cannot be opened");
+                }
+            });
+        }
+    }
+
+    /// Ends all sessions and closes all groups.
+    pub async fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        let slots: Vec<Arc<Slot>> = self.lock().values().cloned().collect();
+        for slot in &slots {
+            slot.end_session();
+        }
+        for slot in slots {
+            let mut desk = slot.desk.lock().await;
+            close(&slot, &mut desk).await;
+        }
+    }
+
+    /// Gives `host` the desk of the group that it asks for, with the group open. Makes the group if it is new.
+    pub async fn claim(self: &Arc<Self>, host: &str, hello: &Hello) -> Result<Claim, Refused> {
+        hello::check(hello)?;
+        let slot = self.slot_for(hello)?;
+        let result = self.claim_slot(&slot, host, hello).await;
+        if result.is_err() {
+            let mut slots = self.lock();
+            // Nobody else waits for it and it never came to be.
+            if slot.board().meta.is_none() && Arc::strong_count(&slot) <= 2 {
+                slots.remove(&slot.name);
+            }
+        }
+        result
+    }
+
+    async fn claim_slot(self: &Arc<Self>, slot: &Arc<Slot>, host: &str, hello: &Hello) -> Result<Claim, Refused> {
+        check_owner(slot, host)?;
+        let mine = slot.end_session();
+        let turn = slot.turn.subscribe();
+        let busy = |text: &str| refuse_for_now(RefusedReason::Busy, text, "it is tried again by itself");
+        let desk = tokio::time::timeout(TAKEOVER_TIMEOUT, slot.desk.clone().lock_owned()).await;
+        let mut desk = desk.map_err(|_| busy("another session of this group does not end"))?;
+        if *turn.borrow() != mine {
+            return Err(busy("a newer session of this group was opened"));
+        }
+        if self.is_stopping() {
+            return Err(Failure::stopping().refused());
+        }
+        // Again: another host may have made the group meanwhile.
+        check_owner(slot, host)?;
+        let known = slot.board().meta.clone();
+        let mut meta = match known {
+            Some(meta) => meta,
+            None => self.make(slot, host, hello).await?,
+        };
+        hello::check_against(&meta, hello)?;
+        check_space(&self.dir(&slot.name))?;
+        if hello.epoch > meta.epoch {
+            meta.epoch = hello.epoch;
+            meta.save(&self.dir(&slot.name)).map_err(|e| storage(&e.to_string()))?;
+            slot.board().meta = Some(meta.clone());
+        }
+        self.ensure_open(slot, &mut desk, &meta).await?;
+        Ok(Claim { slot: slot.clone(), desk, turn, meta, stopping: self.stopping.clone() })
+    }
+
+    fn slot_for(&self, hello: &Hello) -> Result<Arc<Slot>, Refused> {
+        let mut slots = self.lock();
+        if let Some(slot) = slots.get(&hello.group) {
+            return Ok(slot.clone());
+        }
+        if slots.len() >= GROUPS_MAX {
+            let text = format!("this receiver has {GROUPS_MAX} groups already");
+            return Err(refuse(RefusedReason::Limit, text, "'varve forget GROUP' on the receiver makes room"));
+        }
+        let slot = Arc::new(Slot::new(&hello.group, None));
+        slots.insert(hello.group.clone(), slot.clone());
+        Ok(slot)
+    }
+
+    fn dir(&self, group: &str) -> PathBuf {
+        self.paths.receiver_group(group)
+    }
+
+    /// Makes a new group: directory, replicas, mark, and last `group.json`, which makes it exist.
+    async fn make(self: &Arc<Self>, slot: &Arc<Slot>, host: &str, hello: &Hello) -> Result<GroupMeta, Refused> {
+        let _one_at_a_time = self.making.lock().await;
+        let taken: Vec<(String, PathBuf)> = self
+            .groups()
+            .iter()
+            .filter_map(|slot| slot.board().meta.clone())
+            .flat_map(|meta| meta.volumes.into_iter().map(move |volume| (meta.name.clone(), volume.replica)))
+            .collect();
+        let (paths, dir) = (self.paths.clone(), self.dir(&slot.name));
+        let (host, hello) = (host.to_owned(), hello.clone());
+        let made = tokio::task::spawn_blocking(move || make_group(&paths, &dir, &host, &hello, &taken)).await;
+        let meta = made.map_err(|e| storage(&e.to_string()))??;
+        tracing::info!(group = meta.name, owner = meta.owner, volumes = meta.volumes.len(), "a new group");
+        slot.board().meta = Some(meta.clone());
+        Ok(meta)
+    }
+
+    /// Opens the group's files unless they are open and well. A group that failed is closed first.
+    async fn ensure_open(&self, slot: &Arc<Slot>, desk: &mut Desk, meta: &GroupMeta) -> Result<(), Refused> {
+        let well = desk.open.as_ref().is_some_and(|open| open.live.failure().is_none());
+        if well {
+            return Ok(());
+        }
+        close(slot, desk).await;
+        let (dir, meta, config) = (self.dir(&slot.name), meta.clone(), self.config.clone());
+        let counters = slot.counters.clone();
+        let work = move || OpenGroup::open(&dir, &meta, &config, &counters);
+        let opened = tokio::task::spawn_blocking(work).await.map_err(|e| storage(&e.to_string())).and_then(|open| open);
+        let mut board = slot.board();
+        match opened {
+            Ok(open) => {
+                board.live = Some(open.live.clone());
+                board.refusal = None;
+                drop(board);
+                desk.open = Some(open);
+                Ok(())
+            }
+            Err(refused) => {
+                board.refusal = Some(refused.text.clone());
+                Err(refused)
+            }
+        }
+    }
+
+    /// Removes everything of a group but its replicas; gives where they are.
+    pub async fn forget(&self, slot: &Arc<Slot>) -> Result<Vec<PathBuf>, ForgetError> {
+        let mut desk = slot.desk.try_lock().map_err(|_| ForgetError::InUse)?;
+        close(slot, &mut desk).await;
+        let dir = self.dir(&slot.name);
+        let removed = tokio::task::spawn_blocking(move || remove_group(&dir)).await;
+        removed.map_err(|e| ForgetError::Failed(e.to_string()))?.map_err(|e| ForgetError::Failed(e.chain()))?;
+        self.lock().remove(&slot.name);
+        let meta = slot.board().meta.take();
+        Ok(meta.map(|meta| meta.volumes.into_iter().map(|volume| volume.replica).collect()).unwrap_or_default())
+    }
+}
+
+/// Why a group was not forgotten.
+#[derive(Debug)]
+pub enum ForgetError {
+    /// A session is open.
+    InUse,
+    /// It was tried.
+    Failed(String),
+}
+
+fn groups_dir(paths: &Paths) -> PathBuf {
+    paths.receiver_state().join("groups")
+}
+
+async fn close(slot: &Slot, desk: &mut Desk) {
+    slot.board().live = None;
+    if let Some(open) = desk.open.take() {
+        // It waits for writes and syncs. It can only fail by a panic, which the threads' own end has told already.
+        let _ = tokio::task::spawn_blocking(move || open.close()).await;
+    }
+}
+
+fn storage(text: &str) -> Refused {
+    refuse_for_now(RefusedReason::Storage, text, "see the receiver's log")
+}
+
+fn check_owner(slot: &Slot, host: &str) -> Result<(), Refused> {
+    match &slot.board().meta {
+        Some(meta) if meta.owner != host => Err(refuse(
+            RefusedReason::Owner,
+            format!("the group '{}' belongs to the host '{}', this is '{host}'", slot.name, meta.owner),
+            "protect under another name, or 'varve forget' the group on the receiver if the other host is gone",
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// A session on a disk that is about to be full would end at once.
+fn check_space(dir: &Path) -> Result<(), Refused> {
+    let stat = nix::sys::statvfs::statvfs(dir).map_err(|e| storage(&format!("{}: {e}", dir.display())))?;
+    let free = stat.blocks_available() * stat.fragment_size();
+    if free < DISK_FREE_BYTES_MIN {
+        let text = format!("the receiver has {free} bytes free at {}, it needs {DISK_FREE_BYTES_MIN}", dir.display());
+        return Err(refuse_for_now(RefusedReason::DiskFull, text, "free space there; it is tried again by itself"));
+    }
+    Ok(())
+}
+
+fn make_group(
+    paths: &Paths,
+    dir: &Path,
+    host: &str,
+    hello: &Hello,
+    taken: &[(String, PathBuf)],
+) -> Result<GroupMeta, Refused> {
+    let io = |e: IoError| Failure::io("the group's directory", &e).refused();
+    let mut volumes: Vec<VolumeMeta> = Vec::with_capacity(hello.volumes.len());
+    for (number, volume) in hello.volumes.iter().enumerate() {
+        let replica = replicas::place(paths, dir, number, volume.replica.as_deref())?;
+        let own = volumes.iter().map(|volume| (&hello.group, &volume.replica));
+        let other = taken
+            .iter()
+            .map(|(group, replica)| (group, replica))
+            .chain(own)
+            .find(|(_, path)| replicas::same(path, &replica));
+        if let Some((group, path)) = other {
+            let text = format!("{} is already a replica of the group '{group}'", path.display());
+            return Err(refuse(RefusedReason::Replica, text, "choose another replica"));
+        }
+        volumes.push(VolumeMeta { path: volume.path.clone(), bytes: volume.bytes, replica });
+    }
+    crashsafe::create_dir_all_durable(dir).map_err(io)?;
+    check_space(dir)?;
+    volumes.iter().try_for_each(replicas::prepare)?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let meta = GroupMeta::new(&hello.group, host, hello.epoch, now.as_nanos() as u64, volumes);
+    // What a group of this name left behind when it was half made or half forgotten.
+    remove_group(dir).map_err(io)?;
+    AppliedFile::create(&dir.join(APPLIED_NAME), meta.id()).map_err(io)?;
+    failpoint::hit(failpoint::GROUP_BEFORE);
+    meta.save(dir).map_err(|e| storage(&e.to_string()))?;
+    failpoint::hit(failpoint::GROUP_AFTER);
+    Ok(meta)
+}
+
+/// `group.json` first: from then on the rest is nobody's.
+fn remove_group(dir: &Path) -> Result<(), IoError> {
+    crashsafe::remove_durable(dir.join(super::meta::FILE_NAME))?;
+    crashsafe::remove_durable(dir.join(APPLIED_NAME))?;
+    let landing = dir.join(LANDING_NAME);
+    match std::fs::remove_dir_all(&landing) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(IoError::new("remove", &landing, e)),
+        _ => crashsafe::fsync_dir(dir),
+    }
+}

@@ -1,0 +1,35 @@
+//! The daemon of the recovery host: takes what agents send, makes it durable, acknowledges it, and applies it in order
+//! to 1:1 replicas.
+//!
+//! ```text
+//! QUIC stream ──► session ──► lander thread ──► applier thread ──► replicas
+//!               (checks,      (one synced       (batches, sorted,
+//!                one copy)     write at a time)  then the mark)
+//!                  ▲               │ durable        │ applied
+//!                  └──── acks ─────┴────────────────┘
+//! ```
+//!
+//! | module | for |
+//! |---|---|
+//! | [`daemon`] | start, accept loop, stop |
+//! | [`session`] | one group's stream: handshake, frames, answers |
+//! | [`group`] | what a group is, its directory, its two threads |
+//! | [`landing`] | the landing log: segments, batches, recovery |
+//! | [`apply`] | from landed entries to the replica |
+//! | [`status`], [`control`] | what `varve` sees and asks |
+//! | [`failpoint`] | places where tests end the process |
+//!
+//! Memory of a group with a session: [`limits::ARENAS_MAX`] × [`limits::ARENA_BYTES`] for what arrives,
+//! [`limits::IMAGE_BYTES_WAITING_MAX`] for images, [`limits::STAGE_BYTES`] + [`limits::WINDOW_BYTES`] +
+//! [`limits::APPLY_BYTES_MAX`] for the applier, and one frame decompressed: 92 MiB at most, 12 MiB at rest.
+
+pub mod apply;
+pub mod control;
+pub mod daemon;
+pub mod failpoint;
+pub mod failure;
+pub mod group;
+pub mod landing;
+pub mod limits;
+pub mod session;
+pub mod status;

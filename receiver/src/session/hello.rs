@@ -1,0 +1,112 @@
+//! What a hello must be: first by itself, then against the group that it names. Pure.
+
+use crate::failure::{protocol, refuse};
+use crate::group::meta::GroupMeta;
+use varve_common::limits::{PATH_BYTES_MAX, VOLUME_BYTES_MAX, VOLUMES_PER_GROUP_MAX};
+use varve_common::problem::check_name;
+use varve_common::wire::messages::{Hello, Refused, RefusedReason};
+
+/// Checks names, numbers and lengths before anything is looked up or made.
+pub fn check(hello: &Hello) -> Result<(), Refused> {
+    if let Err(problem) = check_name("group", &hello.group) {
+        return Err(refuse(RefusedReason::Limit, problem.to_string(), problem.next));
+    }
+    let count = hello.volumes.len();
+    if !(1..=VOLUMES_PER_GROUP_MAX).contains(&count) {
+        let text = format!("a group has 1 to {VOLUMES_PER_GROUP_MAX} volumes, this one {count}");
+        return Err(refuse(RefusedReason::Limit, text, "protect the volumes in several groups"));
+    }
+    for volume in &hello.volumes {
+        if !(1..=VOLUME_BYTES_MAX).contains(&volume.bytes) {
+            let text = format!("{} has {} bytes; 1 to {VOLUME_BYTES_MAX} are possible", volume.path, volume.bytes);
+            return Err(refuse(RefusedReason::Limit, text, "protect another volume"));
+        }
+        let paths = [Some(&volume.path), volume.replica.as_ref()];
+        if paths.into_iter().flatten().any(|path| path.is_empty() || path.len() > PATH_BYTES_MAX) {
+            return Err(refuse(RefusedReason::Limit, "a path is empty or too long", "give another path"));
+        }
+    }
+    if hello.incarnation == [0; 16] || hello.oldest > hello.newest {
+        return Err(protocol("the hello names no ring or impossible positions"));
+    }
+    Ok(())
+}
+
+/// Checks epoch and volumes against the group.
+pub fn check_against(meta: &GroupMeta, hello: &Hello) -> Result<(), Refused> {
+    if hello.epoch < meta.epoch {
+        let text =
+            format!("the source writes under epoch {}, the group '{}' is at {}", hello.epoch, meta.name, meta.epoch);
+        let next = "this host was fenced off by a promotion: see 'varve status' on the receiver, then 'varve failback'";
+        return Err(refuse(RefusedReason::Epoch, text, next));
+    }
+    let refuse_volumes = |text: String| {
+        let next = "unprotect the group, 'varve forget' it on the receiver, and protect it again";
+        Err(refuse(RefusedReason::Volumes, text, next))
+    };
+    if hello.volumes.len() != meta.volumes.len() {
+        let (have, got) = (meta.volumes.len(), hello.volumes.len());
+        return refuse_volumes(format!("the group '{}' has {have} volumes here, {got} at the source", meta.name));
+    }
+    for (number, (ours, theirs)) in meta.volumes.iter().zip(&hello.volumes).enumerate() {
+        if ours.bytes != theirs.bytes {
+            let change = if theirs.bytes > ours.bytes { "grew" } else { "shrank" };
+            let (path, have, got) = (&theirs.path, ours.bytes, theirs.bytes);
+            return refuse_volumes(format!(
+                "volume {number} ({path}) {change} from {have} to {got} bytes, which cannot be followed yet"
+            ));
+        }
+        if let Some(wish) = theirs.replica.as_ref().filter(|wish| ours.replica.as_os_str() != wish.as_str()) {
+            let have = ours.replica.display();
+            return refuse_volumes(format!("the replica of volume {number} is {have}, the source asks for {wish}"));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::group::meta::VolumeMeta;
+    use varve_common::wire::messages::VolumeHello;
+
+    fn hello() -> Hello {
+        Hello {
+            group: "db".into(),
+            epoch: 2,
+            incarnation: [1; 16],
+            oldest: 0,
+            newest: 8,
+            volumes: vec![VolumeHello { path: "/dev/vdb".into(), bytes: 4096, replica: Some("/r.img".into()) }],
+            software: "test".into(),
+        }
+    }
+
+    #[test]
+    fn each_objection() {
+        let meta = {
+            let volume = VolumeMeta { path: "/dev/vdb".into(), bytes: 4096, replica: "/r.img".into() };
+            GroupMeta::new("db", "host", 2, 0, vec![volume])
+        };
+        let both = |hello: &Hello| check(hello).and_then(|()| check_against(&meta, hello));
+        assert_eq!(both(&hello()), Ok(()));
+        type Change = fn(&mut Hello);
+        let cases: [(Change, RefusedReason); 10] = [
+            (|h| h.group = "../x".into(), RefusedReason::Limit),
+            (|h| h.volumes.clear(), RefusedReason::Limit),
+            (|h| h.volumes[0].bytes = u64::MAX, RefusedReason::Limit),
+            (|h| h.volumes[0].path = "x".repeat(5000), RefusedReason::Limit),
+            (|h| h.incarnation = [0; 16], RefusedReason::Protocol),
+            (|h| h.oldest = 9, RefusedReason::Protocol),
+            (|h| h.epoch = 1, RefusedReason::Epoch),
+            (|h| h.volumes[0].bytes = 8192, RefusedReason::Volumes),
+            (|h| h.volumes.push(h.volumes[0].clone()), RefusedReason::Volumes),
+            (|h| h.volumes[0].replica = Some("/other.img".into()), RefusedReason::Volumes),
+        ];
+        for (change, reason) in cases {
+            let mut hello = hello();
+            change(&mut hello);
+            assert_eq!(both(&hello).map_err(|refused| refused.reason), Err(reason), "{hello:?}");
+        }
+    }
+}
