@@ -202,6 +202,15 @@ pub(crate) fn keep(link: &Link) -> Result<OwnedFd, CaptureError> {
     link.as_fd().try_clone_to_owned().map_err(|e| CaptureError::kernel("keep an attachment", e))
 }
 
+/// Whether the kernel takes the programs; nothing stays loaded.
+pub(crate) fn try_load() -> Result<(), CaptureError> {
+    let mut object = MaybeUninit::uninit();
+    let skeleton = VarveSkelBuilder::default()
+        .open(&mut object)
+        .map_err(|e| CaptureError::kernel("open the capture programs", e))?;
+    skeleton.load().map_err(load_error).map(drop)
+}
+
 fn load_error(error: libbpf_rs::Error) -> CaptureError {
     use libbpf_rs::ErrorKind::PermissionDenied;
     if error.kind() == PermissionDenied {

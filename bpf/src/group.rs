@@ -266,7 +266,7 @@ impl Drop for Group {
     }
 }
 
-fn ring_map(bytes: u32) -> Result<MapHandle, CaptureError> {
+pub(crate) fn ring_map(bytes: u32) -> Result<MapHandle, CaptureError> {
     let options = libbpf_sys::bpf_map_create_opts {
         sz: size_of::<libbpf_sys::bpf_map_create_opts>() as libbpf_sys::size_t,
         ..Default::default()

@@ -74,10 +74,8 @@ impl Shared {
         let spans: Vec<Span> = slots.watched().map(Span::new).collect();
         let mut idle: HashMap<(u32, u32), bool> = HashMap::new();
         for span in &spans {
-            if !idle.contains_key(&span.disk) {
-                // The device may be gone: then nothing is in flight on it.
-                idle.insert(span.disk, disk_is_idle(span.disk).unwrap_or(true));
-            }
+            // The device may be gone: then nothing is in flight on it.
+            idle.entry(span.disk).or_insert_with(|| disk_is_idle(span.disk).unwrap_or(true));
         }
         let mut looks = HashMap::new();
         let mut dirty = 0;

@@ -98,6 +98,13 @@ impl Judge {
         if let Some(at) = (0..image.len()).find(|&i| image[i] != device[i]) {
             let last = (0..image.len()).rev().find(|&i| image[i] != device[i]).unwrap();
             let bad = (0..image.len()).filter(|&i| image[i] != device[i]).count();
+            let zero = |bytes: &[u8]| bytes.iter().all(|&b| b == 0);
+            for (i, (a, b)) in
+                image.chunks(512).zip(device.chunks(512)).enumerate().filter(|(_, (a, b))| a != b).take(64)
+            {
+                let n = a.iter().zip(b).filter(|(a, b)| a != b).count();
+                eprintln!("sector {i:#x}: {n} bytes differ, stream zero: {}, disk zero: {}", zero(a), zero(b));
+            }
             panic!("volume {volume}: {bad} bytes differ, first at {at:#x}, last at {last:#x}");
         }
     }

@@ -255,15 +255,15 @@ pub struct Mount {
 impl Mount {
     pub fn ext4(device: &Path) -> Self {
         run("mkfs.ext4", &["-q", device.to_str().unwrap()]);
-        Self::mount(&[device.to_str().unwrap()])
+        Self::new(&[device.to_str().unwrap()])
     }
 
     /// A file system in memory of limited size.
     pub fn tmpfs(bytes: u64) -> Self {
-        Self::mount(&["-t", "tmpfs", "-o", &format!("size={bytes}"), "varve-test"])
+        Self::new(&["-t", "tmpfs", "-o", &format!("size={bytes}"), "varve-test"])
     }
 
-    fn mount(arguments: &[&str]) -> Self {
+    fn new(arguments: &[&str]) -> Self {
         let dir = memory_dir();
         let mut all = arguments.to_vec();
         all.push(dir.path().to_str().unwrap());
