@@ -130,13 +130,19 @@ impl Worker {
         if self.shared.facts().gap.is_some() {
             self.update_sync_facts();
         }
+        // Each of these locks the facts by itself.
+        let (data, rpo, resync) = (self.shared.data(), self.shared.rpo(), self.shared.resync());
+        let (reason, verify) = {
+            let facts = self.shared.facts();
+            (facts.gap, facts.verify.clone())
+        };
         let report = Report {
             captured: self.source.stream().producer(),
-            data: self.shared.data(),
-            rpo_ms: self.shared.rpo().map_or(0, |rpo| rpo.as_millis() as u64),
-            reason: self.shared.facts().gap,
-            resync: self.shared.resync(),
-            verify: self.shared.facts().verify.clone(),
+            data,
+            rpo_ms: rpo.map_or(0, |rpo| rpo.as_millis() as u64),
+            reason,
+            resync,
+            verify,
         };
         session::send_control(&mut session.send, FrameKind::Report, session.sent, messages::encode(&report)).await
     }
