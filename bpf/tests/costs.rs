@@ -80,3 +80,70 @@ fn per_write() {
     measure(&capture, "not watched, 4 KiB", || write(&other, 4096, 100_000, 0));
     drop(running.finish());
 }
+
+/// Consumes without looking, as fast as it can be done.
+fn drain(group: &Arc<varve_bpf::Group>, stop: &std::sync::atomic::AtomicBool) {
+    let ring = group.ring();
+    let mut at = ring.consumer();
+    let mut out = vec![0; MIB as usize];
+    while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+        let mut moved = false;
+        while let Some(entry) = ring.entry(at) {
+            let (varve_bpf::Entry::Record { bytes, .. } | varve_bpf::Entry::Discarded { bytes }) = entry else { break };
+            ring.copy_out(at, &mut out[..(bytes as usize).min(MIB as usize)]);
+            at += bytes;
+            moved = true;
+        }
+        ring.release(at);
+        if !moved {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    }
+}
+
+fn iops(device: &Device, job: &str) -> f64 {
+    let path = device.path.to_str().unwrap();
+    let line = format!(
+        "fio --name=x --filename={path} --size=128m --runtime=1 --time_based --rw=randwrite --direct=1 {job} --output-format=terse --terse-version=3"
+    );
+    let out = run("sh", &["-c", &line]);
+    out.lines().last().unwrap().split(';').nth(48).unwrap().parse().unwrap()
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn iops_with_and_without() {
+    let device = loop_device(128 * MIB);
+    iops(&device, "--ioengine=psync --bs=1m");
+    for job in [
+        "--ioengine=psync --bs=4k",
+        "--ioengine=libaio --iodepth=32 --bs=4k",
+        "--ioengine=io_uring --iodepth=32 --bs=4k",
+        "--ioengine=libaio --iodepth=8 --bs=64k",
+    ] {
+        let mut all: [Vec<f64>; 3] = Default::default();
+        for _ in 0..7 {
+            all[0].push(iops(&device, job));
+            let capture = load(&device);
+            all[1].push(iops(&device, job));
+            let group = Arc::new(capture.add_group(256 << 20, &[device.whole()]).unwrap());
+            wait_for("settling", || group.poll_settled().unwrap());
+            let stop = std::sync::atomic::AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                scope.spawn(|| drain(&group, &stop));
+                all[2].push(iops(&device, job));
+                stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            });
+            if group.counters().dropped_records > 0 {
+                println!("dropped {}", group.counters().dropped_records);
+            }
+        }
+        for v in &mut all {
+            v.sort_by(f64::total_cmp);
+        }
+        println!(
+            "{job}: none {:.0}  attached {:.0}  watched {:.0}   (best {:.0} {:.0} {:.0})",
+            all[0][3], all[1][3], all[2][3], all[0][6], all[1][6], all[2][6]
+        );
+    }
+}

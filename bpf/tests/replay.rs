@@ -27,6 +27,8 @@ fn checked(device: &Device, load_it: impl FnOnce(&Device)) -> judge::Judge {
     load_it(device);
     let image = device.read_all();
     let judge = running.finish();
+    eprintln!("misses: {} {}", capture.misses().unwrap(), capture.completion_misses().unwrap());
+    eprintln!("{:?}", group.counters());
     judge.compare(0, &image);
     assert_clean(&capture, &group);
     judge
@@ -281,8 +283,8 @@ fn a_filesystem_at_work() {
         let inside = mount.path().to_str().unwrap().to_string();
         let job = format!(
             "--directory={inside} --size=8m --bsrange=512-128k --runtime=4 --time_based --numjobs=2 \
-             --group_reporting --name=a --rw=randwrite --fsync=20 --name=b --rw=randrw --ioengine=io_uring \
-             --iodepth=16 --direct=1 --bs=4k"
+             --group_reporting --name=a --rw=randwrite --fsync=20 --rate_iops=2000 --name=b --rw=randrw --ioengine=io_uring \
+             --iodepth=16 --direct=1 --bs=4k --rate_iops=4000"
         );
         run(
             "sh",

@@ -20,6 +20,9 @@ pub struct Judge {
     pub more: u64,
     pub discarded: u64,
     pub position: u64,
+    /// Kind, volume, first byte, end, time of every record.
+    pub log: Vec<(u8, usize, usize, usize, u64)>,
+    payload: Vec<u8>,
     pub last_bytes: u64,
     pub last_length: u64,
     pub last_time_ns: u64,
@@ -47,9 +50,11 @@ impl Judge {
                     self.position += bytes;
                 }
                 Some(Entry::Record { bytes, header }) => {
-                    let mut payload = vec![0; header.payload.get() as usize];
+                    let mut payload = std::mem::take(&mut self.payload);
+                    payload.resize(header.payload.get() as usize, 0);
                     ring.copy_out(self.position + 8 + 32, &mut payload);
                     self.apply(&header, &payload);
+                    self.payload = payload;
                     self.position += bytes;
                     n += 1;
                 }
@@ -68,6 +73,7 @@ impl Judge {
         self.fua += u64::from(header.flags & FLAG_FUA != 0);
         self.preflush += u64::from(header.flags & FLAG_PREFLUSH != 0);
         self.more += u64::from(header.flags & FLAG_MORE != 0);
+        self.log.push((header.kind, volume, from, to, header.time_ns.get()));
         self.last_length = header.length.get();
         self.last_time_ns = header.time_ns.get();
         if header.kind == RecordKind::Write as u8 {
@@ -105,6 +111,10 @@ impl Judge {
                 let n = a.iter().zip(b).filter(|(a, b)| a != b).count();
                 eprintln!("sector {i:#x}: {n} bytes differ, stream zero: {}, disk zero: {}", zero(a), zero(b));
             }
+            for entry in self.log.iter().filter(|(_, v, from, to, _)| *v == volume && *from <= at && at < *to) {
+                eprintln!("first difference was touched by {entry:?}");
+            }
+            eprintln!("disk there: {:?}", String::from_utf8_lossy(&device[at & !511..(at & !511) + 512]));
             panic!("volume {volume}: {bad} bytes differ, first at {at:#x}, last at {last:#x}");
         }
     }
