@@ -21,7 +21,7 @@ use crate::hosts::{Fingerprint, Hosts, Standing};
 use crate::identity::{Authority, fingerprint, subject_of};
 use crate::live::{self, Live, LiveGuard};
 use crate::tls::{self, ALPN_JOIN, ALPN_SESSION};
-use crate::transport::{SocketBuffers, Tuning, bind_udp, endpoint_config, transport_config};
+use crate::transport::{SocketBuffers, Tuning, bind_udp, lasting_endpoint_config, transport_config};
 
 pub use crate::connect::{Purpose, connect, connect_tuned, explain};
 pub use crate::join::{join, serve_join};
@@ -156,9 +156,10 @@ impl Server {
             .max_incoming(INCOMING_QUEUE)
             .incoming_buffer_size_total(INCOMING_BYTES_MAX);
         let (socket, buffers) = bind_udp(addr, tuning)?;
-        let endpoint =
-            quinn::Endpoint::new(endpoint_config(tuning), Some(config), socket, Arc::new(quinn::TokioRuntime))
-                .map_err(|e| Error::io(format!("cannot use UDP {addr}"), e))?;
+        let (_, key) = authority.server_chain();
+        let settings = lasting_endpoint_config(tuning, key.secret_der());
+        let endpoint = quinn::Endpoint::new(settings, Some(config), socket, Arc::new(quinn::TokioRuntime))
+            .map_err(|e| Error::io(format!("cannot use UDP {addr}"), e))?;
         let shared = Arc::new(Shared {
             hosts,
             live: Live::default(),

@@ -24,6 +24,7 @@ use std::time::Duration;
 use nix::sys::socket::{setsockopt, sockopt};
 use quinn::congestion::{BbrConfig, CubicConfig};
 use quinn::{AckFrequencyConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
+use quinn_proto::HashedConnectionIdGenerator;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::error::{Error, Result};
@@ -151,10 +152,45 @@ pub fn transport_config(tuning: &Tuning) -> Arc<TransportConfig> {
 
 /// Settings of the endpoint (shared by its connections): lets the peer send datagrams as large as discovery may find.
 pub fn endpoint_config(tuning: &Tuning) -> EndpointConfig {
-    let mut config = EndpointConfig::default();
+    with_datagram_size(EndpointConfig::default(), tuning)
+}
+
+/// As [`endpoint_config`], for a server that recognises the connections of its earlier lives and tells their peers at
+/// once that they are gone (stateless reset, RFC 9000 section 10.3). Without it an agent would learn of a restart only
+/// after [`IDLE_TIMEOUT`], and its ring would fill meanwhile. `secret` must be the same in every life.
+pub fn lasting_endpoint_config(tuning: &Tuning, secret: &[u8]) -> EndpointConfig {
+    let reset = ResetKey(blake3::derive_key("varve 1 stateless reset", secret));
+    let ids = blake3::derive_key("varve 1 connection ids", secret);
+    let ids = u64::from_le_bytes([ids[0], ids[1], ids[2], ids[3], ids[4], ids[5], ids[6], ids[7]]);
+    let mut config = EndpointConfig::new(Arc::new(reset));
+    config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(ids)));
+    with_datagram_size(config, tuning)
+}
+
+fn with_datagram_size(mut config: EndpointConfig, tuning: &Tuning) -> EndpointConfig {
     // Only refused below 1200.
     let _ = config.max_udp_payload_size(tuning.mtu_max.max(MTU_INITIAL));
     config
+}
+
+/// BLAKE3 keyed: authenticates the tokens of stateless resets.
+struct ResetKey([u8; 32]);
+
+impl quinn::crypto::HmacKey for ResetKey {
+    fn sign(&self, data: &[u8], signature_out: &mut [u8]) {
+        blake3::Hasher::new_keyed(&self.0).update(data).finalize_xof().fill(signature_out);
+    }
+
+    fn signature_len(&self) -> usize {
+        blake3::OUT_LEN
+    }
+
+    fn verify(&self, data: &[u8], signature: &[u8]) -> Result<(), quinn::crypto::CryptoError> {
+        // `blake3::Hash` compares in constant time.
+        let expected = blake3::keyed_hash(&self.0, data);
+        let given = blake3::Hash::from_slice(signature).map_err(|_| quinn::crypto::CryptoError)?;
+        if expected == given { Ok(()) } else { Err(quinn::crypto::CryptoError) }
+    }
 }
 
 /// A UDP socket with large buffers, and what the kernel granted. An IPv6 wildcard address also takes IPv4.

@@ -1,7 +1,8 @@
 //! The main job on real devices: protect while it is written to, stay equal, survive the death of either side.
+//!
+//! The pair is declared after the devices, so that it drops first: the agent lets go of them.
 #![allow(clippy::unwrap_used, reason = "tests")]
 #![allow(missing_docs, reason = "tests say what they test by their names")]
-
 
 use rand::Rng;
 use std::fs::OpenOptions;
@@ -23,12 +24,12 @@ fn assert_equal(pair: &Pair, group: &str, volumes: &[&Path], replicas: &[std::pa
 
 fn file_system_survives(filesystem: Filesystem, bytes: u64) {
     require_root();
-    let pair = Pair::new();
     let scratch = Scratch::disk();
     let device = LoopDevice::new(&scratch, "volume", bytes);
     let mount = Mount::format(&scratch, "mnt", filesystem, device.path());
     std::fs::write(mount.path().join("before"), vec![7; 3 << 20]).unwrap();
     mount.sync();
+    let pair = Pair::new();
     let replicas = pair.protect("fs", &[device.path()]);
     let load = Fio::new(&mount.path().join("load"))
         .option("size=32m")
@@ -66,7 +67,6 @@ fn btrfs_is_replicated_under_load() {
 fn first_sync_of_a_full_volume_under_random_writes() {
     require_root();
     let seed = Seed::new();
-    let pair = Pair::new();
     let scratch = Scratch::memory();
     let bytes = 96 << 20;
     let device = LoopDevice::new(&scratch, "volume", bytes);
@@ -83,6 +83,7 @@ fn first_sync_of_a_full_volume_under_random_writes() {
         .rate(60 << 20)
         .seconds(40)
         .start(&scratch);
+    let pair = Pair::new();
     let replicas = pair.protect("random", &[device.path()]);
     pair.wait_protected("random", LIMIT);
     load.stop();
@@ -94,11 +95,11 @@ fn first_sync_of_a_full_volume_under_random_writes() {
 fn first_sync_of_a_slow_volume_loses_no_write_in_flight() {
     require_root();
     let seed = Seed::new();
-    let pair = Pair::new();
     let scratch = Scratch::memory();
     let slow = SlowDevice::new(&scratch, "slow", 24 << 20, Duration::from_millis(20), Duration::from_millis(300));
     let load = Fio::new(slow.path()).block("4k-128k").depth(32).seed(seed.number()).seconds(60).start(&scratch);
     // A fresh load has writes in flight when capture begins.
+    let pair = Pair::new();
     let replicas = pair.protect("slow", &[slow.path()]);
     pair.wait_protected("slow", Duration::from_secs(90));
     load.stop();
@@ -109,10 +110,10 @@ fn first_sync_of_a_slow_volume_loses_no_write_in_flight() {
 #[test]
 fn volumes_of_a_group_share_one_order() {
     require_root();
-    let mut pair = Pair::new();
     let scratch = Scratch::memory();
     let a = LoopDevice::new(&scratch, "a", 8 << 20);
     let b = LoopDevice::new(&scratch, "b", 8 << 20);
+    let mut pair = Pair::new();
     let replicas = pair.protect("pair", &[a.path(), b.path()]);
     pair.wait_protected("pair", LIMIT);
     let stop = std::sync::atomic::AtomicBool::new(false);
@@ -152,12 +153,12 @@ fn volumes_of_a_group_share_one_order() {
 fn partitions_are_volumes_and_the_rest_of_the_disk_is_not() {
     require_root();
     let seed = Seed::new();
-    let pair = Pair::new();
     let scratch = Scratch::memory();
     let file = scratch.file("disk", 64 << 20);
     let disk = LoopDevice::over(&file, LoopOptions { partscan: true, ..LoopOptions::default() });
     let parts = disk.partition("label: gpt\nsize=16MiB\nsize=20MiB\nsize=8MiB\n");
     let volumes: Vec<&Path> = parts[..2].iter().map(|path| path.as_path()).collect();
+    let pair = Pair::new();
     let replicas = pair.protect("parts", &volumes);
     pair.wait_protected("parts", LIMIT);
     let loads: Vec<_> = parts
@@ -178,7 +179,6 @@ fn partitions_are_volumes_and_the_rest_of_the_disk_is_not() {
 fn discards_zeroes_sectors_and_sizes() {
     require_root();
     let seed = Seed::new();
-    let pair = Pair::new();
     let scratch = Scratch::disk();
     // An odd size, and sectors of 4096 bytes.
     let odd = LoopDevice::new(&scratch, "odd", (17 << 20) + 512 * 3);
@@ -190,6 +190,7 @@ fn discards_zeroes_sectors_and_sizes() {
         OpenOptions::new().write(true).open(volume).unwrap().write_all_at(&fill, 0).unwrap();
         run_ok("blockdev", &["--flushbufs", volume.to_str().unwrap()]);
     }
+    let pair = Pair::new();
     let replicas = pair.protect("mix", &volumes);
     pair.wait_protected("mix", LIMIT);
     let mut rng = seed.rng();
@@ -220,12 +221,12 @@ fn discards_zeroes_sectors_and_sizes() {
 #[test]
 fn writes_that_fail_leave_no_difference() {
     require_root();
-    let pair = Pair::new();
     let scratch = Scratch::memory();
     let full = FullTmpfs::new(&scratch, "full", 48 << 20);
     let backing = full.path().join("disk");
     std::fs::File::create(&backing).unwrap().set_len(32 << 20).unwrap();
     let device = LoopDevice::over(&backing, LoopOptions::default());
+    let pair = Pair::new();
     let replicas = pair.protect("failing", &[device.path()]);
     pair.wait_protected("failing", LIMIT);
     full.fill(2 << 20);
@@ -247,9 +248,9 @@ fn writes_that_fail_leave_no_difference() {
 fn the_receiver_dies_and_comes_back() {
     require_root();
     let seed = Seed::new();
-    let mut pair = Pair::new();
     let scratch = Scratch::memory();
     let device = LoopDevice::new(&scratch, "volume", 64 << 20);
+    let mut pair = Pair::new();
     let replicas = pair.protect("db", &[device.path()]);
     pair.wait_protected("db", LIMIT);
     let load =
@@ -272,9 +273,9 @@ fn the_receiver_dies_and_comes_back() {
 #[test]
 fn the_agent_dies_and_comes_back() {
     require_root();
-    let mut pair = Pair::new();
     let scratch = Scratch::memory();
     let device = LoopDevice::new(&scratch, "volume", 32 << 20);
+    let mut pair = Pair::new();
     let replicas = pair.protect("db", &[device.path()]);
     pair.wait_protected("db", LIMIT);
     pair.production.kill(Role::Agent);
@@ -292,9 +293,9 @@ fn the_agent_dies_and_comes_back() {
 fn overflow_is_a_gap_and_heals() {
     require_root();
     let seed = Seed::new();
-    let mut pair = Pair::with_agent_config("ring_mib = 4\n");
     let scratch = Scratch::memory();
     let device = LoopDevice::new(&scratch, "volume", 64 << 20);
+    let mut pair = Pair::with_agent_config("ring_mib = 4\n");
     let replicas = pair.protect("db", &[device.path()]);
     pair.wait_protected("db", LIMIT);
     pair.recovery.signal(Role::Receiver, nix::sys::signal::Signal::SIGSTOP);
@@ -317,9 +318,9 @@ fn overflow_is_a_gap_and_heals() {
 fn verify_finds_and_mends_what_was_changed_behind_the_receivers_back() {
     require_root();
     let seed = Seed::new();
-    let pair = Pair::new();
     let scratch = Scratch::memory();
     let device = LoopDevice::new(&scratch, "volume", 48 << 20);
+    let pair = Pair::new();
     let replicas = pair.protect("db", &[device.path()]);
     pair.wait_protected("db", LIMIT);
     let load = Fio::new(device.path())
@@ -353,9 +354,9 @@ fn verify_finds_and_mends_what_was_changed_behind_the_receivers_back() {
 #[test]
 fn a_bookmark_has_an_exact_place() {
     require_root();
-    let pair = Pair::new();
     let scratch = Scratch::memory();
     let device = LoopDevice::new(&scratch, "volume", 16 << 20);
+    let pair = Pair::new();
     pair.protect("db", &[device.path()]);
     pair.wait_protected("db", LIMIT);
     let first = pair.production.varve(&["bookmark", "db", "one", "--json"]).ok().json();
