@@ -251,6 +251,7 @@ impl Cursor {
             return Ok(None);
         }
         let state = self.state;
+        self.reader.allow(until);
         let effect = match self.reader.next(|header, body| check_place(&state, header, body))? {
             Next::Entry(header, body, checked) => match checked.effect {
                 Effect::Data { end, .. } => Effect::Data { end, time_ns: batch.add(&header, body, None, volumes)? },

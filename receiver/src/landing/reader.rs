@@ -151,6 +151,8 @@ pub struct Reader {
     log: Arc<Log>,
     at: Place,
     chain: u32,
+    /// Nothing from here on is looked at: the lander may be writing it, and the window would keep what was there before.
+    limit: Option<Place>,
     window: Option<Window>,
 }
 
@@ -165,7 +167,7 @@ struct Window {
 impl Reader {
     /// Begins at `at`, after the entry whose header has the CRC `chain`.
     pub fn new(log: Arc<Log>, at: Place, chain: u32) -> Self {
-        Self { log, at, chain, window: None }
+        Self { log, at, chain, limit: None, window: None }
     }
 
     /// Where the next entry is looked for.
@@ -181,6 +183,20 @@ impl Reader {
     /// Goes to another place, entries in between having been read from memory.
     pub fn jump(&mut self, at: Place, chain: u32) {
         (self.at, self.chain) = (at, chain);
+    }
+
+    /// Everything before `until` (a block boundary) is written, what comes after may not be.
+    pub fn allow(&mut self, until: Place) {
+        self.limit = Some(until);
+    }
+
+    /// How much of a segment may be read.
+    fn readable(&self, segment: &Segment) -> u64 {
+        match self.limit {
+            Some(limit) if limit.segment < segment.sequence() => 0,
+            Some(limit) if limit.segment == segment.sequence() => limit.offset.min(segment.bytes()),
+            _ => segment.bytes(),
+        }
     }
 
     /// Frees the window's memory until it is needed again.
@@ -235,7 +251,8 @@ impl Reader {
         check: &mut impl FnMut(&EntryHeader, &[u8]) -> Option<Checked>,
     ) -> Result<(Facts, Option<(EntryHeader, Checked)>), Failure> {
         let mut facts = Facts::default();
-        if offset + ENTRY_HEADER_BYTES as u64 > segment.bytes() {
+        let readable = self.readable(segment);
+        if offset + ENTRY_HEADER_BYTES as u64 > readable {
             return Ok((facts, None));
         }
         let bytes = self.bytes(segment, offset, ENTRY_HEADER_BYTES)?;
@@ -245,7 +262,7 @@ impl Reader {
         facts.header = true;
         let lengths = header.body_bytes.get().max(header.plain_bytes.get()) as usize;
         let total = header.total_bytes();
-        facts.sane = lengths <= FRAME_PLAIN_BYTES_MAX && offset + total as u64 <= segment.bytes();
+        facts.sane = lengths <= FRAME_PLAIN_BYTES_MAX && offset + total as u64 <= readable;
         if !facts.sane {
             return Ok((facts, None));
         }
@@ -264,7 +281,7 @@ impl Reader {
 
     /// `len` bytes at `offset`, from the window or the disk.
     fn bytes(&mut self, segment: &Arc<Segment>, offset: u64, len: usize) -> Result<&[u8], Failure> {
-        let sequence = segment.sequence();
+        let (sequence, readable) = (segment.sequence(), self.readable(segment));
         let window = self.window.get_or_insert_with(|| Window {
             buf: AlignedBuf::new(WINDOW_BYTES),
             segment: 0,
@@ -276,7 +293,7 @@ impl Reader {
             && offset + len as u64 <= window.start + window.len as u64;
         if !inside {
             let start = offset - offset % BLOCK_BYTES as u64;
-            let wanted = (segment.bytes() - start).min(WINDOW_BYTES as u64) as usize;
+            let wanted = (readable - start).min(WINDOW_BYTES as u64) as usize;
             // Not valid while it is being read: an error must not leave a window that lies.
             window.segment = 0;
             let read = segment.file().read_exact_at(&mut window.buf[..wanted], start);

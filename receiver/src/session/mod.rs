@@ -77,11 +77,7 @@ pub async fn serve(registry: Arc<Registry>, peer: Peer, mut send: SendStream, mu
     };
     let group = hello.group.escape_debug().to_string();
     match registry.claim(host, &hello).await {
-        Ok(claim) => {
-            let slot = claim.slot.clone();
-            let ended = Session::open(claim, hello, &peer, send, recv).await;
-            slot.end(&ended, &registry, &peer);
-        }
+        Ok(claim) => Session::open(claim, hello, &peer, send, recv).await,
         Err(refused) => {
             tracing::warn!(host, %remote, group, reason = ?refused.reason, why = refused.text, "session refused");
             if let Some(slot) = registry.group(&hello.group)
@@ -127,7 +123,7 @@ async fn greet(send: &mut SendStream, recv: &mut RecvStream) -> Result<Hello, En
 
 impl Slot {
     /// Notes and logs how a session ended.
-    fn end(&self, end: &End, registry: &Registry, peer: &Peer) {
+    fn end(&self, end: &End, stopping: bool, peer: &Peer) {
         let (group, host, remote) = (self.name.as_str(), peer.host.as_str(), peer.remote);
         let mut board = self.board();
         board.asks = None;
@@ -136,7 +132,7 @@ impl Slot {
                 board.link = Link::Disconnected;
                 tracing::info!(group, host, %remote, why, "session ended");
             }
-            End::Refused(refused) if registry.is_stopping() || refused.reason == RefusedReason::Busy => {
+            End::Refused(refused) if stopping || refused.reason == RefusedReason::Busy => {
                 board.link = Link::Disconnected;
                 tracing::info!(group, host, %remote, why = refused.text, "session ended");
             }
@@ -166,9 +162,9 @@ struct Session {
 
 impl Session {
     /// Welcomes the agent, serves it, and gives back the desk when nothing is under way any more.
-    async fn open(mut claim: Claim, hello: Hello, peer: &Peer, mut send: SendStream, mut recv: RecvStream) -> End {
+    async fn open(mut claim: Claim, hello: Hello, peer: &Peer, mut send: SendStream, mut recv: RecvStream) {
         let Some(open) = claim.desk.open.as_mut() else {
-            return End::Refused(Failure::stopping().refused());
+            return writer::refuse(send, &Failure::stopping().refused()).await;
         };
         let fresh = open.take_fresh();
         let progress = open.live.subscribe();
@@ -184,7 +180,8 @@ impl Session {
             software: env!("CARGO_PKG_VERSION").to_owned(),
         };
         if let Err(error) = writer::send(&mut send, FrameKind::Welcome, 0, &welcome).await {
-            return End::Gone(error.to_string());
+            claim.slot.end(&End::Gone(error.to_string()), false, peer);
+            return;
         }
         let (group, host, remote) = (claim.slot.name.as_str(), peer.host.as_str(), peer.remote);
         let newest = show_position(&landed.at.incarnation, landed.at.position);
@@ -219,6 +216,9 @@ impl Session {
         };
         let end = session.run(&mut recv).await;
         session.settle().await;
+        // Said and shown before the peer hears of it, and before another session can begin.
+        let stopping = session.claim.stopping.load(Ordering::Acquire);
+        session.claim.slot.end(&end, stopping, peer);
         if let End::Refused(refused) = &end {
             // Nothing more is read, so the writer is told first and the peer's data is not waited for.
             let _ = session.outbox.try_send(Out::Refused(Box::new(refused.clone())));
@@ -227,7 +227,6 @@ impl Session {
         drop(session);
         // It ends by itself: it has written the refusal (bounded) or sees that the session has gone.
         let _ = writing.await;
-        end
     }
 
     async fn run(&mut self, recv: &mut RecvStream) -> End {
