@@ -30,6 +30,7 @@ impl Default for LoopOptions {
 pub struct LoopDevice {
     path: PathBuf,
     backing: PathBuf,
+    partitioned: std::sync::atomic::AtomicBool,
 }
 
 impl LoopDevice {
@@ -52,7 +53,7 @@ impl LoopDevice {
             command.arg("--read-only");
         }
         let path = run(command.arg(backing)).ok().stdout.trim().into();
-        LoopDevice { path, backing: backing.to_owned() }
+        LoopDevice { path, backing: backing.to_owned(), partitioned: false.into() }
     }
 
     /// `/dev/loopN`.
@@ -76,6 +77,7 @@ impl LoopDevice {
         run_ok("sh", &["-c", &command]);
         std::fs::remove_file(file).unwrap();
         // Some kernels are built without any partition parser: partx reads the table itself and adds what it finds.
+        self.partitioned.store(true, std::sync::atomic::Ordering::Relaxed);
         run_ok("partx", &[Path::new("--update"), &self.path]);
         let wanted = script.lines().filter(|line| !line.trim().is_empty()).count();
         let parts: Vec<PathBuf> =
@@ -103,6 +105,10 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
+        if self.partitioned.load(std::sync::atomic::Ordering::Relaxed) {
+            // Partitions that partx added outlive the loop device, and would turn up on the next file that gets its number.
+            run(Command::new("partx").arg("--delete").arg(&self.path));
+        }
         let out = run(Command::new("losetup").arg("--detach").arg(&self.path));
         // Detaching a device in use is put off until its last user closes it.
         let start = Instant::now();

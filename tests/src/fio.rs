@@ -45,6 +45,8 @@ impl Fio {
             "--output-format=json",
             "--refill_buffers=1",
             "--norandommap=1",
+            // Overlapping writes that are under way together have no order: neither a disk nor a replica owes one.
+            "--serialize_overlap=1",
         ];
         let mut args: Vec<String> = args.map(String::from).into();
         args.push(format!("--filename={}", target.display()));

@@ -156,7 +156,7 @@ fn partitions_are_volumes_and_the_rest_of_the_disk_is_not() {
     let scratch = Scratch::memory();
     let file = scratch.file("disk", 64 << 20);
     let disk = LoopDevice::over(&file, LoopOptions { partscan: true, ..LoopOptions::default() });
-    let parts = disk.partition("label: gpt\nsize=16MiB\nsize=20MiB\nsize=8MiB\n");
+    let parts = disk.partition("size=16MiB\nsize=20MiB\nsize=8MiB");
     let volumes: Vec<&Path> = parts[..2].iter().map(|path| path.as_path()).collect();
     let pair = Pair::new();
     let replicas = pair.protect("parts", &volumes);

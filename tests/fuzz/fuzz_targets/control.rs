@@ -6,7 +6,8 @@ use libfuzzer_sys::fuzz_target;
 use serde::{Serialize, de::DeserializeOwned};
 use std::fmt::Debug;
 use varve_common::control::{
-    AgentRequest, BookmarkReply, HostsReply, InviteReply, ProtectReply, ReceiverRequest, Reply, StatusReply, VerifyReply,
+    AgentRequest, BookmarkReply, HostsReply, InviteReply, ProtectReply, ReceiverRequest, Reply, StatusReply,
+    VerifyReply,
 };
 
 fn round_trip<T: Serialize + DeserializeOwned + PartialEq + Debug>(line: &[u8]) {

@@ -5,7 +5,9 @@
 use libfuzzer_sys::fuzz_target;
 use serde::{Serialize, de::DeserializeOwned};
 use std::fmt::Debug;
-use varve_common::limits::{CONTROL_BYTES_MAX, DIGESTS_PER_REGION, NAME_BYTES_MAX, REGION_BYTES, VOLUMES_PER_GROUP_MAX};
+use varve_common::limits::{
+    CONTROL_BYTES_MAX, DIGESTS_PER_REGION, NAME_BYTES_MAX, REGION_BYTES, VOLUMES_PER_GROUP_MAX,
+};
 use varve_common::wire::FrameKind;
 use varve_common::wire::messages::{
     Ack, Ask, Hello, ImageDone, Probe, ProbeReply, Refused, Report, Welcome, decode, encode,
@@ -16,7 +18,10 @@ use varve_receiver::session::hello;
 fn round_trip<T: Serialize + DeserializeOwned + PartialEq + Debug>(kind: FrameKind, bytes: &[u8]) -> Option<T> {
     let message: T = decode(kind, bytes).ok()?;
     let again = encode(&message);
-    assert!(!again.is_empty() && again.len() <= bytes.len().min(CONTROL_BYTES_MAX), "the shortest form is what is sent");
+    assert!(
+        !again.is_empty() && again.len() <= bytes.len().min(CONTROL_BYTES_MAX),
+        "the shortest form is what is sent"
+    );
     assert_eq!(decode::<T>(kind, &again).expect("our own bytes"), message);
     Some(message)
 }

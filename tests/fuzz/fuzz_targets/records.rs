@@ -27,7 +27,9 @@ fuzz_target!(|data: &[u8]| {
         assert!(record.end - position <= bytes.len() as u64, "within the input");
         let (payload, length) = (record.payload.len(), record.header.length.get());
         match record.kind {
-            RecordKind::Write => assert!(payload as u64 == length && (1..=PAYLOAD_BYTES_MAX as usize).contains(&payload)),
+            RecordKind::Write => {
+                assert!(payload as u64 == length && (1..=PAYLOAD_BYTES_MAX as usize).contains(&payload))
+            }
             RecordKind::Bookmark => assert!((1..=BOOKMARK_BYTES_MAX).contains(&payload)),
             _ => assert_eq!(payload, 0),
         }

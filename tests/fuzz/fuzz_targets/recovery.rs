@@ -106,7 +106,9 @@ fn crafted(input: &mut Input<'_>) {
             let kind = if twist & 1 == 0 { input.u8() } else { 2 + (twist >> 1) % 2 };
             let codec = (twist >> 3) % 4;
             let position = u64::from(input.u8()) * 8;
-            let body = if kind == 3 { begin(position).encode().to_vec() } else {
+            let body = if kind == 3 {
+                begin(position).encode().to_vec()
+            } else {
                 let count = usize::from(input.u8());
                 input.take(count).to_vec()
             };

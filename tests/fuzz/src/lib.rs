@@ -66,3 +66,14 @@ pub fn work_dir(target: &str) -> PathBuf {
     std::fs::create_dir_all(&dir).expect("a directory for files");
     dir
 }
+
+/// Findings whose fix is under way in another crate: while one is `true` its target looks away there. Set it to `false`
+/// with the fix; the list should be empty.
+pub mod known {
+    /// `AppliedSlot::newest` takes the older slot when the other one is of a version that it does not know, so an older
+    /// program goes back to before the newer one ran instead of refusing.
+    pub const A_NEWER_SLOT_IS_PASSED_OVER: bool = true;
+    /// The intake lands a mark whose body is LZ4; recovery and the applier read the stored body as a mark and find none,
+    /// so the log counts as damaged there.
+    pub const COMPRESSED_MARKS_ARE_LANDED: bool = true;
+}
