@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{Link, MapCore, MapFlags, MapHandle, MapType, ProgramHandle, libbpf_sys};
+use libbpf_rs::{Link, MapCore, MapFlags, MapHandle, MapType, PrintLevel, ProgramHandle, libbpf_sys};
 use tracing::info;
 
 use crate::calibrate::calibrate;
@@ -72,6 +72,7 @@ impl Capture {
     /// `Unsupported`, `Permission` or `Calibration` with a hint; nothing stays behind.
     pub fn load(options: &CaptureOptions) -> Result<Capture, CaptureError> {
         doctor::refuse_unsupported()?;
+        libbpf_speaks_through_tracing();
         let mut object = MaybeUninit::uninit();
         let skeleton = VarveSkelBuilder::default()
             .open(&mut object)
@@ -202,8 +203,17 @@ pub(crate) fn keep(link: &Link) -> Result<OwnedFd, CaptureError> {
     link.as_fd().try_clone_to_owned().map_err(|e| CaptureError::kernel("keep an attachment", e))
 }
 
+/// libbpf prints to standard error by default; what it says belongs to our log, and errors come back as values anyway.
+fn libbpf_speaks_through_tracing() {
+    libbpf_rs::set_print(Some((PrintLevel::Info, |level, text| match level {
+        PrintLevel::Warn => tracing::debug!("libbpf: {}", text.trim_end()),
+        _ => tracing::trace!("libbpf: {}", text.trim_end()),
+    })));
+}
+
 /// Whether the kernel takes the programs; nothing stays loaded.
 pub(crate) fn try_load() -> Result<(), CaptureError> {
+    libbpf_speaks_through_tracing();
     let mut object = MaybeUninit::uninit();
     let skeleton = VarveSkelBuilder::default()
         .open(&mut object)

@@ -48,3 +48,11 @@ pub use track::{VolumeCounters, VolumeTrack};
 
 /// Bytes of a volume that one dirty bit stands for.
 pub const REGION_BYTES: u64 = 1 << 20;
+
+const fn shared_between_threads<T: Send + Sync>() {}
+const _: () = {
+    shared_between_threads::<Capture>();
+    shared_between_threads::<Group>();
+    shared_between_threads::<Ring>();
+    shared_between_threads::<VolumeTrack>();
+};

@@ -30,7 +30,7 @@ fn checked(device: &Device, load_it: impl FnOnce(&Device)) -> judge::Judge {
     eprintln!("misses: {} {}", capture.misses().unwrap(), capture.completion_misses().unwrap());
     eprintln!("{:?}", group.counters());
     judge.compare(0, &image);
-    assert_clean(&capture, &group);
+    assert_clean(&capture, &group, &judge);
     judge
 }
 
@@ -41,7 +41,7 @@ fn settle(group: &Group) {
     }
 }
 
-fn assert_clean(capture: &varve_bpf::Capture, group: &Group) {
+fn assert_clean(capture: &varve_bpf::Capture, group: &Group, judge: &judge::Judge) {
     assert_eq!(capture.misses().unwrap(), 0, "programs were skipped");
     bring_to_zero(capture, group);
     let counters = group.counters();
@@ -49,10 +49,10 @@ fn assert_clean(capture: &varve_bpf::Capture, group: &Group) {
     assert_eq!((counters.dropped_records, counters.unreadable, counters.late), (0, 0, 0));
     assert_eq!((counters.late_unknown, counters.untracked, counters.passthrough), (0, 0, 0));
     assert_eq!(group.take_first_drop(), None);
-    // The first write-zeroes of a loop device over some filesystems fails, and then it knows that it has none.
-    let zeroes_failed = counters.failed_writes;
-    assert!(zeroes_failed <= 1);
-    assert!(zeroes_failed == 1 || group.volumes().iter().all(|volume| volume.dirty_count() == 0));
+    // Loop devices over some filesystems refuse write-zeroes, and the caller writes zeroes instead.
+    let failed = counters.failed_writes;
+    assert!(failed <= judge.kinds[RecordKind::WriteZeroes as usize], "{failed} writes failed");
+    assert!(failed > 0 || group.volumes().iter().all(|volume| volume.dirty_count() == 0));
 }
 
 /// Threads that write random extents, each in a stretch of its own (the order of overlapping concurrent writes is
@@ -254,7 +254,7 @@ fn two_partitions_are_two_volumes_of_one_order() {
         judge.compare(volume, &image[start as usize..(start + bytes) as usize]);
     }
     assert!(judge.kinds[RecordKind::Flush as usize] >= 4, "a flush is for each volume");
-    assert_clean(&capture, &group);
+    assert_clean(&capture, &group, &judge);
 
     // A write across the edge: the parts inside are dirty, and nothing stays in flight.
     let buffer = Buffer::new(2 * MIB as usize, 0);

@@ -8,15 +8,6 @@
 /* Steps of one record: every step but a segment switch copies at least a byte, and no real bio comes near this. */
 #define STEPS_MAX (1u << 17)
 
-/* Bytes that do not fill a page of the record go through here: a slice of a record has a constant length. Only the
- * capture program uses it, and that never runs twice on one CPU at the same time. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, u32);
-	__type(value, u8[PAGE_BYTES]);
-} scratch SEC(".maps");
-
 /* A bio being captured. Lives on the stack of the capture program. */
 struct job {
 	u64 sector; /* on the disk */
@@ -41,8 +32,8 @@ struct job {
 	u32 number;
 };
 
+/* Where the copying of one record stands. */
 struct copy {
-	struct bpf_dynptr to;
 	u64 segment; /* address of the next bio_vec */
 	u64 from;    /* address of the next byte */
 	u32 left_in_segment;
@@ -51,6 +42,31 @@ struct copy {
 	u32 at;   /* in the record */
 	u32 failed;
 	u32 unused;
+};
+
+/*
+ * The state of the copy loop, and a page for bytes that do not fill a page of the record: a slice of a record has a
+ * constant length. Only capture programs use it, and they never interrupt each other on a CPU.
+ *
+ * The state is not on the stack for a reason: before 6.7 the verifier looks at the body of a bpf_loop once only, takes
+ * what it finds on the stack then for the truth about every turn, and cuts out what is for later turns. What a map
+ * holds is unknown to it.
+ */
+struct scratch {
+	struct copy copy;
+	u8 page[PAGE_BYTES];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct scratch);
+} scratch SEC(".maps");
+
+struct record {
+	struct bpf_dynptr to;
+	struct scratch *scratch;
 };
 
 always u64 data_address(u64 page)
@@ -82,7 +98,9 @@ always bool next_segment(struct copy *c)
 
 static long copy_step(u32 i, void *ctx)
 {
-	struct copy *c = ctx;
+	struct record *r = ctx;
+	struct scratch *s = r->scratch;
+	struct copy *c = &s->copy;
 	if (!c->left)
 		return 1;
 	if (!c->left_in_segment) {
@@ -93,24 +111,20 @@ static long copy_step(u32 i, void *ctx)
 	u32 n = c->left_in_segment < c->left ? c->left_in_segment : c->left;
 	if (n >= SLICE_BYTES) {
 		n = SLICE_BYTES;
-		void *to = bpf_dynptr_data(&c->to, c->at, SLICE_BYTES);
+		void *to = bpf_dynptr_data(&r->to, c->at, SLICE_BYTES);
 		if (!to || bpf_probe_read_kernel(to, SLICE_BYTES, (void *)c->from))
 			goto failed;
 	} else if (n >= PAGE_BYTES) {
 		n = PAGE_BYTES;
-		void *to = bpf_dynptr_data(&c->to, c->at, PAGE_BYTES);
+		void *to = bpf_dynptr_data(&r->to, c->at, PAGE_BYTES);
 		if (!to || bpf_probe_read_kernel(to, PAGE_BYTES, (void *)c->from))
 			goto failed;
 	} else {
-		u32 zero = 0;
-		u8 *page = bpf_map_lookup_elem(&scratch, &zero);
-		if (!page)
-			goto failed;
 		/* The compiler knows that n < 4096 and drops a plain mask; the verifier does not. */
 		u64 part = n;
 		asm volatile("%0 &= 4095" : "+r"(part));
-		if (bpf_probe_read_kernel(page, part, (void *)c->from) ||
-		    bpf_dynptr_write(&c->to, c->at, page, part, 0))
+		if (bpf_probe_read_kernel(s->page, part, (void *)c->from) ||
+		    bpf_dynptr_write(&r->to, c->at, s->page, part, 0))
 			goto failed;
 	}
 	c->from += n;
@@ -216,46 +230,52 @@ static long put_chunk(u32 i, void *ctx)
 		.sectors = n >> SECTOR_SHIFT,
 		.volume = j->extent.volume,
 	};
-	struct copy c = {
-		.segment = j->segment,
-		.skip = j->skip,
-		.left = n,
-		.at = sizeof(struct record_header),
-	};
+	u32 key = 0;
+	struct record r;
+	r.scratch = bpf_map_lookup_elem(&scratch, &key);
+	if (!r.scratch)
+		return 1;
+	struct copy *c = &r.scratch->copy;
+	c->segment = j->segment;
+	c->skip = j->skip;
+	c->left_in_segment = 0;
+	c->left = n;
+	c->at = sizeof(struct record_header);
+	c->failed = 0;
 
-	u32 key = j->group;
+	key = j->group;
 	void *ring = bpf_map_lookup_elem(&rings, &key);
 	if (!ring) {
 		give_up_extent(j, &part, 0);
 		return 0;
 	}
-	bool reserved = !bpf_ringbuf_reserve_dynptr(ring, n + sizeof(struct record_header), 0, &c.to);
+	bool reserved = !bpf_ringbuf_reserve_dynptr(ring, n + sizeof(struct record_header), 0, &r.to);
 	if (!reserved) {
-		bpf_ringbuf_discard_dynptr(&c.to, BPF_RB_NO_WAKEUP);
+		bpf_ringbuf_discard_dynptr(&r.to, BPF_RB_NO_WAKEUP);
 		give_up_extent(j, &part, 0);
 		/* Where the next record's data begins is not known without walking; skip it by bytes. */
 		j->skip += n;
 		return 0;
 	}
-	bpf_loop(STEPS_MAX, copy_step, &c, 0);
-	struct record_header *h = bpf_dynptr_data(&c.to, 0, sizeof(*h));
-	if (!h || c.failed || c.left) {
-		bpf_ringbuf_discard_dynptr(&c.to, BPF_RB_NO_WAKEUP);
+	bpf_loop(STEPS_MAX, copy_step, &r, 0);
+	struct record_header *h = bpf_dynptr_data(&r.to, 0, sizeof(*h));
+	if (!h || c->failed || c->left) {
+		bpf_ringbuf_discard_dynptr(&r.to, BPF_RB_NO_WAKEUP);
 		give_up_extent(j, &part, 1);
 		j->skip += n;
 		return 0;
 	}
 	u32 more = done + n < total ? FLAG_MORE : 0;
 	fill_header(h, j, RECORD_WRITE, j->flags | more, part.from << SECTOR_SHIFT, n, n);
-	bpf_ringbuf_submit_dynptr(&c.to, BPF_RB_NO_WAKEUP);
+	bpf_ringbuf_submit_dynptr(&r.to, BPF_RB_NO_WAKEUP);
 	/* The next record goes on inside the same segment, or at the start of the following one. */
-	if (c.left_in_segment) {
+	if (c->left_in_segment) {
 		u32 length = 0;
-		bpf_probe_read_kernel(&length, sizeof(length), (void *)(c.segment - 8));
-		j->segment = c.segment - 16;
-		j->skip = length - c.left_in_segment;
+		bpf_probe_read_kernel(&length, sizeof(length), (void *)(c->segment - 8));
+		j->segment = c->segment - 16;
+		j->skip = length - c->left_in_segment;
 	} else {
-		j->segment = c.segment;
+		j->segment = c->segment;
 		j->skip = 0;
 	}
 	return 0;

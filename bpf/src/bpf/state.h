@@ -159,6 +159,23 @@ always bool overlap(struct volume *v, u32 index, u64 sector, u64 n, struct exten
 	return 1;
 }
 
+always void set_dirty(u32 volume, u64 word, u64 mask)
+{
+	void *map = bpf_map_lookup_elem(&dirty, &volume);
+	if (!map)
+		return;
+	u32 key = word;
+	u64 *bits = bpf_map_lookup_elem(map, &key);
+	if (bits)
+		__sync_fetch_and_or(bits, mask);
+}
+
+/* One region, inline: calls can only be eight deep, callbacks included. */
+always void mark_region(u32 volume, u64 region)
+{
+	set_dirty(volume, region >> 6, 1ull << (region & 63));
+}
+
 /* 64 regions at a time: a discard of 4 GiB is 65 words. */
 static long dirty_word(u32 i, void *ctx)
 {
@@ -168,20 +185,12 @@ static long dirty_word(u32 i, void *ctx)
 	u64 word = (first >> 6) + i;
 	if (word > last >> 6)
 		return 1;
-	u32 key = e->volume;
-	void *map = bpf_map_lookup_elem(&dirty, &key);
-	if (!map)
-		return 1;
-	key = word;
-	u64 *bits = bpf_map_lookup_elem(map, &key);
-	if (!bits)
-		return 1;
 	u64 mask = ~0ull;
 	if (word == first >> 6)
 		mask &= ~0ull << (first & 63);
 	if (word == last >> 6)
 		mask &= ~0ull >> (63 - (last & 63));
-	__sync_fetch_and_or(bits, mask);
+	set_dirty(e->volume, word, mask);
 	return 0;
 }
 
@@ -214,7 +223,7 @@ always void account_slot(u32 volume, u64 region, s64 bytes, u32 sign)
 	if (sign)
 		add(*slot, bytes);
 	else if (__sync_fetch_and_add(slot, -bytes) < bytes)
-		mark_dirty(volume, region << REGION_SECTOR_SHIFT, 1);
+		mark_region(volume, region);
 }
 
 static long account_region(u32 i, void *ctx)
