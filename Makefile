@@ -14,7 +14,7 @@ UNITDIR := $(PREFIX)/lib/systemd/system
 TMPFDIR := $(PREFIX)/lib/tmpfiles.d
 DOCDIR  := $(PREFIX)/share/doc/varve
 
-.PHONY: help build demo test bench lint install uninstall clean need-cargo need-root
+.PHONY: help build demo test bench fuzz lint install uninstall clean need-cargo need-root
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,11 @@ test: need-root need-cargo ## every test (installs what they need)
 bench: need-root build ## speed and memory, as ratios of paired runs
 	@scripts/install-deps test
 	$(CARGO) run $(CARGO_FLAGS) --release -p varve-bench
+
+# A workspace of its own, built with a sanitizer: tests/fuzz/run says how. FUZZ_SECONDS=20 for each.
+fuzz: need-cargo ## every decoder against hostile input, 20 s each
+	@scripts/install-deps build
+	CARGO_FLAGS="$(CARGO_FLAGS)" tests/fuzz/run
 
 lint: need-cargo ## format, warnings as errors, licences of dependencies, scripts, units
 	@scripts/install-deps build lint

@@ -89,6 +89,11 @@ fn applied(bytes: &[u8]) {
             assert!(read.iter().flatten().all(|other| other.sequence.get() <= slot.sequence.get()));
             let passed_over = read.iter().any(foreign) && !known::A_NEWER_SLOT_IS_PASSED_OVER;
             assert!(!passed_over, "a newer program's slot was passed over");
+            let possible = slot.consistent <= slot.ever_consistent && slot.ever_consistent <= 1;
+            if known::IMPOSSIBLE_SLOTS_ARE_TAKEN && !possible {
+                return;
+            }
+            assert!(possible, "consistent now and never");
             let state = StreamState::from_slot(&slot);
             let mut again = slot;
             state.to_slot(&mut again);

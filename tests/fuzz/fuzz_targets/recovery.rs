@@ -10,7 +10,7 @@ use varve_common::format::{BLOCK_BYTES, ENTRY_HEADER_BYTES, ENTRY_MAGIC, EntryHe
 use varve_common::record::{RecordHeader, append_record};
 use varve_common::state::GapReason;
 use varve_common::wire::{Codec, FrameKind};
-use varve_fuzz::Input;
+use varve_fuzz::{Input, known};
 use varve_receiver::group::stream::StreamState;
 use varve_receiver::landing::Place;
 use varve_receiver::landing::batch::{Effect, Entry, total_bytes};
@@ -31,10 +31,11 @@ fuzz_target!(|data: &[u8]| {
     for old in std::fs::read_dir(&*DIR).expect("directory").flatten() {
         std::fs::remove_file(old.path()).expect("remove");
     }
-    match input.u8() % 3 {
+    match input.u8() % 4 {
         0 => raw(&mut input),
         1 => crafted(&mut input),
-        _ => damaged(&mut input),
+        2 => damaged(&mut input),
+        _ => foreign_mark(&mut input),
     }
 });
 
@@ -93,6 +94,27 @@ fn raw(input: &mut Input<'_>) {
         }
     }
     open_and_go_on();
+}
+
+/// An applied mark that names a place where nothing can be: an error or an empty log, and nothing else.
+fn foreign_mark(input: &mut Input<'_>) {
+    segment(1, 1, &[]);
+    let far = !known::IMPOSSIBLE_SLOTS_ARE_TAKEN;
+    let place = if far {
+        Place { segment: input.u64(), offset: input.u64() }
+    } else {
+        Place { segment: u64::from(input.u16()), offset: u64::from(input.u16()) * 64 }
+    };
+    let most = (SEGMENT_BYTES * SEGMENTS_MAX) as u64;
+    let Ok(log) = Log::open(&DIR, GROUP, SEGMENT_BYTES as u64, most, place) else { return };
+    let log = Arc::new(log);
+    let found = recover(&log, place, input.u8().into(), StreamState::fresh(), &VOLUMES);
+    let Ok(found) = found else { return };
+    assert_eq!((found.entries, found.state), (0, StreamState::fresh()));
+    let mut batch = Batch::default();
+    let begin = begin(64);
+    batch.add(FrameKind::Mark, 64, &begin.encode(), Effect::Mark(begin));
+    let _ = batch.write(&mut Writer::new(log, found.end, found.chain));
 }
 
 /// Entries whose checksums and places are right and that may say anything else.
