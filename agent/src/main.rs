@@ -12,8 +12,9 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use varve_common::paths::Paths;
-use varve_common::problem::Problem;
+use varve_common::problem::{Problem, ProblemKind};
 use varve_io::crashsafe::{DirLock, create_dir_all_durable};
 use varve_io::notify;
 use varve_net::local::LocalServer;
@@ -42,16 +43,20 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            match error.downcast_ref::<Problem>() {
+            let problem = error.downcast_ref::<Problem>();
+            match problem {
                 Some(problem) => tracing::error!("{problem}; {}", problem.next),
                 None => tracing::error!("{error:#}"),
             }
-            ExitCode::FAILURE
+            // 2, a configuration that is not understood: the unit does not start it again and again.
+            let usage = problem.is_some_and(|problem| problem.kind == ProblemKind::Usage);
+            if usage { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
 }
 
 async fn run(paths: Paths) -> Result<()> {
+    let mut end = End::listen()?;
     let state = paths.agent_state();
     create_dir_all_durable(&state)?;
     let _lock = DirLock::acquire(&state)?;
@@ -70,20 +75,31 @@ async fn run(paths: Paths) -> Result<()> {
     }
     notify::ready();
     tracing::info!(root = %paths.root().display(), version = env!("CARGO_PKG_VERSION"), "varve-agent is ready");
-    wait_for_end().await?;
+    end.wait().await;
     notify::stopping();
     tracing::info!("stopping");
     daemon.stop().await;
     Ok(())
 }
 
-async fn wait_for_end() -> Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+/// The signals that end the daemon. Made before it says that it is ready, so that none can kill it unprepared.
+struct End {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl End {
+    fn listen() -> Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?,
+            interrupt: signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?,
+        })
     }
-    Ok(())
+
+    async fn wait(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
 }

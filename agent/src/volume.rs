@@ -166,3 +166,71 @@ pub fn refuse_overlap(new: &Checked, group: &str, existing: &VolumeSpec, existin
         format!("look at 'varve status {group}', or run 'varve unprotect {group}' first"),
     ))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts() -> BlockFacts {
+        BlockFacts {
+            path: "/dev/vdb".into(),
+            name: "vdb".into(),
+            dev: (254, 16),
+            disk: (254, 16),
+            disk_name: "vdb".into(),
+            start_bytes: 0,
+            bytes: 1 << 30,
+            logical_block_bytes: 512,
+            physical_block_bytes: 4096,
+            read_only: false,
+            zoned: false,
+            dax_capable: false,
+            dax_mounted: false,
+            request_based: true,
+            holders: Vec::new(),
+            mounts: Vec::new(),
+            swaps: Vec::new(),
+            loop_backing_file: None,
+            discard_granularity_bytes: 0,
+            discard_max_bytes: 0,
+        }
+    }
+
+    /// Devices that this project's test machines do not have: the decision is tested on the facts.
+    #[test]
+    fn what_cannot_be_captured_is_refused_with_the_reason() {
+        type Change = fn(&mut BlockFacts);
+        let cases: [(Change, &str); 6] = [
+            (|facts| facts.zoned = true, "zoned"),
+            (|facts| facts.dax_mounted = true, "DAX"),
+            (|facts| facts.read_only = true, "read-only"),
+            (|facts| facts.bytes = 0, "no size"),
+            (|facts| facts.holders = vec!["md127".into()], "protect /dev/md127 instead"),
+            (|facts| facts.holders = vec!["bcache0".into()], "/dev/bcache0"),
+        ];
+        for (change, word) in cases {
+            let mut facts = facts();
+            change(&mut facts);
+            let problem = refuse_uncapturable("/dev/vdb", &facts).expect_err(word);
+            assert!(format!("{problem} {}", problem.next).contains(word), "{problem:?}");
+            assert_eq!(problem.kind.exit_code(), 3);
+        }
+        let mut lvm = facts();
+        lvm.holders = vec!["dm-0".into()];
+        assert_eq!(refuse_uncapturable("/dev/vdb", &lvm), Ok(()), "device-mapper clones its bios: they are seen");
+    }
+
+    #[test]
+    fn overlapping_volumes_are_one_too_many() {
+        let volume = |start_bytes, bytes| Checked {
+            path: "/dev/vdb".into(),
+            spec: VolumeSpec { disk: (254, 16), start_bytes, bytes, request_based: true },
+            notes: Vec::new(),
+        };
+        let existing = volume(1 << 20, 1 << 20).spec;
+        let refused = |new: Checked| refuse_overlap(&new, "db", &existing, "/dev/vdb1").is_err();
+        assert!(refused(volume(0, 1 << 30)), "the whole disk");
+        assert!(refused(volume((2 << 20) - 512, 512)));
+        assert!(!refused(volume(2 << 20, 1 << 20)), "the next partition");
+    }
+}

@@ -93,16 +93,37 @@ impl Installation {
         }
     }
 
+    /// Starts a daemon by way of another program (`setpriv …`), which gets it as its last argument.
+    #[track_caller]
+    pub fn start_with(&mut self, role: Role, wrapper: &[&str]) {
+        if let Err(code) = self.try_start_with(role, wrapper) {
+            panic!("{} ended with exit code {code} before it was ready:\n{}", role.program(), self.log(role));
+        }
+    }
+
     /// Starts a daemon and waits until it is ready (`Ok`) or has ended (`Err` with its exit code).
     #[track_caller]
     pub fn try_start(&mut self, role: Role) -> Result<(), i32> {
+        self.try_start_with(role, &[])
+    }
+
+    #[track_caller]
+    fn try_start_with(&mut self, role: Role, wrapper: &[&str]) -> Result<(), i32> {
         assert!(!self.running(role), "{} runs already", role.program());
         let socket = self.scratch.join(&format!("{}.notify", role.program()));
         let _ = std::fs::remove_file(&socket);
         let notify = UnixDatagram::bind(&socket).unwrap();
         notify.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
 
-        let mut child = Child::start::<&str>(self.program(role.program()), &[], &self.log_path(role), |command| {
+        let daemon = self.program(role.program());
+        let (program, args) = match wrapper {
+            [] => (daemon, Vec::new()),
+            [first, rest @ ..] => {
+                let args: Vec<std::ffi::OsString> = rest.iter().map(Into::into).chain([daemon.into()]).collect();
+                (PathBuf::from(first), args)
+            }
+        };
+        let mut child = Child::start(program, &args, &self.log_path(role), |command| {
             command.env("VARVE_ROOT", &self.root).env("NOTIFY_SOCKET", &socket).envs(self.environment.iter().cloned());
         });
         let start = Instant::now();
