@@ -1,0 +1,72 @@
+//! What a writer keeps of its speed while its writes are captured.
+//!
+//! One fio runs through; capture is switched on and off under it, slice by slice, and the device's own statistics say
+//! what was written in each. Without means that no program is loaded.
+
+use std::time::{Duration, Instant};
+
+use varve_tests::{Fio, LoopDevice, MIB, Scratch};
+
+use crate::plan::Plan;
+use crate::pump::{Drain, Pump};
+use crate::report::{Report, Target};
+use crate::statistics::{median, ratios};
+use crate::volume::{Volume, written_bytes};
+
+/// Between a switch and the slice.
+const SETTLE: Duration = Duration::from_millis(200);
+
+const JOBS: [(&str, &str, u32); 4] = [
+    ("4 KiB, depth 1", "4k", 1),
+    ("4 KiB, depth 32", "4k", 32),
+    ("64 KiB, depth 8", "64k", 8),
+    ("1 MiB, depth 4", "1m", 4),
+];
+
+const MODES: [Option<Drain>; 3] = [None, Some(Drain::Release), Some(Drain::Copy)];
+
+pub fn run(plan: &Plan, report: &mut Report) {
+    let volume = Volume::in_memory(512 * MIB);
+    let scratch = Scratch::memory();
+    let probe = LoopDevice::new(&scratch, "probe", MIB);
+    for (what, block, depth) in JOBS {
+        let bytes = block_bytes(block);
+        // The contents do not matter to capture, and fresh ones would cost the writer time in both modes.
+        let load = Fio::new(volume.path()).block(block).depth(depth).option("refill_buffers=0").seconds(3600);
+        let load = load.start(&volume.scratch);
+        std::thread::sleep(Duration::from_secs(1));
+        let mut iops = MODES.map(|_| Vec::new());
+        let mut lost = 0;
+        for round in 0..plan.pairs(9, 3) {
+            let mut order: Vec<usize> = (0..MODES.len()).collect();
+            if round % 2 == 1 {
+                order.reverse();
+            }
+            for mode in order {
+                let pump = MODES[mode].map(|drain| Pump::start(volume.path(), probe.path(), drain));
+                std::thread::sleep(SETTLE);
+                let (from, begun) = (written_bytes(volume.path()), Instant::now());
+                std::thread::sleep(plan.run(1.0, 0.5));
+                let written = written_bytes(volume.path()) - from;
+                iops[mode].push(written as f64 / bytes / begun.elapsed().as_secs_f64());
+                lost += pump.as_ref().map_or(0, |pump| pump.counters().dropped_records);
+            }
+        }
+        load.stop();
+        let [without, released, copied] = &iops;
+        let detail = format!("{:.0} of {:.0} IOPS", median(released), median(without));
+        report.row(&format!("{what}, ring released"), "x", &ratios(released, without), Target::Min(0.95), &detail);
+        let detail = format!("{:.0} of {:.0} IOPS", median(copied), median(without));
+        report.row(&format!("{what}, copied out + CRC"), "x", &ratios(copied, without), Target::None, &detail);
+        if lost > 0 {
+            // A dropped record is cheaper than a kept one: the ratio would flatter.
+            report.note(&format!("{what}: {lost} records found the ring full."));
+        }
+    }
+}
+
+fn block_bytes(block: &str) -> f64 {
+    let (number, unit) = block.split_at(block.len() - 1);
+    let unit = if unit == "m" { MIB } else { 1024 };
+    number.parse::<f64>().unwrap() * unit as f64
+}

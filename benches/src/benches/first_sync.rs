@@ -1,0 +1,106 @@
+//! First sync from disk to disk, beside what the device and the transport could do at best.
+
+use std::fs::File;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use varve_tests::{Fio, GIB, LoopDevice, LoopOptions, MIB, Pair, Scratch, compare_devices};
+
+use super::GROUP;
+use crate::plan::Plan;
+use crate::report::{Report, Target};
+use crate::statistics::median;
+use crate::status::Agent;
+use crate::volume::fill;
+
+/// Data and holes take turns in stretches of this many MiB.
+const STRETCH_MIB: u64 = 64;
+
+pub fn run(plan: &Plan, report: &mut Report) {
+    let scratch = Scratch::disk();
+    let mut bytes = if plan.quick { GIB } else { 4 * GIB };
+    // Half of it twice, and as much again for the log and for others.
+    let free = nix::sys::statvfs::statvfs(scratch.path()).unwrap();
+    let free = free.blocks_available() * free.fragment_size();
+    if free < 2 * bytes {
+        bytes = (free / 2 / MIB * MIB).max(256 * MIB);
+        report.note(&format!("Only {} MiB are free on the disk: the volume has {} MiB.", free / MIB, bytes / MIB));
+    }
+    let path = scratch.file("volume", bytes);
+    let file = File::options().write(true).open(&path).unwrap();
+    fill(&file, bytes, |mib| (mib / STRETCH_MIB).is_multiple_of(2));
+    file.sync_all().unwrap();
+    let device = LoopDevice::over(&path, LoopOptions { direct_io: true, ..LoopOptions::default() });
+
+    let mb = bytes as f64 / 1e6;
+    let (mut reads, mut quinn, mut syncs, mut strict) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let mut ratios = Vec::new();
+    let rounds = plan.pairs(5, 2);
+    for round in 0..rounds {
+        let read = read_rate(device.path(), &scratch);
+        let wire = quinn_rate(plan);
+        let took = sync(report, device.path(), round + 1 == rounds).as_secs_f64();
+        let rate = mb / took;
+        ratios.push(rate / read.min(wire));
+        // Only half of the volume goes over the wire: the best possible time.
+        strict.push((mb / read).max(mb / 2.0 / wire) / took);
+        reads.push(read);
+        quinn.push(wire);
+        syncs.push(rate);
+    }
+    report.row("O_DIRECT read of the device", "MB/s", &reads, Target::None, "1 MiB, depth 4, holes included");
+    report.row("quinn alone over loopback", "MB/s", &quinn, Target::None, "same settings, TLS");
+    let detail = format!("{:.1} GiB of volume, from 'protect' to 'protected'", bytes as f64 / GIB as f64);
+    report.row("first sync", "MB/s", &syncs, Target::None, &detail);
+    let slower = if median(&reads) < median(&quinn) { "the device" } else { "quinn" };
+    report.row(
+        "first sync / the slower of both",
+        "x",
+        &ratios,
+        Target::Min(0.7),
+        &format!("{slower} is the slower one"),
+    );
+    let detail = "holes cost no time on the wire: (slower of reading all and sending half) / time";
+    report.row("the same, against the best possible time", "x", &strict, Target::None, detail);
+}
+
+fn read_rate(device: &Path, scratch: &Scratch) -> f64 {
+    let job = Fio::new(device).option("rw=read").option("bs=1m").option("iodepth=4").option("norandommap=0");
+    let result = job.run(scratch);
+    result.read_iops * MIB as f64 / 1e6
+}
+
+/// MB/s of the transport without Varve on top.
+fn quinn_rate(plan: &Plan) -> f64 {
+    let program = std::env::current_exe().unwrap().with_file_name("varve-bench-quinn");
+    assert!(program.exists(), "{} is missing: cargo build --release -p varve-bench --bins", program.display());
+    let seconds = plan.run(2.0, 1.0).as_secs().clamp(1, 5).to_string();
+    let out = varve_tests::run(Command::new(program).args(["--json", "--seconds", &seconds])).ok();
+    out.json()["mb_per_s"].as_f64().unwrap()
+}
+
+/// How long a first sync takes, on a fresh pair.
+fn sync(report: &mut Report, device: &Path, compare: bool) -> Duration {
+    let pair = Pair::new();
+    let begun = Instant::now();
+    let replicas = pair.protect(GROUP, &[device]);
+    let mut agent = Agent::connect(pair.production.root(), GROUP);
+    loop {
+        let group = agent.group();
+        if group.data == "protected" {
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(300), "no first sync after {:?}: {group:?}", begun.elapsed());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let took = begun.elapsed();
+    if compare {
+        pair.wait_applied(GROUP, Duration::from_secs(60));
+        match compare_devices(device, &replicas[0]) {
+            Ok(()) => report.note("Volume and replica are equal, bit for bit."),
+            Err(difference) => report.wrong(&format!("volume and replica differ: {difference}")),
+        }
+    }
+    took
+}

@@ -1,0 +1,37 @@
+//! The benches, in the order in which they run.
+
+mod capture;
+mod cost;
+mod first_sync;
+mod idle;
+mod path;
+mod peer;
+mod rpo;
+
+use crate::plan::Plan;
+use crate::report::Report;
+
+/// One of them.
+pub struct Bench {
+    /// For `--only`.
+    pub name: &'static str,
+    /// What it measures.
+    pub title: &'static str,
+    /// Measures. Panics if it cannot.
+    pub run: fn(&Plan, &mut Report),
+}
+
+/// All of them.
+pub const ALL: &[Bench] = &[
+    Bench { name: "capture", title: "Capture alone: what the writer keeps", run: capture::run },
+    Bench { name: "cost", title: "In-kernel cost of the capture programs", run: cost::run },
+    Bench { name: "path-4k", title: "Whole path, 4 KiB random writes", run: path::small },
+    Bench { name: "path-256k", title: "Whole path, 256 KiB random writes", run: path::large },
+    Bench { name: "rpo", title: "RPO at a steady 20 MB/s", run: rpo::run },
+    Bench { name: "sync", title: "First sync of a half-full volume", run: first_sync::run },
+    Bench { name: "idle", title: "Nothing to do", run: idle::run },
+    Bench { name: "peer", title: "Beside qemu-storage-daemon", run: peer::run },
+];
+
+/// The name of every bench's group.
+const GROUP: &str = "bench";

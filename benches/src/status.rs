@@ -1,0 +1,70 @@
+//! Asking an agent over its socket, many times a second.
+
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+/// A connection to an agent's control socket.
+pub struct Agent {
+    group: String,
+    lines: BufReader<UnixStream>,
+}
+
+/// The facts of a group that the benches look at.
+#[derive(Debug, Clone, Default)]
+pub struct Group {
+    /// The word of the data axis.
+    pub data: String,
+    /// `None` before the first sync.
+    pub rpo_seconds: Option<f64>,
+    /// Bytes in the ring.
+    pub ring_used: u64,
+    /// Its size.
+    pub ring_bytes: u64,
+    counters: serde_json::Map<String, Value>,
+}
+
+impl Group {
+    /// A counter by its name.
+    #[track_caller]
+    pub fn counter(&self, name: &str) -> u64 {
+        self.counters.get(name).and_then(Value::as_u64).unwrap_or_else(|| panic!("status has no counter {name}"))
+    }
+
+    /// What must not change while everything goes well: any rise means dirty regions.
+    pub fn troubles(&self) -> Vec<(&'static str, u64)> {
+        ["dropped_records", "unreadable_writes", "failed_writes", "straddling_writes", "late_writes", "gaps"]
+            .map(|name| (name, self.counter(name)))
+            .into()
+    }
+}
+
+impl Agent {
+    /// Connects to the agent of the installation at `root`, for one of its groups.
+    #[track_caller]
+    pub fn connect(root: &Path, group: &str) -> Self {
+        let path = root.join("run/varve/agent.sock");
+        let stream = UnixStream::connect(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        Agent { group: group.to_owned(), lines: BufReader::new(stream) }
+    }
+
+    /// The group now.
+    #[track_caller]
+    pub fn group(&mut self) -> Group {
+        let request = json!({"command": "status", "group": self.group}).to_string() + "\n";
+        self.lines.get_mut().write_all(request.as_bytes()).unwrap();
+        let mut line = String::new();
+        self.lines.read_line(&mut line).unwrap();
+        let mut reply: Value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("status ({error}): {line}"));
+        let group = reply["done"]["groups"][0].take();
+        assert!(group.is_object(), "no group in the answer: {line}");
+        Group {
+            data: group["data"].as_str().unwrap().to_owned(),
+            rpo_seconds: group["rpo_seconds"].as_f64(),
+            ring_used: group["ring"]["used_bytes"].as_u64().unwrap_or(0),
+            ring_bytes: group["ring"]["total_bytes"].as_u64().unwrap_or(0),
+            counters: group["counters"].as_object().unwrap().clone(),
+        }
+    }
+}

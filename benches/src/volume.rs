@@ -1,0 +1,62 @@
+//! Volumes to measure on.
+
+use rand::{RngCore, SeedableRng};
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+
+use varve_bpf::VolumeSpec;
+use varve_tests::{LoopDevice, MIB, Scratch, size_bytes};
+
+/// A loop device over a file in memory, filled with random bytes: nothing is sparse, nothing has to be allocated.
+pub struct Volume {
+    // The order of the fields is the order of their end.
+    device: LoopDevice,
+    /// In memory; files of the bench may go there, too.
+    pub scratch: Scratch,
+}
+
+impl Volume {
+    /// Of this size.
+    #[track_caller]
+    pub fn in_memory(bytes: u64) -> Self {
+        let scratch = Scratch::memory();
+        let path = scratch.file("volume", bytes);
+        fill(&File::options().write(true).open(path).unwrap(), bytes, |_| true);
+        let device = LoopDevice::over(&scratch.join("volume"), varve_tests::LoopOptions::default());
+        Volume { device, scratch }
+    }
+
+    /// `/dev/loopN`.
+    pub fn path(&self) -> &Path {
+        self.device.path()
+    }
+}
+
+/// Writes random bytes, MiB by MiB, where `wanted` says so.
+pub fn fill(file: &File, bytes: u64, wanted: impl Fn(u64) -> bool) {
+    let mut random = rand::rngs::StdRng::seed_from_u64(rand::random());
+    let mut buffer = vec![0; MIB as usize];
+    for mib in (0..bytes / MIB).filter(|mib| wanted(*mib)) {
+        random.fill_bytes(&mut buffer);
+        file.write_all_at(&buffer, mib * MIB).unwrap();
+    }
+}
+
+/// The whole of a device, as the capture programs want it.
+#[track_caller]
+pub fn whole(device: &Path) -> VolumeSpec {
+    let number = std::fs::metadata(device).unwrap().rdev();
+    let disk = (nix::sys::stat::major(number) as u32, nix::sys::stat::minor(number) as u32);
+    let name = device.file_name().unwrap().to_string_lossy().into_owned();
+    let request_based = Path::new("/sys/block").join(name).join("mq").exists();
+    VolumeSpec { disk, start_bytes: 0, bytes: size_bytes(device), request_based }
+}
+
+/// Bytes that have been written to a device since it was made.
+#[track_caller]
+pub fn written_bytes(device: &Path) -> u64 {
+    let name = device.file_name().unwrap().to_string_lossy().into_owned();
+    let text = std::fs::read_to_string(format!("/sys/block/{name}/stat")).unwrap();
+    text.split_whitespace().nth(6).unwrap().parse::<u64>().unwrap() * 512
+}
