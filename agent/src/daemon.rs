@@ -346,7 +346,7 @@ impl Daemon {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             address: config.receiver.clone(),
             name: config.name.clone(),
-            rss_bytes: varve_io::cpu::process_rss_bytes().unwrap_or(0),
+            rss_bytes: varve_io::cpu::process_own_bytes().unwrap_or(0),
             hosts_connected: None,
         };
         Ok(StatusReply { groups, daemons: vec![daemon] })

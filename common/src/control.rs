@@ -133,7 +133,7 @@ pub struct DaemonStatus {
     pub address: Option<String>,
     /// This host's name as the other side knows it.
     pub name: Option<String>,
-    /// Resident memory.
+    /// Resident memory of its own: without shared pages, so without the rings.
     pub rss_bytes: u64,
     /// Connected hosts (receiver).
     pub hosts_connected: Option<u64>,

@@ -27,12 +27,26 @@ pub fn process_cpu_time() -> Duration {
 /// # Errors
 /// If `/proc/self/statm` cannot be read.
 pub fn process_rss_bytes() -> Result<u64, IoError> {
+    statm().map(|(resident, _)| resident)
+}
+
+/// Resident memory of this process in bytes without shared pages: neither the programs' text nor the kernel's rings,
+/// which are mapped twice and belong to the kernel.
+///
+/// # Errors
+/// If `/proc/self/statm` cannot be read.
+pub fn process_own_bytes() -> Result<u64, IoError> {
+    statm().map(|(resident, shared)| resident.saturating_sub(shared))
+}
+
+/// Resident and shared bytes.
+fn statm() -> Result<(u64, u64), IoError> {
     let path = "/proc/self/statm";
     let text = std::fs::read_to_string(path).map_err(|e| IoError::new("read", path, e))?;
-    let pages = text.split_ascii_whitespace().nth(1).and_then(|field| field.parse::<u64>().ok());
+    let mut pages = text.split_ascii_whitespace().skip(1).map(|field| field.parse::<u64>().ok());
     let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten().and_then(|n| u64::try_from(n).ok());
-    match (pages, page) {
-        (Some(pages), Some(page)) => Ok(pages * page),
+    match (pages.next().flatten(), pages.next().flatten(), page) {
+        (Some(resident), Some(shared), Some(page)) => Ok((resident * page, shared * page)),
         _ => Err(IoError::refused("understand", path, std::io::ErrorKind::InvalidData, format!("text is {text:?}"))),
     }
 }

@@ -83,7 +83,7 @@ fn show_status(daemon: &Daemon, group: Option<&str>) -> Result<StatusReply, Prob
         version: env!("CARGO_PKG_VERSION").to_owned(),
         address: daemon.address(),
         name: Some(daemon.name.clone()),
-        rss_bytes: varve_io::cpu::process_rss_bytes().unwrap_or(0),
+        rss_bytes: varve_io::cpu::process_own_bytes().unwrap_or(0),
         hosts_connected: Some(connected.len() as u64),
     };
     Ok(StatusReply { groups, daemons: vec![own] })

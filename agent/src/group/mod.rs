@@ -3,6 +3,8 @@
 mod compress;
 mod cut;
 mod gap;
+#[cfg(test)]
+mod played;
 mod regions;
 mod session;
 mod shared;

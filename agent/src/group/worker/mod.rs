@@ -33,6 +33,8 @@ use varve_io::aligned::{BufPool, PooledBuf};
 
 /// Plain bytes of a data frame, unless one record alone is larger.
 pub const FRAME_BYTES: u64 = 512 << 10;
+/// Frames up to this size have memory of their own.
+const SMALL_FRAME_BYTES: usize = 32 << 10;
 /// Bytes of records walked or sent before anything else gets its turn.
 const TURN_BYTES: u64 = 4 << 20;
 /// Pause between looks at the ring while writes come in.
@@ -131,15 +133,38 @@ struct Session {
     image_body: Vec<u8>,
 }
 
-/// A frame's bytes in a pooled buffer, as `bytes` wants them.
-struct PooledBody {
-    buf: PooledBuf,
-    length: usize,
+/// A frame's bytes, as `bytes` wants them. A small frame must not hold a large buffer until the peer's transport has
+/// acknowledged it: on a long path an idle group would have all of them.
+enum Body {
+    Pooled(PooledBuf, usize),
+    Small(Vec<u8>),
 }
 
-impl AsRef<[u8]> for PooledBody {
+impl Body {
+    /// Room for `length` bytes; `None`: all buffers are under way.
+    fn new(pool: &BufPool, length: usize) -> Option<Self> {
+        if length <= SMALL_FRAME_BYTES {
+            return Some(Self::Small(vec![0; length]));
+        }
+        pool.take().map(|buf| Self::Pooled(buf, length))
+    }
+}
+
+impl AsRef<[u8]> for Body {
     fn as_ref(&self) -> &[u8] {
-        &self.buf[..self.length]
+        match self {
+            Self::Pooled(buf, length) => &buf[..*length],
+            Self::Small(bytes) => bytes,
+        }
+    }
+}
+
+impl AsMut<[u8]> for Body {
+    fn as_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Pooled(buf, length) => &mut buf[..*length],
+            Self::Small(bytes) => bytes,
+        }
     }
 }
 

@@ -50,16 +50,15 @@ impl Worker {
                 break;
             }
             // All buffers are on their way: whatever else there is to do goes first.
-            let Some(mut buf) = self.frames.take() else { return Ok(busy) };
             let length = (end - session.sent) as usize;
-            self.source.stream().copy_out(session.sent, &mut buf[..length]);
-            let mut frame = Frame::plain(FrameKind::Data, session.sent, &buf[..length]);
-            let mut body = PooledBody { buf, length };
+            let Some(mut body) = Body::new(&self.frames, length) else { return Ok(busy) };
+            self.source.stream().copy_out(session.sent, body.as_mut());
+            let mut frame = Frame::plain(FrameKind::Data, session.sent, body.as_ref());
             if session.compression.wanted() {
                 self.compress(session, &mut frame, &mut body);
             }
             sent_max.store(end, Ordering::Release);
-            let wire_bytes = body.length as u64;
+            let wire_bytes = body.as_ref().len() as u64;
             let before = Instant::now();
             session::send_frame(&mut session.send, frame, Bytes::from_owner(body)).await?;
             let now = Instant::now();
@@ -73,13 +72,13 @@ impl Worker {
         Ok(busy)
     }
 
-    pub(super) fn compress(&self, session: &mut Session, frame: &mut Frame, body: &mut PooledBody) {
+    pub(super) fn compress(&self, session: &mut Session, frame: &mut Frame, body: &mut Body) {
         let Some(mut packed) = self.frames.take() else { return };
         let Ok(length) = lz4_flex::block::compress_into(body.as_ref(), &mut packed) else { return };
-        if session.compression.worth(body.length, length) {
+        if session.compression.worth(body.as_ref().len(), length) {
             frame.codec = Codec::Lz4;
             frame.body_bytes = length;
-            *body = PooledBody { buf: packed, length };
+            *body = Body::Pooled(packed, length);
             Counters::add(&self.shared.counters.frames_compressed, 1);
         }
     }

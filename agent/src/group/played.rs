@@ -1,0 +1,518 @@
+//! A worker against a played capture and a played receiver: interleavings that a real kernel shows once a month, at will.
+
+use super::shared::GroupShared;
+use super::source::{Source, Stream, Track, Troubles};
+use super::sync::SyncThread;
+use super::worker::{Command, Worker};
+use crate::link::LinkView;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, watch};
+use varve_bpf::Entry;
+use varve_common::format::Mark;
+use varve_common::limits::{REGION_BYTES, SYNC_REGIONS_MAX};
+use varve_common::problem::Problem;
+use varve_common::record::{RING_DISCARD_BIT, RecordHeader, RecordKind, Records, append_record};
+use varve_common::state::Link;
+use varve_common::wire::messages::{self, Ack, ImageDone, Probe, ProbeReply, VolumeHello, Welcome};
+use varve_common::wire::{FRAME_HEADER_BYTES, Frame, FrameKind, Image, Preamble};
+use varve_io::aligned::BufPool;
+use varve_io::direct::DirectFile;
+use varve_net::endpoint::{self, Server};
+use varve_net::hosts::Hosts;
+use varve_net::identity::Authority;
+use varve_net::token::JoinToken;
+use zerocopy::{FromBytes, IntoBytes};
+
+const REGIONS: u64 = 4;
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// A ring without end, as strict as the kernel's about positions that were released.
+#[derive(Default)]
+pub struct PlayedStream {
+    bytes: Mutex<Vec<u8>>,
+    consumer: AtomicU64,
+}
+
+impl PlayedStream {
+    pub fn append(&self, kind: RecordKind, offset: u64, payload: &[u8]) -> u64 {
+        let length = payload.len() as u64;
+        let header = RecordHeader {
+            kind: kind as u8,
+            flags: 0,
+            volume: 0.into(),
+            payload: (length as u32).into(),
+            time_ns: crate::clock::wall_ns().into(),
+            offset: offset.into(),
+            length: length.into(),
+        };
+        let mut bytes = self.bytes.lock().expect("not poisoned");
+        let position = bytes.len() as u64;
+        append_record(&mut bytes, header, payload);
+        position
+    }
+}
+
+impl Stream for PlayedStream {
+    fn producer(&self) -> u64 {
+        self.bytes.lock().expect("not poisoned").len() as u64
+    }
+    fn consumer(&self) -> u64 {
+        self.consumer.load(Ordering::Acquire)
+    }
+    fn capacity(&self) -> u64 {
+        1 << 40
+    }
+    fn release(&self, position: u64) {
+        assert!(position >= self.consumer() && position <= self.producer(), "release({position})");
+        self.consumer.store(position, Ordering::Release);
+    }
+    fn entry(&self, position: u64) -> Option<Entry> {
+        if position >= self.producer() {
+            return None;
+        }
+        assert!(position >= self.consumer(), "position {position} was released");
+        let bytes = self.bytes.lock().expect("not poisoned");
+        let at = position as usize;
+        let word = u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
+        let total = varve_common::record::entry_bytes(word);
+        if word & RING_DISCARD_BIT != 0 {
+            return Some(Entry::Discarded { bytes: total });
+        }
+        let (header, _) = RecordHeader::read_from_prefix(&bytes[at + 8..]).expect("a header");
+        Some(Entry::Record { bytes: total, header })
+    }
+    fn copy_out(&self, position: u64, out: &mut [u8]) {
+        assert!(position >= self.consumer());
+        let at = position as usize;
+        out.copy_from_slice(&self.bytes.lock().expect("not poisoned")[at..at + out.len()]);
+    }
+}
+
+#[derive(Default)]
+pub struct PlayedTrack {
+    bits: AtomicU64,
+    pub in_flight: AtomicBool,
+}
+
+impl Track for PlayedTrack {
+    fn set_dirty(&self, region: u64) {
+        self.bits.fetch_or(1 << region, Ordering::SeqCst);
+    }
+    fn set_all_dirty(&self) {
+        self.bits.store((1 << REGIONS) - 1, Ordering::SeqCst);
+    }
+    fn take_dirty(&self, region: u64) -> bool {
+        self.bits.fetch_and(!(1 << region), Ordering::SeqCst) & 1 << region != 0
+    }
+    fn next_dirty(&self, from: u64) -> Option<u64> {
+        (from..REGIONS).find(|region| self.bits.load(Ordering::SeqCst) & 1 << region != 0)
+    }
+    fn dirty_count(&self) -> u64 {
+        u64::from(self.bits.load(Ordering::SeqCst).count_ones())
+    }
+    fn in_flight(&self, _: u64) -> bool {
+        self.in_flight.load(Ordering::SeqCst)
+    }
+}
+
+type Hook = Box<dyn FnMut(&PlayedSource) + Send>;
+
+/// A capture whose events happen when the test says so: `after_look` runs right after the counters were read.
+#[derive(Default)]
+pub struct PlayedSource {
+    pub stream: PlayedStream,
+    pub track: PlayedTrack,
+    pub troubles: Mutex<Troubles>,
+    pub first_drop: AtomicU64,
+    pub after_look: Mutex<Option<Hook>>,
+}
+
+impl PlayedSource {
+    pub fn write(&self, offset: u64, fill: u8) -> u64 {
+        self.stream.append(RecordKind::Write, offset, &[fill; 512])
+    }
+
+    /// As the capture program does it: bit, counter, position.
+    pub fn drop_write(&self, region: u64) -> u64 {
+        self.track.set_dirty(region);
+        self.troubles.lock().expect("not poisoned").dropped += 1;
+        let position = self.stream.producer();
+        let _ = self.first_drop.compare_exchange(0, position + 1, Ordering::SeqCst, Ordering::SeqCst);
+        position
+    }
+}
+
+impl Source for PlayedSource {
+    fn stream(&self) -> &dyn Stream {
+        &self.stream
+    }
+    fn track(&self, _: usize) -> &dyn Track {
+        &self.track
+    }
+    fn volumes(&self) -> usize {
+        1
+    }
+    fn mark(&self, kind: RecordKind, payload: &[u8]) -> Result<(), Problem> {
+        self.stream.append(kind, 0, payload);
+        Ok(())
+    }
+    fn troubles(&self) -> Troubles {
+        let troubles = *self.troubles.lock().expect("not poisoned");
+        let hook = self.after_look.lock().expect("not poisoned").take();
+        if let Some(mut hook) = hook {
+            hook(self);
+        }
+        troubles
+    }
+    fn captured(&self) -> (u64, u64) {
+        (0, 0)
+    }
+    fn take_first_drop(&self) -> Option<u64> {
+        self.first_drop.swap(0, Ordering::SeqCst).checked_sub(1)
+    }
+    fn settled(&self) -> bool {
+        true
+    }
+    fn set_time_offset(&self, _: u64) {}
+}
+
+/// What the played receiver was told, in order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Told {
+    Mark(Mark),
+    Data(u64, Vec<(u64, RecordKind)>),
+    Image(Vec<(u64, u64)>),
+    Probe(u64),
+}
+
+/// What the played receiver does.
+#[derive(Default)]
+pub struct Script {
+    /// Reads nothing while set.
+    pub stalled: AtomicBool,
+    /// Every block differs from what is probed.
+    pub differs: AtomicBool,
+    pub told: Mutex<Vec<Told>>,
+    /// Sessions that it ended because of an image outside a gap, as the real one does.
+    pub refused: AtomicU64,
+}
+
+/// A worker with everything around it.
+pub struct Stage {
+    pub source: Arc<PlayedSource>,
+    pub script: Arc<Script>,
+    pub shared: Arc<GroupShared>,
+    pub commands: mpsc::Sender<Command>,
+    pub stop: watch::Sender<bool>,
+    pub task: tokio::task::JoinHandle<()>,
+    _dir: tempfile::TempDir,
+    _link: watch::Sender<LinkView>,
+    _volume: tempfile::NamedTempFile,
+    _server: Arc<Server>,
+}
+
+impl Stage {
+    pub async fn set() -> Self {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let authority = Arc::new(Authority::create(&dir.path().join("pki"), "recovery").expect("authority"));
+        let hosts = Arc::new(Hosts::open(dir.path().join("hosts.json")).expect("hosts"));
+        let server = Arc::new(Server::bind(([127, 0, 0, 1], 0).into(), &authority, hosts.clone()).expect("a server"));
+        let addr = server.local_addr().expect("an address").to_string();
+        let secret = hosts.invite("db1", LIMIT, std::time::SystemTime::now()).expect("an invitation");
+        let token = JoinToken { ca_fingerprint: authority.fingerprint(), secret, name: "db1".into() };
+        let serving = async {
+            let accepted = server.accept().await.expect("a joiner");
+            endpoint::serve_join(&accepted, &authority, &hosts).await.expect("served");
+        };
+        let (identity, ()) = tokio::join!(endpoint::join(&addr, &token), serving);
+        let identity = identity.expect("joined");
+        let (connection, accepted) = tokio::join!(endpoint::connect(&identity, &addr), server.accept());
+        let (connection, accepted) = (connection.expect("connected"), accepted.expect("accepted"));
+
+        let script = Arc::new(Script::default());
+        let playing = script.clone();
+        tokio::spawn(async move {
+            let mut consistent = false;
+            let mut resume = None;
+            while let Ok((send, recv)) = accepted.connection.accept_bi().await {
+                play(&playing, send, recv, &mut consistent, &mut resume).await;
+            }
+        });
+
+        let volume = tempfile::NamedTempFile::new().expect("a file");
+        volume.as_file().set_len(REGIONS * REGION_BYTES).expect("sized");
+        let source = Arc::new(PlayedSource::default());
+        let dynamic: Arc<dyn Source> = source.clone();
+        let bytes = REGIONS * REGION_BYTES;
+        let shared = Arc::new(GroupShared::new(
+            "played".into(),
+            vec![("/dev/played".into(), bytes)],
+            [7; 16],
+            dynamic.clone(),
+            Duration::from_secs(5),
+            false,
+        ));
+        let (to_worker, from_sync) = mpsc::channel(SYNC_REGIONS_MAX);
+        let files = vec![DirectFile::open_read(volume.path()).expect("opens")];
+        let pool = BufPool::new(8, REGION_BYTES as usize);
+        let sync = SyncThread::start("played", dynamic.clone(), files, pool, to_worker).expect("a thread");
+        let (commands, command_queue) = mpsc::channel(8);
+        let (stop, stopped) = watch::channel(false);
+        let (link, view) =
+            watch::channel(LinkView { connection: Some(connection), link: Link::Handshaking, reason: None });
+        let worker = Worker {
+            shared: shared.clone(),
+            source: dynamic,
+            sync,
+            from_sync,
+            commands: command_queue,
+            link: view,
+            stop: stopped,
+            misses: Arc::default(),
+            frames: BufPool::new(4, 2 << 20),
+            volumes: vec![VolumeHello { path: "/dev/played".into(), bytes, replica: None }],
+            compression: false,
+            on_consistent: Box::new(|| ()),
+        };
+        let task = tokio::spawn(worker.run());
+        Self { source, script, shared, commands, stop, task, _dir: dir, _link: link, _volume: volume, _server: server }
+    }
+
+    pub async fn until(&self, what: &str, condition: impl Fn(&Self) -> bool) {
+        let began = Instant::now();
+        while !condition(self) {
+            assert!(!self.task.is_finished(), "the worker has ended while waiting: {what}");
+            assert!(began.elapsed() < LIMIT, "never: {what}; told {:?}", self.told());
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    pub async fn protected(&self) {
+        self.until("protected", |stage| stage.shared.facts().gap.is_none()).await;
+    }
+
+    pub fn told(&self) -> Vec<Told> {
+        self.script.told.lock().expect("not poisoned").clone()
+    }
+
+    pub fn marks(&self) -> Vec<Mark> {
+        let marks = self.told().into_iter().filter_map(|told| match told {
+            Told::Mark(mark) => Some(mark),
+            _ => None,
+        });
+        marks.collect()
+    }
+}
+
+async fn play(
+    script: &Script,
+    mut send: quinn::SendStream,
+    mut recv: quinn::RecvStream,
+    consistent: &mut bool,
+    resume: &mut Option<u64>,
+) {
+    let mut bytes = [0; size_of::<Preamble>()];
+    if recv.read_exact(&mut bytes).await.is_err() {
+        return;
+    }
+    let offer = Preamble::read_from_bytes(&bytes).expect("a preamble");
+    let (answer, _) = Preamble::answer(&offer).expect("our protocol");
+    send.write_all(answer.as_bytes()).await.expect("sent");
+    let mut gap = !*consistent;
+    loop {
+        while script.stalled.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let mut head = [0; FRAME_HEADER_BYTES];
+        if recv.read_exact(&mut head).await.is_err() {
+            return;
+        }
+        let frame = Frame::decode(&head).expect("a frame");
+        let mut body = vec![0; frame.body_bytes];
+        if recv.read_exact(&mut body).await.is_err() {
+            return;
+        }
+        let mut scratch = Vec::new();
+        let plain = frame.open(&body, &mut scratch).expect("whole").to_vec();
+        let tell = |told| script.told.lock().expect("not poisoned").push(told);
+        let (kind, reply) = match frame.kind {
+            FrameKind::Hello => {
+                let welcome = Welcome {
+                    resume: *resume,
+                    epoch: 1,
+                    consistent: *consistent,
+                    fresh: vec![false],
+                    replicas: vec!["/replica".into()],
+                    software: "played".into(),
+                };
+                (FrameKind::Welcome, messages::encode(&welcome))
+            }
+            FrameKind::Mark => {
+                let mark = Mark::decode(&plain).expect("a mark");
+                gap = mark.reason.is_some();
+                *consistent = !gap;
+                *resume = Some(mark.position);
+                tell(Told::Mark(mark));
+                continue;
+            }
+            FrameKind::Data => {
+                let records = Records::new(frame.position, &plain).map(|record| record.expect("a record"));
+                let records = records.map(|record| (record.position, record.kind)).collect();
+                tell(Told::Data(frame.position, records));
+                let durable = frame.position + plain.len() as u64;
+                *resume = Some(durable);
+                (FrameKind::Ack, messages::encode(&Ack { durable, applied: durable }))
+            }
+            FrameKind::Probe => {
+                let probe: Probe = messages::decode(frame.kind, &plain).expect("a probe");
+                tell(Told::Probe(probe.offset));
+                let differs = if script.differs.load(Ordering::SeqCst) { 0xffff } else { 0 };
+                (FrameKind::ProbeReply, messages::encode(&ProbeReply { id: probe.id, differs }))
+            }
+            FrameKind::Image => {
+                if !gap {
+                    // As the receiver does it: an image outside a gap ends the session.
+                    script.refused.fetch_add(1, Ordering::SeqCst);
+                    return;
+                }
+                let image = Image::decode(&plain).expect("an image");
+                tell(Told::Image(image.extents().map(|(offset, length, _)| (offset, length)).collect()));
+                (FrameKind::ImageDone, messages::encode(&ImageDone { id: image.id }))
+            }
+            _ => continue,
+        };
+        let header = Frame::plain(kind, 0, &reply).encode();
+        if send.write_all(&header).await.is_err() || send.write_all(&reply).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// A write is dropped, and a later one captured, between the worker's look at the counters and its look at the ring. No
+/// point after the dropped write may be called good: the gap's mark stands before the later write.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gap_begins_before_what_followed_the_dropped_write() {
+    let stage = Stage::set().await;
+    stage.protected().await;
+    let dropped = Arc::new(AtomicU64::new(u64::MAX));
+    let position = dropped.clone();
+    *stage.source.after_look.lock().expect("not poisoned") = Some(Box::new(move |source| {
+        source.write(0, 1);
+        position.store(source.drop_write(2), Ordering::SeqCst);
+        // The second depends on the first: whoever holds it without the first holds nonsense.
+        source.write(512, 2);
+    }));
+    stage.until("the gap is marked", |stage| stage.marks().len() > 2).await;
+    let marks = stage.marks();
+    assert_eq!(marks[2].position, dropped.load(Ordering::SeqCst), "{marks:?}");
+    stage.protected().await;
+}
+
+/// Two things go wrong between two looks, and only one of them tells where: the gap begins before both.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drop_does_not_move_the_begin_of_another_trouble() {
+    let stage = Stage::set().await;
+    stage.protected().await;
+    let straddled = Arc::new(AtomicU64::new(u64::MAX));
+    let position = straddled.clone();
+    *stage.source.after_look.lock().expect("not poisoned") = Some(Box::new(move |source| {
+        position.store(source.stream.producer(), Ordering::SeqCst);
+        source.track.set_dirty(1);
+        source.troubles.lock().expect("not poisoned").straddling += 1;
+        source.write(512, 2);
+        source.drop_write(2);
+    }));
+    stage.until("the gap is marked", |stage| stage.marks().len() > 2).await;
+    assert!(stage.marks()[2].position <= straddled.load(Ordering::SeqCst), "{:?}", stage.marks());
+}
+
+/// A region gets dirty and no counter says so (a count below zero, `tend`; or the counter was seen before the bit):
+/// the receiver takes no image outside a gap, so there must be one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dirty_region_without_a_reason_opens_a_gap() {
+    let stage = Stage::set().await;
+    stage.protected().await;
+    stage.script.differs.store(true, Ordering::SeqCst);
+    stage.source.track.set_dirty(3);
+    let image = |stage: &Stage| stage.told().iter().any(|told| matches!(told, Told::Image(_)));
+    stage.until("the region is sent", image).await;
+    assert_eq!(stage.script.refused.load(Ordering::SeqCst), 0, "no image outside a gap");
+    stage.until("protected again", |stage| stage.marks().len() == 4 && stage.shared.facts().gap.is_none()).await;
+}
+
+/// Writes that never pause do not starve whoever wants a bookmark.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_bookmark_is_set_while_writes_never_pause() {
+    let stage = Stage::set().await;
+    stage.protected().await;
+    let (source, end) = (stage.source.clone(), Arc::new(AtomicBool::new(false)));
+    let ended = end.clone();
+    let writer = std::thread::spawn(move || {
+        while !ended.load(Ordering::SeqCst) {
+            // Never more than the worker can take, never less.
+            if source.stream.producer() - source.stream.consumer() < 256 << 10 {
+                source.write(0, 1);
+            }
+        }
+    });
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let (answer, answered) = tokio::sync::oneshot::channel();
+    stage.commands.send(Command::Bookmark("now".into(), answer)).await.expect("taken");
+    let outcome = tokio::time::timeout(Duration::from_secs(8), answered).await;
+    end.store(true, Ordering::SeqCst);
+    writer.join().expect("ends");
+    let (_, _, durable) = outcome.expect("answered in time").expect("answered").expect("set");
+    assert!(durable);
+}
+
+/// The receiver reads nothing: the group ends all the same, at once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_ends_while_its_receiver_is_stuck() {
+    let stage = Stage::set().await;
+    stage.protected().await;
+    stage.script.stalled.store(true, Ordering::SeqCst);
+    for _ in 0..64 {
+        stage.source.stream.append(RecordKind::Write, 0, &vec![3; 1 << 20]);
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    stage.stop.send(true).expect("it lives");
+    tokio::time::timeout(Duration::from_secs(5), stage.task).await.expect("ends").expect("without a panic");
+}
+
+/// The receiver reads nothing, and writes go past the ring meanwhile: status says so without waiting for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gap_is_seen_while_the_receiver_is_stuck() {
+    let stage = Stage::set().await;
+    stage.protected().await;
+    stage.script.stalled.store(true, Ordering::SeqCst);
+    for _ in 0..64 {
+        stage.source.stream.append(RecordKind::Write, 0, &vec![3; 1 << 20]);
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    stage.source.drop_write(1);
+    stage.until("the gap is seen", |stage| stage.shared.facts().gap.is_some()).await;
+}
+
+/// Status is asked while acknowledgements take the ring away under it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn status_and_acknowledgements_do_not_meet() {
+    let stage = Stage::set().await;
+    stage.protected().await;
+    let began = Instant::now();
+    let (shared, source) = (stage.shared.clone(), stage.source.clone());
+    let asker = std::thread::spawn(move || {
+        while began.elapsed() < Duration::from_secs(3) {
+            let _ = shared.status();
+        }
+    });
+    while began.elapsed() < Duration::from_secs(3) {
+        if source.stream.producer() - source.stream.consumer() < 64 << 10 {
+            source.write(0, 1);
+        }
+        tokio::task::yield_now().await;
+    }
+    asker.join().expect("status never panics");
+    assert!(!stage.task.is_finished(), "the worker lives");
+}
