@@ -86,11 +86,14 @@ impl Capture {
         let program = |program: &libbpf_rs::ProgramMut<'_>| {
             ProgramHandle::try_from(program).map_err(|e| CaptureError::kernel("keep a capture program", e))
         };
-        let config = Table::new(&maps.bss, 1).map_err(|e| CaptureError::kernel("map the configuration", e))?;
+        let config = table(&maps.bss, 1)?;
 
         let programs = &skeleton.progs;
         calibrate(&options.probe, &config, &handle(&maps.probe)?, &programs.calibrate, &program(&programs.peek)?)?;
 
+        assert_eq!(maps.bios.value_size() as usize, TRACKED_BYTES);
+        assert_eq!(maps.mark_arguments.value_size() as usize, MARK_BYTES);
+        assert_eq!(maps.probe.value_size() as usize, PROBE_BYTES);
         let barrier_map = dirty_map(1)?;
         let mut shared = Shared {
             disks: table(&maps.disks, DISKS_MAX)?,
@@ -194,7 +197,10 @@ fn statistics(program: &ProgramHandle) -> Result<crate::memory::ProgramStatistic
     program_statistics(program).map_err(|e| CaptureError::kernel("read the statistics of a program", e))
 }
 
-fn table<T: crate::layout::Shared>(map: &impl AsFd, entries: usize) -> Result<Table<T>, CaptureError> {
+/// Maps a table of the programs. The layouts of both sides are asserted when they are compiled; that they are the same is
+/// asserted here.
+fn table<T: crate::layout::Shared>(map: &impl MapCore, entries: usize) -> Result<Table<T>, CaptureError> {
+    assert_eq!(map.value_size() as usize, size_of::<T>(), "layout of {:?}", map.name());
     Table::new(map, entries).map_err(|e| CaptureError::kernel("map a table of the capture programs", e))
 }
 

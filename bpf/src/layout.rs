@@ -79,6 +79,10 @@ pub(crate) struct ConfigEntry {
 const _: () = assert!(size_of::<DiskEntry>() == 64);
 const _: () = assert!(size_of::<VolumeEntry>() == 192);
 const _: () = assert!(core::mem::offset_of!(VolumeEntry, records) == 64);
+const _: () = assert!(core::mem::offset_of!(VolumeEntry, start) == 16);
+const _: () = assert!(core::mem::offset_of!(VolumeEntry, untracked) == 144);
+const _: () = assert!(core::mem::offset_of!(DiskEntry, volume) == 16);
+const _: () = assert!(core::mem::offset_of!(GroupEntry, first_drop) == 8);
 const _: () = assert!(size_of::<GroupEntry>() == 64);
 const _: () = assert!(size_of::<ConfigEntry>() == 40);
 

@@ -68,6 +68,7 @@ struct disk {
 	u16 volume[DISK_VOLUMES]; /* index into `volumes`, or DISK_VOLUME_NONE */
 };
 _Static_assert(sizeof(struct disk) == 64, "disk is a line of cache");
+_Static_assert(__builtin_offsetof(struct disk, volume) == 16, "volumes of a disk");
 
 enum {
 	VOLUME_ACTIVE = 1,   /* capture */
@@ -99,13 +100,16 @@ struct volume {
 	u64 unused2[5];
 };
 _Static_assert(sizeof(struct volume) == 192, "volume is three lines of cache");
+_Static_assert(__builtin_offsetof(struct volume, start) == 16, "start");
 _Static_assert(__builtin_offsetof(struct volume, records) == 64, "counters start a line");
+_Static_assert(__builtin_offsetof(struct volume, untracked) == 144, "last counter");
 
 struct group {
 	u64 time_offset; /* wall clock minus boot clock, wrapping */
 	u64 first_drop;  /* position + 1 of the producer when the first write was dropped, 0 = none */
 	u64 unused[6];
 };
+_Static_assert(__builtin_offsetof(struct group, first_drop) == 8, "first drop");
 _Static_assert(sizeof(struct group) == 64, "group is a line of cache");
 
 /* What calibration found out, and whether anybody needs the bio completions. */
