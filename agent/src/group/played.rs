@@ -452,7 +452,7 @@ async fn a_bookmark_is_set_while_writes_never_pause() {
     let writer = std::thread::spawn(move || {
         while !ended.load(Ordering::SeqCst) {
             // Never more than the worker can take, never less.
-            if source.stream.producer() - source.stream.consumer() < 256 << 10 {
+            if source.stream.producer().saturating_sub(source.stream.consumer()) < 256 << 10 {
                 source.write(0, 1);
             }
         }
@@ -508,7 +508,7 @@ async fn status_and_acknowledgements_do_not_meet() {
         }
     });
     while began.elapsed() < Duration::from_secs(3) {
-        if source.stream.producer() - source.stream.consumer() < 64 << 10 {
+        if source.stream.producer().saturating_sub(source.stream.consumer()) < 64 << 10 {
             source.write(0, 1);
         }
         tokio::task::yield_now().await;

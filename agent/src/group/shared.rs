@@ -28,8 +28,8 @@ pub struct Facts {
     pub read_error: Option<String>,
     /// See [`super::gap::GapState::open`].
     pub gap: Option<GapReason>,
-    /// When it began.
-    pub gap_since_ns: u64,
+    /// When it began, by the stream's clock. `None`: before this process, nobody knows when.
+    pub gap_since_ns: Option<u64>,
     /// See [`DataFacts::ever_consistent`].
     pub ever_consistent: bool,
     /// Regions that a sync began with.
@@ -63,6 +63,10 @@ pub struct GroupShared {
     lagging_after: Duration,
     source: Arc<dyn Source>,
     facts: Mutex<Facts>,
+    /// Held while space is given back, and by others than the worker while they look at what may be given back.
+    releasing: Mutex<()>,
+    /// What the stream adds to the boot-time clock.
+    time_offset: AtomicU64,
 }
 
 /// Counted since the daemon started; docs/json.md says what each is.
@@ -104,7 +108,7 @@ impl GroupShared {
             link_reason: None,
             read_error: None,
             gap: Some(gap),
-            gap_since_ns: clock::wall_ns(),
+            gap_since_ns: None,
             ever_consistent,
             sync_total: 0,
             sync_left: 0,
@@ -123,7 +127,28 @@ impl GroupShared {
             lagging_after,
             source,
             facts: Mutex::new(facts),
+            releasing: Mutex::new(()),
+            time_offset: AtomicU64::new(clock::Offset::new(clock::wall_ns(), clock::boot_ns()).ns()),
         }
+    }
+
+    /// Everything before `position` is durable at the receiver: its space goes back to the kernel.
+    pub fn release(&self, position: u64) {
+        let _releasing = self.releasing.lock().unwrap_or_else(PoisonError::into_inner);
+        if position > self.source.stream().consumer() {
+            self.source.stream().release(position);
+        }
+        self.durable.fetch_max(position, Ordering::AcqRel);
+    }
+
+    /// See [`Source::set_time_offset`].
+    pub fn set_time_offset(&self, ns: u64) {
+        self.time_offset.store(ns, Ordering::Release);
+    }
+
+    /// The clock of the records. A wall clock that was set back is met slowly, so ages by it would be too small.
+    fn stream_ns(&self) -> u64 {
+        clock::boot_ns().saturating_add(self.time_offset.load(Ordering::Acquire))
     }
 
     /// The facts, locked: never hold this across an await.
@@ -134,13 +159,13 @@ impl GroupShared {
     /// Opens a gap in the facts.
     pub fn gap_opened(&self, reason: GapReason) {
         let mut facts = self.facts();
-        let now = clock::wall_ns();
+        let now = self.stream_ns();
         if facts.gap.is_some() {
             if let Some(last) = facts.gaps.last_mut() {
                 last.to.get_or_insert_with(|| show_time(now));
             }
         } else {
-            facts.gap_since_ns = now;
+            facts.gap_since_ns = Some(now);
         }
         facts.gap = Some(reason);
         if facts.gaps.len() == GAPS_MAX {
@@ -163,17 +188,23 @@ impl GroupShared {
     }
 
     /// RPO: age of the oldest captured write that is not durable; within a gap at least the gap's age; `None` before the
-    /// first sync, when there is nothing to recover.
+    /// first sync, when there is nothing to recover, and while it is not known (a gap from before this process).
     pub fn rpo(&self) -> Option<Duration> {
         let facts = self.facts();
         if !facts.ever_consistent {
             return None;
         }
-        let gap_since = facts.gap.map(|_| facts.gap_since_ns);
+        let gap_since = match facts.gap {
+            Some(_) => Some(facts.gap_since_ns?),
+            None => None,
+        };
         drop(facts);
-        let oldest = oldest_write_ns(self.source.stream(), self.durable.load(Ordering::Acquire));
+        let oldest = {
+            let _releasing = self.releasing.lock().unwrap_or_else(PoisonError::into_inner);
+            oldest_write_ns(self.source.stream(), self.durable.load(Ordering::Acquire))
+        };
         let since = [oldest, gap_since].into_iter().flatten().min();
-        Some(since.map_or(Duration::ZERO, |since| Duration::from_nanos(clock::wall_ns().saturating_sub(since))))
+        Some(since.map_or(Duration::ZERO, |since| Duration::from_nanos(self.stream_ns().saturating_sub(since))))
     }
 
     /// The word of the data axis at this moment.
@@ -206,9 +237,11 @@ impl GroupShared {
     /// As `varve status` shows it.
     pub fn status(&self) -> GroupStatus {
         let (data, rpo, resync, lag_bytes) = (self.data(), self.rpo(), self.resync(), self.lag_bytes());
+        // The consumer first: it never passes a producer that is read later.
+        let consumer = self.source.stream().consumer();
         let producer = self.source.stream().producer();
         let durable = self.durable.load(Ordering::Acquire);
-        let now = clock::wall_ns();
+        let now = self.stream_ns();
         let facts = self.facts().clone();
         let position = |offset| Some(show_position(&self.incarnation, offset));
         let newest =
@@ -241,10 +274,7 @@ impl GroupShared {
                 .collect(),
             resync: resync.map(|(done_bytes, total_bytes)| ResyncStatus { done_bytes, total_bytes }),
             verify: facts.verify,
-            ring: Some(RingStatus {
-                used_bytes: producer - self.source.stream().consumer(),
-                total_bytes: self.source.stream().capacity(),
-            }),
+            ring: Some(RingStatus { used_bytes: producer - consumer, total_bytes: self.source.stream().capacity() }),
             counters: self.counter_table(),
         }
     }
@@ -258,7 +288,7 @@ impl GroupShared {
             ("captured_records", captured_records),
             ("captured_bytes", captured_bytes),
             ("dropped_records", troubles.dropped),
-            ("unreadable_writes", troubles.unreadable),
+            ("unreadable_writes", troubles.unreadable + troubles.untracked),
             ("failed_writes", troubles.failed),
             ("straddling_writes", troubles.straddling),
             ("late_writes", troubles.late + troubles.late_unknown),

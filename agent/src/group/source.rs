@@ -83,8 +83,10 @@ impl Track for VolumeTrack {
 pub struct Troubles {
     /// Writes that found the ring full.
     pub dropped: u64,
-    /// Writes with a page that could not be read, or with no place to be tracked.
+    /// Writes with a page that could not be read.
     pub unreadable: u64,
+    /// Writes with no place to be tracked.
+    pub untracked: u64,
     /// Writes that failed.
     pub failed: u64,
     /// Writes across the volume's boundary.
@@ -138,7 +140,8 @@ impl Source for Group {
         let counters = self.counters();
         Troubles {
             dropped: counters.dropped_records,
-            unreadable: counters.unreadable + counters.untracked,
+            unreadable: counters.unreadable,
+            untracked: counters.untracked,
             failed: counters.failed_writes,
             straddling: counters.straddling,
             late: counters.late,

@@ -18,6 +18,7 @@ use crate::clock;
 use crate::link::LinkView;
 use bytes::Bytes;
 use quinn::SendStream;
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -49,6 +50,8 @@ const REPORT_EVERY: Duration = Duration::from_millis(500);
 const RETRY_MIN: Duration = Duration::from_millis(100);
 /// Longest such pause.
 const RETRY_MAX: Duration = Duration::from_secs(10);
+/// While the receiver takes nothing: between two looks at everything else.
+const STUCK_LOOK: Duration = Duration::from_millis(100);
 /// How long a bookmark waits for the receiver before it is answered as not durable yet.
 const BOOKMARK_WAIT: Duration = Duration::from_secs(5);
 /// Bookmarks that may wait at once.
@@ -76,10 +79,10 @@ pub struct Worker {
     pub shared: Arc<GroupShared>,
     /// Capture.
     pub source: Arc<dyn Source>,
+    /// What the sync thread read. Before the thread: dropping it frees the thread if it waits to hand something over.
+    pub from_sync: mpsc::Receiver<FromSync>,
     /// Reads the volumes.
     pub sync: SyncThread,
-    /// What it read.
-    pub from_sync: mpsc::Receiver<FromSync>,
     /// Wishes.
     pub commands: mpsc::Receiver<Command>,
     /// The connection.
@@ -207,8 +210,17 @@ impl Worker {
             self.note_ended(&ended);
             self.idle(&mut state, retry).await;
         }
-        // Frees the sync thread if it waits to hand something over.
+        if let Some(run) = state.verify.as_mut().filter(|run| !run.outcome().finished) {
+            run.fail("the group ended");
+            self.shared.facts().verify = Some(run.outcome().clone());
+        }
+        // Frees the sync thread if it waits to hand something over. It may be in a read that takes long.
         self.from_sync.close();
+        let sync = self.sync;
+        let ended = tokio::task::spawn_blocking(move || drop(sync)).await;
+        if ended.is_err() {
+            tracing::error!(group = %self.shared.name, "the sync thread did not end well");
+        }
         for pending in state.bookmarks {
             let _ = pending.answer.send(Err(session::not_streaming(&self.shared.name)));
         }
@@ -249,7 +261,6 @@ impl Worker {
         let until = Instant::now() + pause;
         while Instant::now() < until && !*self.stop.borrow() {
             self.every_turn(state, None);
-            self.walk(state);
             let left = until.saturating_duration_since(Instant::now()).min(Duration::from_millis(100));
             tokio::select! {
                 () = tokio::time::sleep(left) => {}
@@ -297,9 +308,15 @@ impl Worker {
             },
             _ = stop.wait_for(|stop| *stop) => return Ended::Stopped,
         };
-        let sent_max = Arc::new(AtomicU64::new(stream.consumer()));
+        // What earlier sessions sent may be acknowledged at once.
+        let resume = welcome.resume.filter(|at| *at <= stream.producer());
+        let sent_max = Arc::new(AtomicU64::new(resume.unwrap_or(0).max(stream.consumer())));
         let (mut events, reader) = self.spawn_reader(recv, sent_max.clone());
-        let outcome = self.converse(state, send, welcome, &mut events, &sent_max).await;
+        let outcome = tokio::select! {
+            outcome = self.converse(state, send, welcome, &mut events, &sent_max) => outcome,
+            // The receiver may be stuck with a frame half sent: the end does not wait for it.
+            _ = stop.wait_for(|stop| *stop) => Ended::Stopped,
+        };
         reader.abort();
         self.sync.shared().pause();
         outcome
@@ -310,7 +327,7 @@ impl Worker {
         recv: quinn::RecvStream,
         sent_max: Arc<AtomicU64>,
     ) -> (mpsc::Receiver<Event>, tokio::task::JoinHandle<()>) {
-        let (source, shared) = (self.source.clone(), self.shared.clone());
+        let shared = self.shared.clone();
         session::spawn_reader(recv, self.shared.clone(), move |durable| {
             // A receiver that acknowledges what was never sent is broken: releasing it would lose writes.
             if durable > sent_max.load(Ordering::Acquire) {
@@ -319,10 +336,7 @@ impl Worker {
                     why: format!("position {durable} was not sent"),
                 });
             }
-            if durable > source.stream().consumer() {
-                source.stream().release(durable);
-                shared.durable.store(durable, Ordering::Release);
-            }
+            shared.release(durable);
             Ok(())
         })
     }
@@ -376,8 +390,7 @@ impl Worker {
         let resumable = welcome.resume.filter(|at| (stream.consumer()..=stream.producer()).contains(at));
         match resumable {
             Some(position) => {
-                stream.release(position);
-                self.shared.durable.store(position, Ordering::Release);
+                self.shared.release(position);
                 session.sent = position;
                 state.walked = state.walked.max(position);
                 state.closing = None;
@@ -421,7 +434,7 @@ impl Worker {
         self.shared.gap_opened(reason);
         session.sent = position;
         session.remote_consistent = false;
-        self.send_mark(session, MarkKind::Begin, Some(reason)).await
+        self.send_mark(state, session, MarkKind::Begin, Some(reason)).await
     }
 
     async fn turns(
@@ -436,8 +449,7 @@ impl Worker {
             if *self.stop.borrow() {
                 return Ended::Stopped;
             }
-            self.every_turn(state, Some(session));
-            self.walk(state);
+            self.every_turn(state, Some(session.sent));
             let busy = match self.send_turn(state, session, sent_max).await {
                 Ok(busy) => busy,
                 Err(ended) => return self.better_reason(events, ended).await,
@@ -452,6 +464,9 @@ impl Worker {
                 }
                 while let Ok(from_sync) = self.from_sync.try_recv() {
                     self.region_came(state, session, from_sync);
+                }
+                while let Ok(command) = self.commands.try_recv() {
+                    self.command(state, command, true);
                 }
                 tokio::task::yield_now().await;
                 continue;

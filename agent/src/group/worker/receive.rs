@@ -58,6 +58,11 @@ impl Worker {
                 if std::mem::replace(&mut state.read_failed, false) {
                     self.shared.facts().read_error = None;
                 }
+                if read.purpose == Purpose::Send && state.gap.open().is_none() {
+                    // Some bits are set without an event that was seen before (a completion that nobody waited for any
+                    // more). The receiver takes no image outside a gap, and rightly so.
+                    self.gap_begins(state, GapReason::LateWrite, session.sent);
+                }
                 session.regions.push(read);
             }
             FromSync::Read(read) => self.give_back(&read),
@@ -79,7 +84,7 @@ impl Worker {
     }
 
     /// Does what [`Regions`] says.
-    pub(super) async fn region(&self, session: &mut Session, next: Next) -> Result<(), Ended> {
+    pub(super) async fn region(&mut self, state: &mut State, session: &mut Session, next: Next) -> Result<(), Ended> {
         match next {
             Next::Probe(probe) => {
                 if let Some(read) = session.regions.get(probe.id)
@@ -92,9 +97,9 @@ impl Worker {
                 }
                 Counters::add(&self.shared.counters.probes, 1);
                 let body = messages::encode(&probe);
-                session::send_control(&mut session.send, FrameKind::Probe, session.sent, body).await
+                self.push_control(state, session, FrameKind::Probe, body).await
             }
-            Next::Image(id, blocks) => self.send_image(session, id, blocks).await,
+            Next::Image(id, blocks) => self.send_image(state, session, id, blocks).await,
             Next::Done(id) => {
                 self.region_done(session, id);
                 Ok(())
@@ -121,7 +126,7 @@ impl Worker {
                     let touched = session.regions.touched(reply.id);
                     run.looked(read.volume, read.region, Some((reply.differs, touched)), session.sent, Instant::now());
                 }
-                self.region(session, next).await
+                self.region(state, session, next).await
             }
             Event::ImageDone(done) => {
                 self.region_done(session, done.id);

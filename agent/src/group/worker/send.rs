@@ -12,9 +12,10 @@ impl Worker {
     ) -> Result<bool, Ended> {
         let mut busy = self.send_data(state, session, sent_max).await?;
         if let Some(mark) = state.gap.next_mark(session.remote_consistent, session.sent) {
-            self.send_mark(session, mark.kind, mark.reason).await?;
+            self.send_mark(state, session, mark.kind, mark.reason).await?;
             session.remote_consistent = mark.kind == MarkKind::GapEnd;
-            if session.remote_consistent {
+            // A gap may have begun while the mark was on its way.
+            if session.remote_consistent && state.gap.open().is_none() {
                 state.closing = Some(session.sent);
                 // What is acknowledged after the mark proves that the mark has landed: do not wait for the next write.
                 let _ = self.source.mark(RecordKind::Canary, &[]);
@@ -25,26 +26,51 @@ impl Worker {
             let fresh = &session.fresh;
             session.regions.next(session.sent, |volume| fresh.get(usize::from(volume)).copied().unwrap_or(false))
         } {
-            self.region(session, next).await?;
+            self.region(state, session, next).await?;
             busy = true;
         }
         self.drive_verify(state);
         self.finish_gap(state, session);
-        self.report(session).await?;
+        self.report(state, session).await?;
         Ok(busy)
+    }
+
+    /// Sends a frame. While the receiver does not take it, whatever does not need the receiver goes on.
+    async fn push(&mut self, state: &mut State, session: &mut Session, frame: Frame, body: Bytes) -> Result<(), Ended> {
+        let sent = session.sent;
+        let mut pushing = pin!(session::send_frame(&mut session.send, frame, body));
+        loop {
+            tokio::select! {
+                biased;
+                outcome = &mut pushing => return outcome,
+                Some(command) = self.commands.recv() => self.command(state, command, true),
+                () = tokio::time::sleep(STUCK_LOOK) => self.every_turn(state, Some(sent)),
+            }
+        }
+    }
+
+    pub(super) async fn push_control(
+        &mut self,
+        state: &mut State,
+        session: &mut Session,
+        kind: FrameKind,
+        body: Vec<u8>,
+    ) -> Result<(), Ended> {
+        self.push(state, session, Frame::plain(kind, session.sent, &body), Bytes::from(body)).await
     }
 
     pub(super) async fn send_data(
         &mut self,
-        state: &State,
+        state: &mut State,
         session: &mut Session,
         sent_max: &AtomicU64,
     ) -> Result<bool, Ended> {
-        let limit = state.gap.cut_limit(session.remote_consistent);
-        let until = limit.map_or(state.walked, |limit| state.walked.min(limit.max(session.sent)));
         let turn_end = session.sent + TURN_BYTES;
         let mut busy = false;
-        while session.sent < until && session.sent < turn_end {
+        while session.sent < turn_end {
+            // Looked at for every frame: a gap may begin while one is on its way.
+            let limit = state.gap.cut_limit(session.remote_consistent);
+            let until = limit.map_or(state.walked, |limit| state.walked.min(limit.max(session.sent)));
             let end = cut(self.source.stream(), session.sent, until, FRAME_BYTES);
             if end == session.sent {
                 break;
@@ -60,7 +86,7 @@ impl Worker {
             sent_max.store(end, Ordering::Release);
             let wire_bytes = body.as_ref().len() as u64;
             let before = Instant::now();
-            session::send_frame(&mut session.send, frame, Bytes::from_owner(body)).await?;
+            self.push(state, session, frame, Bytes::from_owner(body)).await?;
             let now = Instant::now();
             session.compression.sent(wire_bytes, now - before, now);
             Counters::add(&self.shared.counters.frames, 1);
@@ -84,7 +110,8 @@ impl Worker {
     }
 
     pub(super) async fn send_mark(
-        &self,
+        &mut self,
+        state: &mut State,
         session: &mut Session,
         kind: MarkKind,
         reason: Option<GapReason>,
@@ -97,10 +124,16 @@ impl Worker {
             time_ns: clock::wall_ns(),
             epoch: self.shared.facts().epoch,
         };
-        session::send_control(&mut session.send, FrameKind::Mark, session.sent, mark.encode().to_vec()).await
+        self.push_control(state, session, FrameKind::Mark, mark.encode().to_vec()).await
     }
 
-    pub(super) async fn send_image(&self, session: &mut Session, id: u64, blocks: u16) -> Result<(), Ended> {
+    pub(super) async fn send_image(
+        &mut self,
+        state: &mut State,
+        session: &mut Session,
+        id: u64,
+        blocks: u16,
+    ) -> Result<(), Ended> {
         let Some(read) = session.regions.get(id) else { return Ok(()) };
         let overtaken = lock(&self.sync.shared().tracker).overtaken(id);
         let extents = image_extents(read, blocks, &overtaken);
@@ -117,10 +150,10 @@ impl Worker {
         let frame = Frame::plain(FrameKind::Image, session.sent, &session.image_body);
         Counters::add(&self.shared.counters.image_bytes, session.image_body.len() as u64);
         let body = Bytes::from(std::mem::take(&mut session.image_body));
-        session::send_frame(&mut session.send, frame, body).await
+        self.push(state, session, frame, body).await
     }
 
-    pub(super) async fn report(&mut self, session: &mut Session) -> Result<(), Ended> {
+    pub(super) async fn report(&mut self, state: &mut State, session: &mut Session) -> Result<(), Ended> {
         let now = Instant::now();
         if session.last_report.is_some_and(|last| now.duration_since(last) < REPORT_EVERY) {
             return Ok(());
@@ -143,6 +176,6 @@ impl Worker {
             resync,
             verify,
         };
-        session::send_control(&mut session.send, FrameKind::Report, session.sent, messages::encode(&report)).await
+        self.push_control(state, session, FrameKind::Report, messages::encode(&report)).await
     }
 }

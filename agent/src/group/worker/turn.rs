@@ -3,17 +3,21 @@
 use super::*;
 
 impl Worker {
-    /// Cheap work of every turn: the clock, canaries, events of the capture.
-    pub(super) fn every_turn(&mut self, state: &mut State, session: Option<&mut Session>) {
+    /// Cheap work of every turn, with or without a session (`sent`: how far it got): the clock, canaries, the ring, then
+    /// the events of the capture. In this order: a write that followed a dropped one is seen in the ring only together
+    /// with the drop, so nothing behind the drop is sent before the gap is known.
+    pub(super) fn every_turn(&mut self, state: &mut State, sent: Option<u64>) {
         let now = Instant::now();
         if now.duration_since(state.last_canary) >= CANARY_EVERY {
             state.last_canary = now;
             state.offset.follow(clock::wall_ns(), clock::boot_ns());
             self.source.set_time_offset(state.offset.ns());
+            self.shared.set_time_offset(state.offset.ns());
             // A full ring has no room for a canary; that it is full is told by the counters below.
             let _ = self.source.mark(RecordKind::Canary, &[]);
         }
-        self.look_for_trouble(state, session.as_ref().map(|session| session.sent));
+        self.walk(state);
+        self.look_for_trouble(state, sent);
         if state.closing.is_some_and(|position| self.shared.durable.load(Ordering::Acquire) > position) {
             self.gap_is_closed(state);
         }
@@ -48,7 +52,7 @@ impl Worker {
             GapReason::Passthrough
         } else if troubles.dropped > before.dropped {
             GapReason::RingFull
-        } else if troubles.unreadable > before.unreadable {
+        } else if troubles.unreadable > before.unreadable || troubles.untracked > before.untracked {
             GapReason::UnreadablePage
         } else if troubles.straddling > before.straddling {
             GapReason::StraddlingWrite
@@ -59,14 +63,22 @@ impl Worker {
         };
         // Without a session nothing after the durable position was promised to anybody.
         let here = sent.unwrap_or_else(|| self.source.stream().consumer());
-        let position = self.source.take_first_drop().unwrap_or(here).max(here);
+        let first_drop = self.source.take_first_drop();
+        // Only of a write that found no room is the place in the stream known, so it counts only if that was all.
+        let drops_alone = Troubles { dropped: before.dropped, unreadable: before.unreadable, ..troubles } == before;
+        let position = first_drop.filter(|_| drops_alone && !missed).unwrap_or(here).max(here);
+        self.gap_begins(state, reason, position);
+        self.sync.shared().nudge();
+    }
+
+    /// Something that the stream does not hold is dirty from `position` on.
+    pub(super) fn gap_begins(&self, state: &mut State, reason: GapReason, position: u64) {
         if state.gap.begin(reason, position) {
             state.closing = None;
             tracing::warn!(group = %self.shared.name, position, "a gap begins: {}", reason.explain());
             self.shared.gap_opened(reason);
         }
         self.update_sync_facts();
-        self.sync.shared().nudge();
     }
 
     pub(super) fn update_sync_facts(&self) {
