@@ -17,8 +17,9 @@ use varve_common::limits::{GROUPS_MAX, REGION_BYTES, VOLUMES_PER_GROUP_MAX};
 use varve_common::paths::Paths;
 use varve_common::problem::{Problem, check_name};
 use varve_common::record::RECORD_BYTES_MAX;
-use varve_common::state::{Data, Link, Role};
+use varve_common::state::{Data, GapReason, Link, Role};
 use varve_io::aligned::BufPool;
+use varve_io::blockdev::BlockFacts;
 
 /// Frames under way to the receiver, over all groups.
 const FRAMES_MAX: usize = 20;
@@ -28,6 +29,8 @@ const REGIONS_MAX: usize = 16;
 const TICK: Duration = Duration::from_secs(1);
 /// Ticks between two such tries.
 const RETRY_TICKS: u64 = 10;
+/// Ticks between two looks at whether the volumes are still what they were.
+const LOOK_TICKS: u64 = 3;
 
 /// A group that could not be started: tried again, and never called protected.
 struct Failed {
@@ -96,6 +99,11 @@ impl Daemon {
 
     async fn start_or_remember(self: &Arc<Self>, file: GroupFile) {
         let _changes = self.changes.lock().await;
+        self.start_or_remember_locked(file).await;
+    }
+
+    /// The caller holds `changes`.
+    async fn start_or_remember_locked(self: &Arc<Self>, file: GroupFile) {
         let name = file.name.clone();
         let outcome = self.start_group(&file).await;
         let mut failed = lock(&self.failed);
@@ -356,11 +364,21 @@ impl Daemon {
     pub async fn tick(self: Arc<Self>) {
         for tick in 1u64.. {
             tokio::time::sleep(TICK).await;
-            let capture = self.capture.lock().await.clone();
-            match capture.map(|capture| capture.misses()) {
-                Some(Ok(misses)) => self.misses.store(misses, Ordering::Release),
-                Some(Err(error)) => tracing::error!(%error, "cannot read how many events the kernel skipped"),
-                None => {}
+            if let Some(capture) = self.capture.lock().await.clone() {
+                match capture.misses() {
+                    Ok(misses) => self.misses.store(misses, Ordering::Release),
+                    Err(error) => tracing::error!(%error, "cannot read how many events the kernel skipped"),
+                }
+                // It may wait for the kernel. What it makes dirty is found by the groups' sync threads.
+                match tokio::task::spawn_blocking(move || capture.tend()).await {
+                    Ok(Ok(0)) | Err(_) => {}
+                    Ok(Ok(regions)) => tracing::warn!(regions, "completions went unseen, their regions are sent again"),
+                    Ok(Err(error)) => tracing::error!(%error, "cannot look after writes in flight"),
+                }
+            }
+            self.restart_ended().await;
+            if tick.is_multiple_of(LOOK_TICKS) {
+                self.look_at_volumes().await;
             }
             if tick.is_multiple_of(RETRY_TICKS) {
                 let again: Vec<GroupFile> = lock(&self.failed).values().map(|failed| failed.file.clone()).collect();
@@ -369,6 +387,47 @@ impl Daemon {
                 }
             }
         }
+    }
+
+    /// A group whose worker ended by itself has a defect, and nobody looks after its ring: it begins anew.
+    async fn restart_ended(self: &Arc<Self>) {
+        for handle in self.handles().into_iter().filter(|handle| handle.has_ended()) {
+            tracing::error!(group = %handle.file.name, "its worker failed; the group begins anew");
+            self.begin_anew(&handle, GapReason::MissedEvents).await;
+        }
+    }
+
+    /// A volume that grew has a part that is not captured; one that was exchanged is not captured at all. Neither may
+    /// be called protected, so its group is started again, which says what is wrong.
+    async fn look_at_volumes(self: &Arc<Self>) {
+        for handle in self.handles() {
+            let changed = handle.file.volumes.iter().zip(&handle.specs).any(|(path, spec)| {
+                // One that is not there is not written, and its link may come back.
+                BlockFacts::of(path).is_ok_and(|facts| volume::spec(&facts) != *spec)
+            });
+            if changed {
+                tracing::error!(group = %handle.file.name, "a volume changed its size or its place; the group begins anew");
+                self.begin_anew(&handle, GapReason::VolumeChanged).await;
+            }
+        }
+    }
+
+    /// Ends a group and starts it again; if that cannot be, it is remembered with the reason.
+    async fn begin_anew(self: &Arc<Self>, handle: &Arc<GroupHandle>, reason: GapReason) {
+        let _changes = self.changes.lock().await;
+        let name = &handle.file.name;
+        let groups = || self.groups.write().unwrap_or_else(PoisonError::into_inner);
+        // It may have been unprotected meanwhile, or be another one of the same name.
+        if !groups().get(name).is_some_and(|there| Arc::ptr_eq(there, handle)) {
+            return;
+        }
+        let mut file = handle.file.clone();
+        file.synced_once |= handle.shared.facts().ever_consistent;
+        // From now on nobody may read that it is protected, however long its end takes.
+        handle.shared.gap_opened(reason);
+        handle.stop().await;
+        groups().remove(name);
+        self.start_or_remember_locked(file).await;
     }
 
     /// Ends all groups.

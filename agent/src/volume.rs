@@ -37,16 +37,17 @@ pub fn check(path: &str, own: &[PathBuf]) -> Result<Checked, Problem> {
             "{path} is swapped on: pages may change while they are written, so that verify can find differences there"
         ));
     }
-    Ok(Checked {
-        path: path.to_owned(),
-        spec: VolumeSpec {
-            disk: facts.disk,
-            start_bytes: facts.start_bytes,
-            bytes: facts.bytes,
-            request_based: facts.request_based,
-        },
-        notes,
-    })
+    Ok(Checked { path: path.to_owned(), spec: spec(&facts), notes })
+}
+
+/// Where the volume lies.
+pub fn spec(facts: &BlockFacts) -> VolumeSpec {
+    VolumeSpec {
+        disk: facts.disk,
+        start_bytes: facts.start_bytes,
+        bytes: facts.bytes,
+        request_based: facts.request_based,
+    }
 }
 
 fn not_usable(path: &str, error: &IoError) -> Problem {

@@ -39,6 +39,11 @@ impl GapState {
         self.open.map(|(reason, _)| reason)
     }
 
+    /// Whether a record at `position` stands in the open gap.
+    pub fn covers(&self, position: u64) -> bool {
+        self.open.is_some_and(|(_, begin)| position > begin)
+    }
+
     /// Whether there was no gap at some time.
     pub fn ever_consistent(&self) -> bool {
         self.ever_consistent

@@ -145,6 +145,12 @@ impl GroupHandle {
         }
     }
 
+    /// Whether the worker ended without being told.
+    pub fn has_ended(&self) -> bool {
+        let task = self.task.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        !*self.stop.borrow() && task.as_ref().is_some_and(JoinHandle::is_finished)
+    }
+
     /// Sets a bookmark: position, time, durable.
     pub async fn bookmark(&self, name: String) -> Result<(u64, u64, bool), Problem> {
         self.ask(|answer| Command::Bookmark(name, answer)).await

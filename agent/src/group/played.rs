@@ -467,6 +467,24 @@ async fn a_bookmark_is_set_while_writes_never_pause() {
     assert!(durable);
 }
 
+/// A point that cannot be opened gets no name.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn there_is_no_bookmark_in_a_gap() {
+    let stage = Stage::set().await;
+    let ask = async |name: &str| {
+        let (answer, answered) = tokio::sync::oneshot::channel();
+        stage.commands.send(Command::Bookmark(name.into(), answer)).await.expect("taken");
+        answered.await.expect("answered")
+    };
+    stage.protected().await;
+    assert!(ask("now").await.is_ok_and(|(_, _, durable)| durable));
+    stage.script.stalled.store(true, Ordering::SeqCst);
+    stage.source.track.in_flight.store(true, Ordering::SeqCst);
+    stage.source.drop_write(1);
+    stage.until("the gap is seen", |stage| stage.shared.facts().gap.is_some()).await;
+    assert!(ask("late").await.is_err());
+}
+
 /// The receiver reads nothing: the group ends all the same, at once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_group_ends_while_its_receiver_is_stuck() {

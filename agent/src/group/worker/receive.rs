@@ -11,6 +11,13 @@ impl Worker {
                     let _ = answer.send(Err(busy));
                     return;
                 }
+                // A point in a gap cannot be opened, so it gets no name. (Before the mark of the gap's end was sent, the
+                // receiver counts what comes as part of the gap.)
+                let gap = self.shared.facts().gap;
+                if let Some(reason) = state.gap.open().or(gap.filter(|_| state.closing.is_none())) {
+                    let _ = answer.send(Err(no_bookmark(&self.shared.name, &name, reason)));
+                    return;
+                }
                 if let Err(problem) = self.source.mark(RecordKind::Bookmark, name.as_bytes()) {
                     let _ = answer.send(Err(problem));
                     return;
@@ -188,4 +195,13 @@ impl Worker {
         }
         self.shared.facts().verify = Some(outcome);
     }
+}
+
+/// Why there is no bookmark.
+pub(super) fn no_bookmark(group: &str, name: &str, reason: GapReason) -> Problem {
+    Problem::refused(
+        format!("bookmark '{name}' cannot be set now"),
+        format!("what is written now cannot be recovered: {}", reason.explain()),
+        format!("wait until 'varve status {group}' says protected"),
+    )
 }

@@ -130,6 +130,12 @@ impl Worker {
                 continue;
             }
             let pending = state.bookmarks.swap_remove(index);
+            if let Some(reason) = state.gap.open().filter(|_| pending.met.is_some_and(|(end, _)| state.gap.covers(end)))
+            {
+                // Whoever asked may be gone.
+                let _ = pending.answer.send(Err(receive::no_bookmark(&self.shared.name, &pending.name, reason)));
+                continue;
+            }
             let answer = pending.met.map(|(position, time)| (position, time, is_durable)).ok_or_else(|| {
                 Problem::failed(
                     format!("bookmark '{}' was not seen in the stream", pending.name),
