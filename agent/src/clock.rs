@@ -1,10 +1,13 @@
-//! The wall clock as the stream sees it: close to the machine's, and never going back.
+//! The wall clock as the stream sees it: close to the machine's, and going back by no more than milliseconds at a time.
 
 use nix::time::{ClockId, clock_gettime};
 
 /// Most of the elapsed time by which the stream's clock may fall behind to meet a wall clock that was set back:
 /// half, so that it always advances.
 const SLEW_DIVISOR: u64 = 2;
+/// Most of a single step back: records just before it and just after it seem out of order by so much, which two CPUs
+/// that write at once can be, too.
+const STEP_BACK_MAX_NS: u64 = 5_000_000;
 
 /// Nanoseconds since 1970.
 pub fn wall_ns() -> u64 {
@@ -21,7 +24,7 @@ fn read(clock: ClockId) -> u64 {
     clock_gettime(clock).map_or(0, |t| t.tv_sec().max(0) as u64 * 1_000_000_000 + t.tv_nsec() as u64)
 }
 
-/// Wall clock minus boot-time clock, kept so that their sum never goes back.
+/// Wall clock minus boot-time clock. A wall clock that was set back is met in steps of a few milliseconds.
 #[derive(Clone, Copy, Debug)]
 pub struct Offset {
     offset_ns: u64,
@@ -39,11 +42,13 @@ impl Offset {
         self.offset_ns
     }
 
-    /// Follows the wall clock: forward at once, back no faster than half the time that passed.
+    /// Follows the wall clock: forward at once, back no faster than half the time that passed, in small steps. Call it
+    /// often.
     pub fn follow(&mut self, wall_ns: u64, boot_ns: u64) {
         let wanted = wall_ns.saturating_sub(boot_ns);
         let elapsed = boot_ns.saturating_sub(self.boot_ns);
-        self.offset_ns = wanted.max(self.offset_ns.saturating_sub(elapsed / SLEW_DIVISOR));
+        let back = (elapsed / SLEW_DIVISOR).min(STEP_BACK_MAX_NS);
+        self.offset_ns = wanted.max(self.offset_ns.saturating_sub(back));
         self.boot_ns = boot_ns;
     }
 }
@@ -58,18 +63,25 @@ mod tests {
         let mut offset = Offset::new(1_000 * second, 10 * second);
         let mut last = 0;
         let mut met_after = None;
-        for step in 0..100 {
-            let boot = (10 + step) * second;
-            let wall = (1_000 + step) * second - 20 * second;
+        // Every 10 ms, as an idle group does it.
+        for step in 0..10_000 {
+            let boot = 10 * second + step * second / 100;
+            let wall = boot + 990 * second - 20 * second;
+            // A record that was captured just before the offset changes.
+            let before = boot + offset.ns();
             offset.follow(wall, boot);
             let now = boot + offset.ns();
-            assert!(now > last, "time advances");
+            assert!(now >= last && now + STEP_BACK_MAX_NS >= before, "{before} then {now}");
             last = now;
             if now == wall && met_after.is_none() {
-                met_after = Some(step);
+                met_after = Some(step / 100);
             }
         }
         assert_eq!(met_after, Some(40), "20 s are met in 40 s");
+        // After a minute in which nobody looked, the step is as small.
+        let mut offset = Offset::new(1_000 * second, 10 * second);
+        offset.follow(900 * second, 70 * second);
+        assert_eq!(offset.ns(), 990 * second - STEP_BACK_MAX_NS);
         offset.follow(5_000 * second, 200 * second);
         assert_eq!(200 * second + offset.ns(), 5_000 * second, "forward at once");
     }

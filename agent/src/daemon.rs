@@ -88,10 +88,15 @@ impl Daemon {
 
     /// Starts the groups that were protected before.
     pub async fn start_groups(self: &Arc<Self>) -> Result<(), Problem> {
-        for file in self.store.load()? {
+        for (name, file) in self.store.load()? {
             match file {
                 Ok(file) => self.start_or_remember(file).await,
-                Err(problem) => tracing::error!("{problem}; {}", problem.next),
+                Err(problem) => {
+                    tracing::error!(group = %name, "not protected: {problem}; {}", problem.next);
+                    // Of what was protected only the name is known, but that it is not any more must be seen.
+                    let file = GroupFile::new(name.clone(), Vec::new(), Vec::new(), Vec::new());
+                    lock(&self.failed).insert(name, Failed { file, problem });
+                }
             }
         }
         Ok(())
@@ -382,6 +387,7 @@ impl Daemon {
             }
             if tick.is_multiple_of(RETRY_TICKS) {
                 let again: Vec<GroupFile> = lock(&self.failed).values().map(|failed| failed.file.clone()).collect();
+                let again = again.into_iter().filter(|file| !file.volumes.is_empty());
                 for file in again {
                     self.start_or_remember(file).await;
                 }
@@ -489,5 +495,28 @@ fn read_config(paths: &Paths) -> Result<AgentConfig, Problem> {
         Err(error) => {
             Err(Problem::failed(format!("{name} cannot be read"), error.to_string(), "check its permissions"))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A group whose file is damaged is not protected any more, and nobody may have to find that out in a log.
+    #[tokio::test]
+    async fn a_damaged_file_is_seen_in_the_status_and_can_be_let_go_of() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let paths = Paths::new(dir.path().to_owned());
+        let groups = paths.agent_state().join("groups");
+        std::fs::create_dir_all(&groups).expect("made");
+        std::fs::write(groups.join("db.json"), b"{").expect("written");
+        let daemon = Daemon::open(paths).expect("opens");
+        daemon.start_groups().await.expect("starts");
+        let status = daemon.status(Some("db")).expect("it is there");
+        let reason = status.groups[0].reason.clone().expect("a reason");
+        assert!(reason.contains("not protected") && reason.contains("db.json"), "{reason}");
+        assert!(!status.groups[0].data.is_consistent());
+        daemon.unprotect("db").await.expect("let go of");
+        assert!(daemon.status(Some("db")).is_err() && !groups.join("db.json").exists());
     }
 }

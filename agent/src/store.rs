@@ -52,14 +52,16 @@ impl Store {
         self.dir.join(format!("{name}.json"))
     }
 
-    /// All groups, in the order of their names. A file that is not understood is a problem of its own, not of the others.
-    pub fn load(&self) -> Result<Vec<Result<GroupFile, Problem>>, Problem> {
+    /// All groups with their names, in their order. A file that is not understood is a problem of its own, not of the
+    /// others.
+    pub fn load(&self) -> Result<Vec<(String, Result<GroupFile, Problem>)>, Problem> {
         let entries = std::fs::read_dir(&self.dir)
             .map_err(|e| cannot("read", &self.dir, varve_io::IoError::new("read", &self.dir, e)))?;
         let mut paths: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
         paths.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
         paths.sort();
-        Ok(paths.iter().map(|path| read(path)).collect())
+        let name = |path: &Path| path.file_stem().map_or(String::new(), |name| name.to_string_lossy().into_owned());
+        Ok(paths.iter().map(|path| (name(path), read(path))).collect())
     }
 
     /// Writes a group's file, durably.
@@ -118,10 +120,13 @@ mod tests {
         let store = Store::open(dir.path()).expect("empty directory");
         let file = GroupFile::new("db".into(), vec!["/dev/vdb".into()], vec![1 << 30], vec![]);
         store.save(&file).expect("save");
-        assert_eq!(store.load().expect("list"), [Ok(file)]);
+        assert_eq!(store.load().expect("list"), [("db".to_owned(), Ok(file))]);
         std::fs::write(store.path("bad"), b"{\"version\": 7}").expect("write");
         let loaded = store.load().expect("list");
-        assert!(loaded[0].is_err() && loaded[1].is_ok(), "one bad file does not hide the others: {loaded:?}");
+        assert!(
+            loaded[0].0 == "bad" && loaded[0].1.is_err() && loaded[1].1.is_ok(),
+            "one bad file does not hide the others: {loaded:?}"
+        );
         store.remove("db").expect("remove");
         assert_eq!(store.load().expect("list").len(), 1);
     }

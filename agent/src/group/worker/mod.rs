@@ -401,7 +401,8 @@ impl Worker {
             }
             None => self.begin(state, session).await?,
         }
-        state.known_there = true;
+        // That a begin was sent does not mean that it came there.
+        state.known_there |= resumable.is_some();
         tracing::info!(
             group = %self.shared.name,
             position = session.sent,

@@ -8,11 +8,11 @@ impl Worker {
     /// with the drop, so nothing behind the drop is sent before the gap is known.
     pub(super) fn every_turn(&mut self, state: &mut State, sent: Option<u64>) {
         let now = Instant::now();
+        state.offset.follow(clock::wall_ns(), clock::boot_ns());
+        self.source.set_time_offset(state.offset.ns());
+        self.shared.set_time_offset(state.offset.ns());
         if now.duration_since(state.last_canary) >= CANARY_EVERY {
             state.last_canary = now;
-            state.offset.follow(clock::wall_ns(), clock::boot_ns());
-            self.source.set_time_offset(state.offset.ns());
-            self.shared.set_time_offset(state.offset.ns());
             // A full ring has no room for a canary; that it is full is told by the counters below.
             let _ = self.source.mark(RecordKind::Canary, &[]);
         }
@@ -27,6 +27,7 @@ impl Worker {
     /// The receiver has the `GapEnd`: only now may anybody be told.
     pub(super) fn gap_is_closed(&self, state: &mut State) {
         state.closing = None;
+        state.known_there = true;
         self.shared.gap_closed();
         (self.on_consistent)();
         tracing::info!(group = %self.shared.name, "protected");
