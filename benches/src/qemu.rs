@@ -1,5 +1,7 @@
-//! The peer: `qemu-storage-daemon` (Debian: qemu-system-common). It serves an image as a file by FUSE, a loop device
-//! makes that a block device, and a mirror job copies what is written to the image of a second daemon, over NBD on TCP.
+//! The peer: `qemu-storage-daemon` (Debian: qemu-system-common). It serves an image over NBD on a Unix socket, nbdfuse
+//! makes that a file, a loop device makes that a block device, and a mirror job copies what is written to the image of
+//! a second daemon, over NBD on TCP. (Its own FUSE export would save a step, but what it exports cannot be mirrored: it
+//! wants to be able to resize.)
 
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
@@ -76,14 +78,16 @@ impl Drop for Daemon {
 
 /// A block device that is an image served by a daemon, perhaps with a mirror.
 pub struct Device {
-    // The order of the fields is the order of their end.
-    device: LoopDevice,
+    // The order of the fields is the order of their end; see `Drop`.
+    device: Option<LoopDevice>,
+    fuse: Child,
+    point: PathBuf,
     source: Daemon,
     target: Option<Daemon>,
     image: PathBuf,
     replica: PathBuf,
     _memory: Scratch,
-    _disk: Scratch,
+    disk: Scratch,
 }
 
 impl Device {
@@ -93,18 +97,30 @@ impl Device {
         let (memory, disk) = (Scratch::memory(), Scratch::disk());
         let image = memory.file("image", bytes);
         fill(&image);
-        let file = memory.file("disk", 0);
-        let export =
-            format!("type=fuse,id=export,node-name=disk,writable=on,growable=off,mountpoint={}", file.display());
-        let source = Daemon::start(memory.path(), &image, &["--export".into(), export]);
-        let device = LoopDevice::over(&file, LoopOptions { direct_io: true, ..LoopOptions::default() });
+        let (socket, point) = (memory.join("nbd"), memory.dir("fuse"));
+        let exports = [
+            "--nbd-server".into(),
+            format!("addr.type=unix,addr.path={}", socket.display()),
+            "--export".into(),
+            "type=nbd,id=export,node-name=disk,name=disk,writable=on".into(),
+        ];
+        let source = Daemon::start(memory.path(), &image, &exports);
+        let file = point.join("disk");
+        let uri = format!("nbd+unix:///disk?socket={}", socket.display());
+        let args = [file.as_os_str(), uri.as_ref()];
+        let mut fuse = Child::start("nbdfuse", &args, &memory.join("nbdfuse.log"), |_| {});
+        wait_until(LIMIT, "nbdfuse serves its file", || {
+            assert_eq!(fuse.exit_code(), None, "nbdfuse ended: {}", fuse.log());
+            file.exists()
+        });
+        let device = Some(LoopDevice::over(&file, LoopOptions { direct_io: true, ..LoopOptions::default() }));
         let replica = disk.join("replica");
-        Device { device, source, target: None, image, replica, _memory: memory, _disk: disk }
+        Device { device, fuse, point, source, target: None, image, replica, _memory: memory, disk }
     }
 
     /// `/dev/loopN`.
     pub fn path(&self) -> &Path {
-        self.device.path()
+        self.device.as_ref().unwrap().path()
     }
 
     /// The image below it.
@@ -116,7 +132,7 @@ impl Device {
     #[track_caller]
     pub fn mirror(&mut self, mode: &str) {
         let bytes = std::fs::metadata(&self.image).unwrap().len();
-        let replica = self._disk.file("replica", bytes);
+        let replica = self.disk.file("replica", bytes);
         let (host, port) = ("127.0.0.1", free_port().to_string());
         let exports = [
             "--nbd-server".into(),
@@ -124,7 +140,7 @@ impl Device {
             "--export".into(),
             "type=nbd,id=export,node-name=disk,name=disk,writable=on".into(),
         ];
-        self.target = Some(Daemon::start(self._disk.path(), &replica, &exports));
+        self.target = Some(Daemon::start(self.disk.path(), &replica, &exports));
         let server = json!({"type": "inet", "host": host, "port": port});
         let node = json!({"driver": "nbd", "node-name": "target", "server": server, "export": "disk"});
         self.source.ask("blockdev-add", &node);
@@ -153,5 +169,14 @@ impl Device {
         });
         self.target = None;
         self.replica.clone()
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        self.device = None;
+        // What is still mounted in the end, the scratch directory unmounts.
+        let _ = nix::mount::umount2(&self.point, nix::mount::MntFlags::empty());
+        self.fuse.wait(LIMIT);
     }
 }

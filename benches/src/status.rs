@@ -3,13 +3,18 @@
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-/// A connection to an agent's control socket.
+/// A connection to an agent's control socket. The agent hangs up on whoever is silent for long, so it is renewed.
 pub struct Agent {
+    socket: PathBuf,
     group: String,
     lines: BufReader<UnixStream>,
+    asked: Instant,
 }
+
+const SILENCE_MAX: Duration = Duration::from_secs(2);
 
 /// The facts of a group that the benches look at.
 #[derive(Debug, Clone, Default)]
@@ -44,14 +49,18 @@ impl Agent {
     /// Connects to the agent of the installation at `root`, for one of its groups.
     #[track_caller]
     pub fn connect(root: &Path, group: &str) -> Self {
-        let path = root.join("run/varve/agent.sock");
-        let stream = UnixStream::connect(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        Agent { group: group.to_owned(), lines: BufReader::new(stream) }
+        let socket = root.join("run/varve/agent.sock");
+        let lines = open(&socket);
+        Agent { socket, group: group.to_owned(), lines, asked: Instant::now() }
     }
 
     /// The group now.
     #[track_caller]
     pub fn group(&mut self) -> Group {
+        if self.asked.elapsed() > SILENCE_MAX {
+            self.lines = open(&self.socket);
+        }
+        self.asked = Instant::now();
         let request = json!({"command": "status", "group": self.group}).to_string() + "\n";
         self.lines.get_mut().write_all(request.as_bytes()).unwrap();
         let mut line = String::new();
@@ -67,4 +76,10 @@ impl Agent {
             counters: group["counters"].as_object().unwrap().clone(),
         }
     }
+}
+
+#[track_caller]
+fn open(socket: &Path) -> BufReader<UnixStream> {
+    let stream = UnixStream::connect(socket).unwrap_or_else(|error| panic!("{}: {error}", socket.display()));
+    BufReader::new(stream)
 }

@@ -1,7 +1,8 @@
 //! Varve beside `qemu-storage-daemon`, the one peer that copies every write and needs no kernel module.
 //!
 //! The peer's device is a loop device over a file that the daemon serves: nothing else can be mirrored by it. Varve
-//! protects a device of exactly that kind here, and beside that a plain one, which is what it is for.
+//! protects a device of exactly that kind here (the daemon without a mirror), and beside that a plain one, which is what
+//! it is for.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
