@@ -26,6 +26,9 @@ pub struct GroupFile {
     pub synced_once: bool,
 }
 
+/// A group's name and what its file says.
+pub type Loaded = (String, Result<GroupFile, Problem>);
+
 impl GroupFile {
     /// A new group.
     pub fn new(name: String, volumes: Vec<String>, bytes: Vec<u64>, replicas: Vec<String>) -> Self {
@@ -54,7 +57,7 @@ impl Store {
 
     /// All groups with their names, in their order. A file that is not understood is a problem of its own, not of the
     /// others.
-    pub fn load(&self) -> Result<Vec<(String, Result<GroupFile, Problem>)>, Problem> {
+    pub fn load(&self) -> Result<Vec<Loaded>, Problem> {
         let entries = std::fs::read_dir(&self.dir)
             .map_err(|e| cannot("read", &self.dir, varve_io::IoError::new("read", &self.dir, e)))?;
         let mut paths: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
