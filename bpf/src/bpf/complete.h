@@ -68,12 +68,12 @@ static long complete_volume(u32 i, void *ctx)
 		counted = !known;
 	if (flags & VOLUME_ACTIVE) {
 		if (c->error) {
-			add(v->failed_writes, 1);
 			mark_dirty(e.volume, e.from, e.sectors);
+			add(v->failed_writes, 1); /* after the bit: who sees the count finds the bit */
 		}
 		if (!counted) {
-			add(v->late, 1);
 			mark_dirty(e.volume, e.from, e.sectors);
+			add(v->late, 1);
 		}
 	}
 	if (counted)

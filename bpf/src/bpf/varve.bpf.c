@@ -89,13 +89,13 @@ static long capture_volume(u32 i, void *ctx)
 		if (!hit)
 			return 0;
 		if (e->sectors != j->sectors) {
-			add(v->straddling, 1);
 			mark_dirty(e->volume, e->from, e->sectors);
+			add(v->straddling, 1); /* after the bit, everywhere: who sees the count finds the bit */
 			return 0;
 		}
 		if (!counted) { /* its completion will look like a stranger's */
-			add(v->untracked, 1);
 			mark_dirty(e->volume, e->from, e->sectors);
+			add(v->untracked, 1);
 		}
 	}
 	u32 key = j->group;
