@@ -39,6 +39,8 @@ pub struct Memory {
     pub rings: u64,
     /// Everything else.
     pub beside: u64,
+    /// Of that: pages of the program and its libraries, which other processes may share.
+    pub files: u64,
 }
 
 impl Memory {
@@ -47,15 +49,20 @@ impl Memory {
     pub fn of(pid: u32) -> Self {
         let text = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
         let mut memory = Memory::default();
-        let mut of_map = false;
+        let (mut of_map, mut of_file) = (false, false);
         for line in text.lines() {
             // The head of a mapping is "from-to rights offset device inode path", its facts are "Key: value".
             let first = line.split(' ').next().unwrap_or_default();
             if first.contains('-') && !first.ends_with(':') {
                 of_map = line.contains("bpf-map");
+                of_file = line.contains(" /");
             } else if let Some(value) = line.strip_prefix("Rss:") {
                 let bytes = value.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10;
                 *(if of_map { &mut memory.rings } else { &mut memory.beside }) += bytes;
+                memory.files += if of_file { bytes } else { 0 };
+            } else if let Some(value) = line.strip_prefix("Anonymous:").filter(|_| of_file) {
+                // Its own copies of a file's pages (relocations, data).
+                memory.files -= value.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10;
             }
         }
         memory

@@ -184,7 +184,9 @@ impl Steady {
             &each(self.receiver_cpu),
         );
         let mib = |bytes: u64| bytes as f64 / MIB as f64;
-        let detail = format!("and {:.0} MiB of mapped ring", mib(self.memory_most.rings));
+        let (files, rings) = (mib(self.memory_most.files), mib(self.memory_most.rings));
+        let detail =
+            format!("{files:.1} MiB of it program text; and {rings:.0} MiB of mapped ring, which is mapped twice");
         let beside = [mib(self.memory_most.beside)];
         report.row("memory of the agent beside the ring, most", "MiB", &beside, Target::Max(64.0), &detail);
     }

@@ -72,10 +72,16 @@ pub fn run(plan: &Plan, report: &mut Report) {
         own_device(&mut reached[4], &plain, time, &pair, &mut own.0);
     }
 
-    let names = ["nothing", "mirror, write-blocking", "mirror, background", "Varve", "Varve on a plain loop device"];
+    let names = [
+        "without replication",
+        "mirror, write-blocking",
+        "mirror, background",
+        "Varve",
+        "Varve on a plain loop device",
+    ];
     for (name, reached) in names.iter().zip(&reached) {
         let detail = format!("the writer saw {:.0}/s", median(&reached.writer));
-        report.row(&format!("replicated 4 KiB writes: {name}"), "/s", &reached.replicated, Target::None, &detail);
+        report.row(&format!("4 KiB writes, {name}"), "/s", &reached.replicated, Target::None, &detail);
     }
     for (what, at) in [("same device", 3), ("each on what it is for", 4)] {
         let detail = "replicated writes";
@@ -85,7 +91,13 @@ pub fn run(plan: &Plan, report: &mut Report) {
     }
     for (name, at) in [("write-blocking mirror", 1), ("background mirror", 2), ("Varve", 3)] {
         let left = ratios(&reached[at].writer, &reached[0].writer);
-        report.row(&format!("what the writer keeps: {name}"), "x", &left, Target::None, "same device, of nothing");
+        report.row(
+            &format!("what the writer keeps: {name}"),
+            "x",
+            &left,
+            Target::None,
+            "of the same device without replication",
+        );
     }
 
     let sides = [
