@@ -5,9 +5,10 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use varve_tests::{Fio, GIB, LoopDevice, LoopOptions, MIB, Pair, Scratch, compare_devices};
+use varve_tests::{Fio, GIB, LoopDevice, LoopOptions, MIB, Pair, Role, Scratch, compare_devices};
 
 use super::GROUP;
+use crate::machine::Usage;
 use crate::plan::Plan;
 use crate::report::{Report, Target};
 use crate::statistics::median;
@@ -35,12 +36,17 @@ pub fn run(plan: &Plan, report: &mut Report) {
 
     let mb = bytes as f64 / 1e6;
     let (mut reads, mut quinn, mut syncs, mut strict) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    let mut ratios = Vec::new();
+    let (mut ratios, mut used) = (Vec::new(), String::new());
     let rounds = plan.pairs(5, 2);
     for round in 0..rounds {
         let read = read_rate(device.path(), &scratch);
         let wire = quinn_rate(plan);
-        let took = sync(report, device.path(), round + 1 == rounds).as_secs_f64();
+        let Sync { took, agent, receiver, busy_percent } = sync(report, device.path(), round + 1 == rounds);
+        let took = took.as_secs_f64();
+        let (agent, receiver) = (agent.as_secs_f64(), receiver.as_secs_f64());
+        used = format!(
+            "in the last {took:.1} s, CPU of agent {agent:.1} s, of receiver {receiver:.1} s, machine {busy_percent:.0} % busy"
+        );
         let rate = mb / took;
         ratios.push(rate / read.min(wire));
         // Only half of the volume goes over the wire: the best possible time.
@@ -51,7 +57,7 @@ pub fn run(plan: &Plan, report: &mut Report) {
     }
     report.row("O_DIRECT read of the device", "MB/s", &reads, Target::None, "1 MiB, depth 4, holes included");
     report.row("quinn alone over loopback", "MB/s", &quinn, Target::None, "same settings, TLS");
-    let detail = format!("{:.1} GiB of volume, from 'protect' to 'protected'", bytes as f64 / GIB as f64);
+    let detail = format!("{:.1} GiB of volume, from 'protect' to 'protected'; {used}", bytes as f64 / GIB as f64);
     report.row("first sync", "MB/s", &syncs, Target::None, &detail);
     let slower = if median(&reads) < median(&quinn) { "the device" } else { "quinn" };
     report.row(
@@ -80,9 +86,21 @@ fn quinn_rate(plan: &Plan) -> f64 {
     out.json()["mb_per_s"].as_f64().unwrap()
 }
 
-/// How long a first sync takes, on a fresh pair.
-fn sync(report: &mut Report, device: &Path, compare: bool) -> Duration {
+/// What a first sync took.
+struct Sync {
+    took: Duration,
+    /// CPU time of the agent.
+    agent: Duration,
+    /// CPU time of the receiver.
+    receiver: Duration,
+    busy_percent: f64,
+}
+
+/// One on a fresh pair.
+fn sync(report: &mut Report, device: &Path, compare: bool) -> Sync {
     let pair = Pair::new();
+    let cpu = || (pair.production.cpu_time(Role::Agent), pair.recovery.cpu_time(Role::Receiver));
+    let (cpu_before, usage) = (cpu(), Usage::now());
     let begun = Instant::now();
     let replicas = pair.protect(GROUP, &[device]);
     let mut agent = Agent::connect(pair.production.root(), GROUP);
@@ -94,7 +112,7 @@ fn sync(report: &mut Report, device: &Path, compare: bool) -> Duration {
         assert!(begun.elapsed() < Duration::from_secs(300), "no first sync after {:?}: {group:?}", begun.elapsed());
         std::thread::sleep(Duration::from_millis(10));
     }
-    let took = begun.elapsed();
+    let (took, busy_percent, cpu_after) = (begun.elapsed(), usage.busy_percent(), cpu());
     if compare {
         pair.wait_applied(GROUP, Duration::from_secs(60));
         match compare_devices(device, &replicas[0]) {
@@ -102,5 +120,6 @@ fn sync(report: &mut Report, device: &Path, compare: bool) -> Duration {
             Err(difference) => report.wrong(&format!("volume and replica differ: {difference}")),
         }
     }
-    took
+    let (agent, receiver) = (cpu_after.0 - cpu_before.0, cpu_after.1 - cpu_before.1);
+    Sync { took, agent, receiver, busy_percent }
 }
