@@ -409,7 +409,9 @@ impl Daemon {
         for handle in self.handles() {
             let changed = handle.file.volumes.iter().zip(&handle.specs).any(|(path, spec)| {
                 // One that is not there is not written, and its link may come back.
-                BlockFacts::of(path).is_ok_and(|facts| volume::spec(&facts) != *spec)
+                BlockFacts::of(path).is_ok_and(|facts| {
+                    volume::spec(&facts) != *spec || volume::refuse_uncapturable(path, &facts).is_err()
+                })
             });
             if changed {
                 tracing::error!(group = %handle.file.name, "a volume changed its size or its place; the group begins anew");

@@ -30,6 +30,7 @@ pub fn check(path: &str, own: &[PathBuf]) -> Result<Checked, Problem> {
     }
     let facts = BlockFacts::of(path).map_err(|error| not_usable(path, &error))?;
     refuse_uncapturable(path, &facts)?;
+    refuse_multipath_head(path, &facts.disk_name)?;
     refuse_own_state(path, &facts, own)?;
     let mut notes = Vec::new();
     if !facts.swaps.is_empty() {
@@ -68,7 +69,8 @@ fn not_usable(path: &str, error: &IoError) -> Problem {
     Problem::failed(format!("{path} cannot be looked at"), error.chain(), "check the device and try again")
 }
 
-fn refuse_uncapturable(path: &str, facts: &BlockFacts) -> Result<(), Problem> {
+/// Refuses what the capture programs cannot see whole.
+pub fn refuse_uncapturable(path: &str, facts: &BlockFacts) -> Result<(), Problem> {
     let refuse = |why: String, next: &str| Err(Problem::refused(format!("{path} cannot be protected"), why, next));
     if facts.bytes == 0 {
         return refuse("it has no size".into(), "attach a disk or a backing file to it first");
@@ -109,6 +111,20 @@ fn refuse_uncapturable(path: &str, facts: &BlockFacts) -> Result<(), Problem> {
         );
     }
     Ok(())
+}
+
+/// An NVMe multipath head passes each bio on in place: its end is traced at neither device, so what is in flight would
+/// never be known to have completed.
+fn refuse_multipath_head(path: &str, disk_name: &str) -> Result<(), Problem> {
+    let device = std::fs::canonicalize(Path::new("/sys/block").join(disk_name)).unwrap_or_default();
+    if !device.to_string_lossy().contains("/nvme-subsystem/") {
+        return Ok(());
+    }
+    Err(Problem::refused(
+        format!("{path} cannot be protected yet"),
+        "it is an NVMe multipath device, whose completed writes cannot be told from those under way",
+        "protect a device-mapper volume on it (LVM, for example), or boot with nvme_core.multipath=N",
+    ))
 }
 
 /// The agent's own files must not lie on a volume that it captures: what it writes there while the receiver is away

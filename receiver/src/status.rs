@@ -45,7 +45,7 @@ pub fn group(slot: &Slot) -> GroupStatus {
         reason: failure.or(board.refusal.clone()).or(facts.gap.map(|reason| reason.explain().to_owned())),
         gap_reason: facts.gap,
         epoch: meta.map_or(0, |meta| meta.epoch),
-        rpo_seconds: report.map(|report| report.rpo_ms as f64 / 1000.0),
+        rpo_seconds: report.and_then(|report| report.rpo_ms).map(|ms| ms as f64 / 1000.0),
         lag_bytes: lag,
         captured: captured.zip(durable).map(|(captured, durable)| show_position(&durable.incarnation, captured)),
         durable: durable.map(show),

@@ -4,6 +4,7 @@
 
 mod support;
 
+use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 use support::agent::{Agent, Got, hello};
 use support::stream::{Model, Sent, Source, record, wire};
@@ -22,7 +23,7 @@ const VOLUMES: [u64; 2] = [6 << 20, (1 << 20) + 512 * 3];
 const WAIT: Duration = Duration::from_secs(5);
 
 fn report(captured: u64) -> Report {
-    Report { captured, data: Data::Protected, rpo_ms: 3, reason: None, resync: None, verify: None }
+    Report { captured, data: Data::Protected, rpo_ms: Some(3), reason: None, resync: None, verify: None }
 }
 
 fn image(position: u64, id: u64, volume: u16, extents: &[(u64, u64, Option<&[u8]>)]) -> Vec<u8> {
@@ -428,6 +429,12 @@ async fn who_may_write_to_a_group() {
     assert!(receiver.group("empty").is_none(), "what was refused does not exist");
 }
 
+fn losetup(arguments: &[&str]) -> String {
+    let out = std::process::Command::new("losetup").args(arguments).output().unwrap();
+    assert!(out.status.success(), "root is needed: {out:?}");
+    String::from_utf8(out.stdout).unwrap().trim().to_owned()
+}
+
 async fn late_hello(agent: &Agent, source: &Source) -> varve_common::wire::messages::Refused {
     Agent::on(agent.connection.clone()).await.hello(&hello("db", source, 0)).await.unwrap_err()
 }
@@ -502,6 +509,18 @@ async fn replicas_that_cannot_be_used() {
         assert!(refused.text.contains(word), "{refused:?}");
     }
     assert!(receiver.group("db").is_none());
+    let used = path("used.img");
+    std::fs::File::create(&used).unwrap().set_len(VOLUMES[0]).unwrap();
+    let device = losetup(&["--find", "--show", &used]);
+    let refused = attempt("db", used.clone()).await.unwrap_err();
+    assert!(refused.text.contains("in use") && refused.text.contains(&device), "{refused:?}");
+    let claim = std::fs::OpenOptions::new().read(true).custom_flags(nix::libc::O_EXCL).open(&device).unwrap();
+    let refused = attempt("db", device.clone()).await.unwrap_err();
+    assert!(refused.text.contains("in use"), "{refused:?}");
+    drop(claim);
+    let welcome = attempt("device", device.clone()).await.unwrap();
+    assert_eq!(welcome.fresh, [false], "what a device held before is not known");
+    losetup(&["-d", &device]);
     let welcome = attempt("db", path("r.img")).await.unwrap();
     assert_eq!((welcome.replicas, welcome.fresh), (vec![path("r.img")], vec![true]));
     let refused = attempt("db2", path("r.img")).await.unwrap_err();

@@ -151,8 +151,8 @@ pub struct Report {
     pub captured: u64,
     /// The data axis as the source sees it.
     pub data: Data,
-    /// RPO at this moment.
-    pub rpo_ms: u64,
+    /// RPO at this moment; `None`: not known (before the first sync, or since when a gap is open is not known).
+    pub rpo_ms: Option<u64>,
     /// Why there is a gap, if there is one.
     pub reason: Option<GapReason>,
     /// Done and total bytes of a running sync.

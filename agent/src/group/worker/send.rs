@@ -171,7 +171,7 @@ impl Worker {
         let report = Report {
             captured: self.source.stream().producer(),
             data,
-            rpo_ms: rpo.map_or(0, |rpo| rpo.as_millis() as u64),
+            rpo_ms: rpo.map(|rpo| rpo.as_millis() as u64),
             reason,
             resync,
             verify,
