@@ -78,6 +78,7 @@ fn main() -> ExitCode {
 }
 
 fn measure(arguments: &Arguments) -> ExitCode {
+    supervise::sweep();
     let plan = Plan { quick: arguments.quick, seconds: arguments.seconds, pairs: arguments.pairs };
     let mut report = Report::new(machine::Facts::gather(), &plan);
     for bench in benches::ALL {

@@ -62,6 +62,8 @@ pub fn run(volume: &Volume, load: Load, time: Duration, mut pace: impl FnMut(Dur
         "--direct=1",
         "--rw=randwrite",
         "--norandommap=1",
+        // Two writes under way to one place have no order, so nobody could say what the volume holds.
+        "--serialize_overlap=1",
         "--randrepeat=0",
         "--time_based=1",
         "--runtime=1h",

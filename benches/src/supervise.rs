@@ -57,6 +57,27 @@ fn clean_up(statistics: Option<&str>) {
         let _ = std::fs::write(STATISTICS, before);
     }
     std::thread::sleep(std::time::Duration::from_millis(500));
+    sweep();
+}
+
+/// Takes away what killed runs left. Works once in a process.
+pub fn sweep() {
+    detach_dead();
     // The first scratch directory of a process sweeps away those of the dead, their devices and mounts included.
     drop(Scratch::disk());
+}
+
+/// Detaches loop devices over files of processes that are gone. A device over a FUSE file forgets its file's whole path
+/// when that is unmounted, so this comes before the sweep.
+fn detach_dead() {
+    for device in std::fs::read_dir("/sys/block").into_iter().flatten().flatten() {
+        let backing = std::fs::read_to_string(device.path().join("loop/backing_file")).unwrap_or_default();
+        let owner = backing.split_once("/varve-test-").and_then(|(_, rest)| rest.split_once('-'));
+        // One that nobody reaps has no command line.
+        let alive = |pid: &str| std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty());
+        if owner.is_some_and(|(pid, _)| pid.parse::<u32>().is_ok() && !alive(pid)) {
+            let path = std::path::Path::new("/dev").join(device.file_name());
+            let _ = varve_tests::run(Command::new("losetup").arg("--detach").arg(path));
+        }
+    }
 }

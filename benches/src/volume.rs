@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use varve_bpf::VolumeSpec;
-use varve_tests::{LoopDevice, MIB, Scratch, size_bytes};
+use varve_tests::{Fio, LoopDevice, MIB, Scratch, size_bytes};
 
 /// A loop device over a file in memory, filled with random bytes: nothing is sparse, nothing has to be allocated.
 pub struct Volume {
@@ -31,6 +31,12 @@ impl Volume {
     pub fn path(&self) -> &Path {
         self.device.path()
     }
+}
+
+/// A fio job on a device, without fresh contents for each write. One process, so that it dies with this one.
+pub fn fio(device: &Path) -> Fio {
+    let options = ["thread=1", "refill_buffers=0", "randrepeat=0", "serialize_overlap=1"];
+    options.iter().fold(Fio::new(device), |job, option| job.option(option))
 }
 
 /// Writes random bytes, MiB by MiB, where `wanted` says so.

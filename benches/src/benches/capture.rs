@@ -6,13 +6,13 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use varve_tests::{Fio, LoopDevice, MIB, Scratch};
+use varve_tests::{LoopDevice, MIB, Scratch};
 
 use crate::plan::Plan;
 use crate::pump::{Drain, Pump};
 use crate::report::{Report, Target};
 use crate::statistics::{median, ratios};
-use crate::volume::{Volume, written_bytes};
+use crate::volume::{Volume, fio, written_bytes};
 
 /// Between a switch and the slice.
 const SETTLE: Duration = Duration::from_millis(200);
@@ -54,7 +54,7 @@ pub fn run(plan: &Plan, report: &mut Report) {
     for (what, block, depth) in JOBS {
         let bytes = block_bytes(block);
         // The contents do not matter to capture, and fresh ones would cost the writer time in both modes.
-        let load = Fio::new(volume.path()).block(block).depth(depth).option("refill_buffers=0").seconds(3600);
+        let load = fio(volume.path()).block(block).depth(depth).seconds(3600);
         let load = load.start(&volume.scratch);
         std::thread::sleep(Duration::from_secs(1));
         let mut iops = MODES.map(|_| Vec::new());

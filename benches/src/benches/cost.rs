@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use varve_bpf::Capture;
-use varve_tests::{Fio, LoopDevice, MIB, Scratch};
+use varve_tests::{LoopDevice, MIB, Scratch};
 
 use crate::plan::Plan;
 use crate::pump::{Drain, Pump};
 use crate::report::{Report, Target};
-use crate::volume::Volume;
+use crate::volume::{Volume, fio};
 
 const SWITCH: &str = "/proc/sys/kernel/bpf_stats_enabled";
 /// The program on `block_bio_queue`; those for requests are attached to rarer tracepoints.
@@ -62,7 +62,7 @@ pub fn run(plan: &Plan, report: &mut Report) {
     let _statistics = Statistics::on();
     let load = |device: &Path, block: &str| {
         let time = plan.run(1.0, 0.3);
-        let job = Fio::new(device).block(block).option("refill_buffers=0").option("ioengine=psync");
+        let job = fio(device).block(block).option("ioengine=psync");
         job.option("time_based=1").option(&format!("runtime={}ms", time.as_millis())).run(&volume.scratch).writes
     };
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use varve_tests::{Fio, GIB, LoopDevice, LoopOptions, MIB, Pair, Role, Scratch, compare_devices};
+use varve_tests::{GIB, LoopDevice, LoopOptions, MIB, Pair, Role, Scratch, compare_devices};
 
 use super::GROUP;
 use crate::machine::Usage;
@@ -13,7 +13,7 @@ use crate::plan::Plan;
 use crate::report::{Report, Target};
 use crate::statistics::median;
 use crate::status::Agent;
-use crate::volume::fill;
+use crate::volume::{fill, fio};
 
 /// Data and holes take turns in stretches of this many MiB.
 const STRETCH_MIB: u64 = 64;
@@ -72,7 +72,7 @@ pub fn run(plan: &Plan, report: &mut Report) {
 }
 
 fn read_rate(device: &Path, scratch: &Scratch) -> f64 {
-    let job = Fio::new(device).option("rw=read").option("bs=1m").option("iodepth=4").option("norandommap=0");
+    let job = fio(device).option("rw=read").option("bs=1m").option("iodepth=4");
     let result = job.run(scratch);
     result.read_iops * MIB as f64 / 1e6
 }

@@ -7,7 +7,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use varve_tests::{Fio, MIB, Pair, compare_devices};
+use varve_tests::{MIB, Pair, compare_devices};
 
 use super::GROUP;
 use crate::pacer;
@@ -16,7 +16,7 @@ use crate::qemu::{self, Device};
 use crate::report::{Report, Target};
 use crate::statistics::{median, ratios};
 use crate::status::Agent;
-use crate::volume::{Volume, fill};
+use crate::volume::{Volume, fill, fio};
 
 const BYTES: u64 = 256 * MIB;
 const LIMIT: Duration = Duration::from_secs(120);
@@ -32,7 +32,7 @@ struct Reached {
 
 impl Reached {
     fn round(&mut self, device: &Path, volume: &Volume, time: Duration, caught_up: impl FnOnce()) {
-        let job = Fio::new(device).depth(32).option("refill_buffers=0").option("randrepeat=0").seconds(time.as_secs());
+        let job = fio(device).depth(32).seconds(time.as_secs());
         let result = job.run(&volume.scratch);
         let ended = Instant::now();
         caught_up();

@@ -3,14 +3,14 @@
 use std::time::{Duration, Instant};
 
 use rand::Rng;
-use varve_tests::{Fio, MIB, Pair, assert_same};
+use varve_tests::{MIB, Pair, assert_same};
 
 use super::GROUP;
 use crate::plan::Plan;
 use crate::report::{Report, Target};
 use crate::statistics::percentile;
 use crate::status::Agent;
-use crate::volume::Volume;
+use crate::volume::{Volume, fio};
 
 const BYTES_PER_S: u64 = 20_000_000;
 
@@ -26,7 +26,7 @@ pub fn run(plan: &Plan, report: &mut Report) {
     ];
     for (what, options) in loads {
         let time = plan.run(20.0, 5.0);
-        let job = Fio::new(volume.path()).depth(8).rate(BYTES_PER_S).seconds(time.as_secs() + 10);
+        let job = fio(volume.path()).depth(8).rate(BYTES_PER_S).seconds(time.as_secs() + 10);
         let job = options.iter().fold(job, |job, option| job.option(option));
         let load = job.start(&volume.scratch);
         std::thread::sleep(Duration::from_secs(1));
