@@ -22,7 +22,7 @@ Example, production host:
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 refused for safety, 4 daemon or peer not reachable, 5 no such thing";
 
-/// Disaster recovery for block devices: a replica and every point in time under it.
+/// Disaster recovery for block devices: a live replica of each volume on another host.
 #[derive(Parser)]
 #[command(name = "varve", version, after_help = EXAMPLE, disable_help_subcommand = true)]
 struct Cli {
