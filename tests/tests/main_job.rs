@@ -370,3 +370,56 @@ fn a_bookmark_has_an_exact_place() {
     assert!(offset(&second) - offset(&first) >= 10 * 4096, "{first} {second}");
     assert_eq!(second["durable"], true);
 }
+
+/// What the first half of a sync has brought is not sent again.
+#[test]
+fn a_half_written_first_sync_goes_on() {
+    require_root();
+    let seed = Seed::new();
+    let scratch = Scratch::memory();
+    let bytes = 64 << 20;
+    let slow = SlowDevice::new(&scratch, "slow", bytes, Duration::from_millis(40), Duration::ZERO);
+    let mut content = vec![0; bytes as usize];
+    seed.rng().fill(&mut content[..]);
+    OpenOptions::new().write(true).open(slow.path()).unwrap().write_all_at(&content, 0).unwrap();
+    run_ok("blockdev", &["--flushbufs", slow.path().to_str().unwrap()]);
+    let mut pair = Pair::new();
+    let replicas = pair.protect("half", &[slow.path()]);
+    let done = |pair: &Pair| {
+        let group = pair.production.group("half").unwrap();
+        group["resync"]["done_bytes"].as_u64().unwrap_or(0)
+    };
+    wait_until(LIMIT, "a third is done", || done(&pair) > bytes / 3);
+    pair.recovery.kill(Role::Receiver);
+    assert_ne!(pair.production.group("half").unwrap()["data"], "protected");
+    pair.recovery.start(Role::Receiver);
+    pair.wait_protected("half", LIMIT);
+    let sent = pair.production.group("half").unwrap()["counters"]["image_bytes"].as_u64().unwrap();
+    assert!(sent < bytes + bytes / 2, "{sent} bytes of images for a volume of {bytes}: it started over");
+    assert_equal(&pair, "half", &[slow.path()], &replicas);
+}
+
+#[test]
+fn a_replica_may_be_a_block_device() {
+    require_root();
+    let seed = Seed::new();
+    let scratch = Scratch::memory();
+    let volume = LoopDevice::new(&scratch, "volume", 32 << 20);
+    let replica = LoopDevice::new(&scratch, "replica", 32 << 20);
+    // Left-overs of an earlier life must go, zeroes included.
+    OpenOptions::new().write(true).open(replica.path()).unwrap().write_all_at(&[0xcc; 9 << 20], 4 << 20).unwrap();
+    run_ok("blockdev", &["--flushbufs", replica.path().to_str().unwrap()]);
+    let pair = Pair::new();
+    let (from, to) = (volume.path().to_str().unwrap(), replica.path().to_str().unwrap());
+    pair.production.varve(&["protect", "device", from, "--replica", to]).ok();
+    pair.wait_protected("device", LIMIT);
+    Fio::new(volume.path())
+        .block("512-128k")
+        .option("blockalign=512")
+        .depth(4)
+        .seed(seed.number())
+        .seconds(3)
+        .run(&scratch);
+    run_ok("blkdiscard", &["-f", "-o", "1048576", "-l", "3145728", from]);
+    assert_equal(&pair, "device", &[volume.path()], &[replica.path().to_owned()]);
+}
