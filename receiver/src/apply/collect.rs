@@ -246,8 +246,8 @@ impl Cursor {
     }
 
     fn step_in_log(&mut self, until: Place, batch: &mut Batch, volumes: &[u64]) -> Result<Option<Effect>, Failure> {
-        if self.reader.place().next_block() >= until {
-            self.reader.jump(until, self.reader.chain());
+        // Exactly: more entries may begin in the block in which the last one ends.
+        if self.reader.place() >= until {
             return Ok(None);
         }
         let state = self.state;

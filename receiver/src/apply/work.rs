@@ -16,7 +16,7 @@ pub enum Work {
     Landed(Landed),
     /// Entries that are only in the log: everything from where the applier stands up to this place.
     Log {
-        /// Block-aligned.
+        /// Where the last of them ends.
         until: Place,
     },
     /// A frame that is not landed.
@@ -35,6 +35,11 @@ pub struct Landed {
 }
 
 impl Landed {
+    /// Where the last entry ends.
+    pub fn entries_end(&self) -> Place {
+        Place { offset: self.place.offset + self.entry_bytes as u64, ..self.place }
+    }
+
     /// Where the next batch, or the rest of this one, begins.
     pub fn end(&self) -> Place {
         Place { offset: self.place.offset + self.bytes.len() as u64, ..self.place }
@@ -150,7 +155,7 @@ impl Queue {
         let mut kept: VecDeque<Work> = VecDeque::with_capacity(inner.items.len());
         for work in std::mem::take(&mut inner.items) {
             let work = match work {
-                Work::Landed(landed) => Work::Log { until: landed.end().next_block() },
+                Work::Landed(landed) => Work::Log { until: landed.entries_end() },
                 other => other,
             };
             match (kept.back_mut(), work) {
@@ -219,10 +224,10 @@ mod tests {
         queue.spill();
         queue.push(landed(16384));
         let take = || queue.take(Some(Instant::now()));
-        assert!(matches!(take(), Given::Work(Work::Log { until: Place { segment: 1, offset: 12288 } })));
+        assert!(matches!(take(), Given::Work(Work::Log { until: Place { segment: 1, offset: 8272 } })));
         assert!(matches!(take(), Given::Work(Work::Act(Action::Probe(..)))));
         assert_eq!(waiting.probes.load(Ordering::Acquire), 0, "dropping it frees its place");
-        assert!(matches!(take(), Given::Work(Work::Log { until: Place { segment: 1, offset: 16384 } })));
+        assert!(matches!(take(), Given::Work(Work::Log { until: Place { segment: 1, offset: 12368 } })));
         assert!(matches!(take(), Given::Work(Work::Landed(_))));
         assert!(matches!(take(), Given::Nothing));
         queue.close();

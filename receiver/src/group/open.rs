@@ -134,7 +134,7 @@ impl Files {
         let slot = *mark.slot();
         let place = Place { segment: slot.segment.get(), offset: slot.offset.get() };
         if recovered.entries > 0 {
-            queue.push(Work::Log { until: recovered.end.next_block() });
+            queue.push(Work::Log { until: recovered.end });
         }
         let applier = Applier {
             live: live.clone(),

@@ -252,6 +252,11 @@ impl Registry {
     /// Makes a new group: directory, replicas, mark, and last `group.json`, which makes it exist.
     async fn make(self: &Arc<Self>, slot: &Arc<Slot>, host: &str, hello: &Hello) -> Result<GroupMeta, Refused> {
         let _one_at_a_time = self.making.lock().await;
+        let owned = |slot: &&Arc<Slot>| slot.board().meta.as_ref().is_some_and(|meta| meta.owner == host);
+        if self.groups().iter().filter(owned).count() >= varve_common::limits::GROUPS_MAX {
+            let text = format!("the host '{host}' has {} groups already", varve_common::limits::GROUPS_MAX);
+            return Err(refuse(RefusedReason::Limit, text, "'varve forget GROUP' on the receiver makes room"));
+        }
         let taken: Vec<(String, PathBuf)> = self
             .groups()
             .iter()

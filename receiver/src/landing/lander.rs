@@ -7,6 +7,7 @@ use crate::apply::work::{Landed, Queue, Work};
 use crate::failure::Failure;
 use crate::group::live::Live;
 use crate::group::stream::StreamState;
+use crate::limits::SEGMENTS_PREPARED;
 use bytes::Bytes;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
@@ -27,6 +28,7 @@ impl Lander {
     /// Works until the sender is gone or something fails; the reason then stands in the group's state. Nothing is
     /// written after a failure: what is on disk then is only known after the log was opened anew.
     pub fn run(mut self, batches: mpsc::Receiver<Batch>) {
+        self.writer.log().prepare(SEGMENTS_PREPARED);
         for batch in batches {
             if let Err(failure) = self.land(batch) {
                 self.live.fail(failure);

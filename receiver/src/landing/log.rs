@@ -182,6 +182,31 @@ impl Log {
         Ok((segment, table.newest_sequence))
     }
 
+    /// Makes segments until there are `count`, as far as the limit goes, so that the first ones are not made while
+    /// somebody waits for an acknowledgement. That there is no room for them is found when they are needed.
+    pub fn prepare(&self, count: usize) {
+        loop {
+            let slot = {
+                let mut table = self.lock();
+                let enough = table.live.len() + table.free.len() >= count;
+                if enough || table.closed || table.bytes + self.segment_bytes > self.bytes_max {
+                    return;
+                }
+                table.bytes += self.segment_bytes;
+                table.newest_slot += 1;
+                table.newest_slot
+            };
+            match Segment::create(&self.dir, slot, self.segment_bytes) {
+                Ok(segment) => self.lock().free.push(Arc::new(segment)),
+                Err(error) => {
+                    self.lock().bytes -= self.segment_bytes;
+                    tracing::debug!(error = %error.chain(), "no segment was made in advance");
+                    return;
+                }
+            }
+        }
+    }
+
     fn begin_next(&self) -> Result<Arc<Segment>, Failure> {
         let (segment, sequence) = self.take()?;
         segment.begin(self.group, sequence).map_err(|e| Failure::io("the landing log", &e))?;
@@ -200,6 +225,11 @@ pub struct Writer {
 }
 
 impl Writer {
+    /// The log that it writes.
+    pub fn log(&self) -> &Log {
+        &self.log
+    }
+
     /// Goes on at `end`, after the entry whose header has the CRC `chain`.
     pub fn new(log: Arc<Log>, end: Place, chain: u32) -> Self {
         let segment = log.segment(end.segment);

@@ -185,7 +185,7 @@ impl Reader {
         (self.at, self.chain) = (at, chain);
     }
 
-    /// Everything before `until` (a block boundary) is written, what comes after may not be.
+    /// Everything before `until` (and its block) is written, what comes after may not be.
     pub fn allow(&mut self, until: Place) {
         self.limit = Some(until);
     }
@@ -293,7 +293,7 @@ impl Reader {
             && offset + len as u64 <= window.start + window.len as u64;
         if !inside {
             let start = offset - offset % BLOCK_BYTES as u64;
-            let wanted = (readable - start).min(WINDOW_BYTES as u64) as usize;
+            let wanted = (readable.next_multiple_of(BLOCK_BYTES as u64) - start).min(WINDOW_BYTES as u64) as usize;
             // Not valid while it is being read: an error must not leave a window that lies.
             window.segment = 0;
             let read = segment.file().read_exact_at(&mut window.buf[..wanted], start);

@@ -55,3 +55,7 @@ pub fn recover(
     }
     Ok(Recovered { end, chain: reader.chain(), state, entries, bytes, damage })
 }
+
+#[cfg(test)]
+#[path = "recover_tests.rs"]
+mod tests;

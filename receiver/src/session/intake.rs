@@ -439,3 +439,7 @@ fn content(error: ContentError) -> Refused {
         ContentError::Record(_) => protocol(error.to_string()),
     }
 }
+
+#[cfg(test)]
+#[path = "intake_tests.rs"]
+mod tests;

@@ -56,12 +56,17 @@ impl Agent {
     }
 
     pub async fn on(connection: quinn::Connection) -> Self {
-        let (mut send, mut recv) = connection.open_bi().await.unwrap();
-        send.write_all(Preamble::offer().as_bytes()).await.unwrap();
+        Self::try_on(connection).await.expect("the receiver greets")
+    }
+
+    /// `None`: the receiver has gone.
+    pub async fn try_on(connection: quinn::Connection) -> Option<Self> {
+        let (mut send, mut recv) = connection.open_bi().await.ok()?;
+        send.write_all(Preamble::offer().as_bytes()).await.ok()?;
         let mut bytes = [0; 16];
-        timeout(LIMIT, recv.read_exact(&mut bytes)).await.unwrap().unwrap();
+        timeout(LIMIT, recv.read_exact(&mut bytes)).await.expect("in time").ok()?;
         Preamble::read_from_bytes(&bytes).unwrap().accepted().unwrap();
-        Self { connection, send, recv, durable: 0, applied: 0 }
+        Some(Self { connection, send, recv, durable: 0, applied: 0 })
     }
 
     /// Says hello and gives the answer.
