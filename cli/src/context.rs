@@ -93,7 +93,7 @@ impl Context {
         if self.json {
             print_json(answer);
         } else {
-            print(&text(answer));
+            print(&words::visible(&text(answer)));
         }
     }
 }
@@ -134,7 +134,7 @@ pub(crate) fn print_json<T: Serialize>(value: &T) {
 
 /// For people, beside the answer: standard error.
 pub(crate) fn note(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}");
+    let _ = writeln!(std::io::stderr(), "{}", words::visible(text));
 }
 
 /// What a script gets in place of the answer.

@@ -86,6 +86,23 @@ pub(crate) fn columns(rows: &[Vec<String>]) -> Vec<String> {
     rows.iter().map(line).collect()
 }
 
+/// What a terminal may be shown: paths and reasons come from other hosts, and a control character in one must not move
+/// the cursor or change what the operator has read. Lines stay lines.
+pub(crate) fn visible(text: &str) -> std::borrow::Cow<'_, str> {
+    if !text.chars().any(|c| c.is_control() && c != '\n') {
+        return text.into();
+    }
+    let mut shown = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        match c {
+            '\n' => shown.push(c),
+            c if c.is_control() => shown.extend(c.escape_default()),
+            c => shown.push(c),
+        }
+    }
+    shown.into()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -120,5 +137,11 @@ mod tests {
     fn columns_line_up() {
         let rows = [vec!["a".into(), "bb".into(), "c".into()], vec!["aaa".into(), String::new(), String::new()]];
         assert_eq!(columns(&rows), ["a    bb  c", "aaa"]);
+    }
+
+    #[test]
+    fn control_characters_are_shown_not_obeyed() {
+        assert_eq!(visible("a\nb"), "a\nb");
+        assert_eq!(visible("/dev/\x1b[2Jx\u{9b}"), "/dev/\\u{1b}[2Jx\\u{9b}");
     }
 }

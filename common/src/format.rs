@@ -253,7 +253,11 @@ impl Mark {
             _ => return None,
         };
         let reason = GapReason::from_number(body.reason);
-        if reason.is_some() != (kind != MarkKind::GapEnd) || body.reserved != [0; 6] {
+        let agree = match kind {
+            MarkKind::GapEnd => body.reason == 0,
+            MarkKind::Begin | MarkKind::GapBegin => reason.is_some(),
+        };
+        if !agree || body.reserved != [0; 6] {
             return None;
         }
         Some(Self {
@@ -311,6 +315,11 @@ pub struct AppliedSlot {
     pub crc: U32,
 }
 
+/// Sequence numbers of segments stay below: one a microsecond lasts for nine years.
+const SEGMENT_SEQUENCE_MAX: u64 = 1 << 48;
+/// No segment is longer.
+const SEGMENT_OFFSET_MAX: u64 = 2 << 30;
+
 /// See [`AppliedSlot::magic`].
 pub const APPLIED_MAGIC: [u8; 8] = *b"VARVEAPP";
 const _: () = assert!(size_of::<AppliedSlot>() == 128);
@@ -363,10 +372,25 @@ impl AppliedSlot {
         if slot.version.get() != FORMAT_VERSION {
             return Err(FormatError::Version { what: "the applied mark", found: slot.version.get() });
         }
-        if slot.crc.get() != slot.checksum() {
+        if slot.crc.get() != slot.checksum() || !slot.is_possible() {
             return Err(damaged);
         }
         Ok(slot)
+    }
+
+    /// Whether the fields agree with each other: a right checksum says that they are what was written, not that whoever
+    /// wrote them was sane.
+    fn is_possible(&self) -> bool {
+        let flags = self.consistent <= 1 && self.ever_consistent <= 1 && self.consistent <= self.ever_consistent;
+        let reason = match self.consistent {
+            0 => GapReason::from_number(self.gap_reason).is_some(),
+            _ => self.gap_reason == 0,
+        };
+        let segment = (1..SEGMENT_SEQUENCE_MAX).contains(&self.segment.get());
+        let offset = self.offset.get();
+        let place =
+            (BLOCK_BYTES as u64..=SEGMENT_OFFSET_MAX).contains(&offset) && offset.is_multiple_of(ENTRY_ALIGN as u64);
+        flags && reason && segment && place && self.reserved == [0; 3]
     }
 
     /// The slot that counts in an `applied` file of two blocks.
@@ -376,9 +400,12 @@ impl AppliedSlot {
             block.map_or(Err(FormatError::Damaged("applied mark")), Self::decode)
         };
         match (slot(0), slot(1)) {
+            // A newer version may have written it last: going back to the older slot would undo what that one did.
+            (Err(version @ FormatError::Version { .. }), _) | (_, Err(version @ FormatError::Version { .. })) => {
+                Err(version)
+            }
             (Ok(a), Ok(b)) if b.sequence.get() > a.sequence.get() => Ok(b),
             (Ok(a), _) => Ok(a),
-            (Err(version @ FormatError::Version { .. }), _) => Err(version),
             (Err(_), other) => other,
         }
     }
@@ -468,6 +495,29 @@ mod tests {
         let mut future = AppliedSlot::fresh([4; 16]).encode();
         future[8] = 2;
         assert!(matches!(AppliedSlot::newest(&[future, future].concat()), Err(FormatError::Version { found: 2, .. })));
+        let ours = AppliedSlot::fresh([4; 16]).encode();
+        for file in [[ours, future].concat(), [future, ours].concat()] {
+            assert!(matches!(AppliedSlot::newest(&file), Err(FormatError::Version { found: 2, .. })), "not undone");
+        }
+    }
+
+    #[test]
+    fn impossible_slots_are_damaged() {
+        let changes: [fn(&mut AppliedSlot); 5] = [
+            |slot| slot.consistent = 1,
+            |slot| slot.gap_reason = 0,
+            |slot| slot.segment = u64::MAX.into(),
+            |slot| slot.offset = 4097.into(),
+            |slot| slot.ever_consistent = 2,
+        ];
+        for change in changes {
+            let mut slot = AppliedSlot::fresh([4; 16]);
+            change(&mut slot);
+            assert!(AppliedSlot::decode(&slot.encode()).is_err(), "{slot:?}");
+        }
+        let mut mark = vec![3, 184, 0, 0, 0, 0, 0, 0];
+        mark.extend([0; 40]);
+        assert_eq!(Mark::decode(&mark), None, "a GapEnd has no reason");
     }
 
     proptest! {

@@ -72,13 +72,13 @@ pub fn work_dir(target: &str) -> PathBuf {
 pub mod known {
     /// `AppliedSlot::newest` takes the older slot when the other one is of a version that it does not know, so an older
     /// program goes back to before the newer one ran instead of refusing.
-    pub const A_NEWER_SLOT_IS_PASSED_OVER: bool = true;
+    pub const A_NEWER_SLOT_IS_PASSED_OVER: bool = false;
     /// `AppliedSlot::decode` takes whatever has a right CRC: flags that contradict each other, a place in the log that no
     /// log has (offsets beyond every segment overflow when blocks are rounded up).
-    pub const IMPOSSIBLE_SLOTS_ARE_TAKEN: bool = true;
+    pub const IMPOSSIBLE_SLOTS_ARE_TAKEN: bool = false;
     /// The intake lands a mark whose body is LZ4; recovery and the applier read the stored body as a mark and find none,
     /// so the log counts as damaged there.
     pub const COMPRESSED_MARKS_ARE_LANDED: bool = true;
     /// `Mark::decode` takes a `GapEnd` whose reason is a number that no reason has, where only 0 may stand.
-    pub const GAP_ENDS_WITH_UNKNOWN_REASONS_ARE_TAKEN: bool = true;
+    pub const GAP_ENDS_WITH_UNKNOWN_REASONS_ARE_TAKEN: bool = false;
 }

@@ -14,6 +14,7 @@ mod watch;
 
 use crate::check;
 use crate::context::{Context, DONE, Outcome, print, print_json};
+use crate::words;
 use picture::Picture;
 
 const EXAMPLE: &str = "Example:
@@ -52,6 +53,6 @@ fn show(context: &Context, picture: &Picture) {
     if context.json {
         print_json(picture);
     } else {
-        print(&table::render(picture, &context.suggest("")));
+        print(&words::visible(&table::render(picture, &context.suggest(""))));
     }
 }

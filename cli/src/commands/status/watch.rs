@@ -4,6 +4,7 @@
 use super::picture::{Picture, key};
 use super::{show, table};
 use crate::context::{Context, Outcome, on_terminal, print, print_json};
+use crate::words;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 use varve_common::problem::ProblemKind;
@@ -50,7 +51,7 @@ fn redraw(context: &Context, picture: &Picture) {
     let now = jiff::Timestamp::now().strftime("%Y-%m-%d %H:%M:%SZ").to_string();
     let mut screen = format!("\x1b[H{now}  (Ctrl-C ends)\x1b[K\n\x1b[K\n");
     for line in table::render(picture, &context.suggest("")).lines() {
-        screen.push_str(line);
+        screen.push_str(&words::visible(line));
         screen.push_str("\x1b[K\n");
     }
     screen.push_str("\x1b[J");
