@@ -46,6 +46,8 @@ pub const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 pub const TAKEOVER_TIMEOUT: Duration = Duration::from_secs(30);
 /// The longest that a refused peer is given to read why.
 pub const REFUSED_TIMEOUT: Duration = Duration::from_secs(3);
+/// The longest that an agent may leave its answers unread before the session ends.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Answers (probes, images, asks) that wait to be written to one agent.
 pub const ANSWERS_WAITING_MAX: usize = 1024;
 /// Largest `group.json` that is read.

@@ -362,6 +362,46 @@ impl Source {
     }
 }
 
+/// Probes whose answers nobody reads: a place among the probes is free once one is answered, so only this bounds them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_that_does_not_read_its_answers_is_gone() {
+    let mut receiver = Receiver::new();
+    receiver.start(None);
+    let source = Source::new(seed(), &VOLUMES);
+    let mut agent = begun(&receiver, "production", "db", &source).await;
+    let mut probes = Vec::new();
+    for id in 0..20_000 {
+        let probe = Probe { id, volume: 0, offset: 0, length: 64 << 10, digests: vec![[0; 16]] };
+        let body = varve_common::wire::messages::encode(&probe);
+        probes.extend(wire(&Frame::plain(FrameKind::Probe, source.position, &body), &body));
+    }
+    let flood = async { while agent.send.write_all(&probes).await.is_ok() {} };
+    tokio::time::timeout(support::LIMIT, flood).await.expect("the session ends");
+    assert!(receiver.log().contains("does not take its answers"));
+    let mut agent = Agent::on(agent.connection.clone()).await;
+    agent.hello(&hello("db", &source, source.position)).await.unwrap();
+}
+
+/// Refused for its hello alone, before anybody looks whose group it is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stranger_does_not_show_up_in_a_groups_status() {
+    let mut receiver = Receiver::new();
+    receiver.start(None);
+    let source = Source::new(seed(), &VOLUMES);
+    let agent = begun(&receiver, "production", "db", &source).await;
+    receiver.wait_for("db", "streaming", |group| group.link == Link::Streaming);
+    agent.connection.close(0u32.into(), b"");
+    receiver.wait_for("db", "gone", |group| group.link == Link::Disconnected);
+    let identity = receiver.enrol("stranger").await;
+    let mut stranger = Agent::connect(&identity, &receiver.address()).await;
+    let mut lie = hello("db", &source, source.position);
+    (lie.volumes[0].path, lie.volumes[0].bytes) = ("all is lost".to_owned(), 0);
+    assert_eq!(stranger.hello(&lie).await.unwrap_err().reason, RefusedReason::Limit);
+    let group = receiver.group("db").unwrap();
+    assert_eq!(group.link, Link::Disconnected);
+    assert!(!group.reason.unwrap_or_default().contains("all is lost"));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn images_only_in_a_gap_and_no_end_before_they_are_done() {
     let mut receiver = Receiver::new();

@@ -12,6 +12,7 @@ use crate::failure::Failure;
 use crate::group::live::Live;
 use crate::landing::log::Log;
 use crate::limits::{IMAGE_BYTES_PER_SYNC, STAGE_BYTES, UNSYNCED_BYTES_MAX, UNSYNCED_TIME_MAX};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -64,7 +65,10 @@ impl Applier {
     /// Works until the queue is closed or something fails; the reason then stands in the group's state.
     pub fn run(mut self) {
         let (mut unsynced, mut scratch) = (Unsynced::default(), Scratch::default());
-        if let Err(failure) = self.work(&mut unsynced, &mut scratch) {
+        // Whatever ends it: the lander must not wait for a segment that nobody frees, nor the session for an answer.
+        let worked = catch_unwind(AssertUnwindSafe(|| self.work(&mut unsynced, &mut scratch)));
+        let panicked = || Failure::damaged("the applier panicked; the receiver's log says where");
+        if let Err(failure) = worked.unwrap_or_else(|_| Err(panicked())) {
             self.live.fail(failure);
         }
         self.queue.close();
@@ -171,6 +175,10 @@ impl Applier {
                 Source { buffer: 0, offset: offset as u32 }
             });
             plan.push(Piece { volume: image.volume, start, end: start + length, source }, stamp);
+        }
+        if self.mark.slot().consistent != 0 {
+            // An image holds bytes of a later time. The mark on disk must say that a gap is open before they are there.
+            self.sync(unsynced)?;
         }
         self.history.before(plan, &mut self.replicas)?;
         self.replicas.apply(plan.resolve(), &[body])?;

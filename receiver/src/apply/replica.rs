@@ -21,7 +21,9 @@ pub struct Replica {
 impl Replica {
     /// Of a volume of `volume_bytes`; the file or device may be larger.
     pub fn new(file: DirectFile, volume_bytes: u64) -> Self {
-        Self { file, volume_bytes, dirty: false }
+        // Dirty: an earlier life may have written (an image, above all) and ended before it could sync. A probe reads that
+        // back from the device's cache and finds it right, and then nothing but this sync makes it durable.
+        Self { file, volume_bytes, dirty: true }
     }
 
     /// The file or device.

@@ -10,7 +10,7 @@ use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use varve_common::format::{BLOCK_BYTES, ENTRY_HEADER_BYTES};
-use varve_io::{DirectFile, IoError, crashsafe};
+use varve_io::{AlignedBuf, DirectFile, IoError, crashsafe};
 
 /// The segments. Shared by the lander, which needs free ones, and the applier, which frees them.
 #[derive(Debug)]
@@ -118,6 +118,19 @@ impl Log {
             self.remove(&segment).map_err(|e| Failure::io("the landing log", &e))?;
         }
         Ok(count)
+    }
+
+    /// What stands behind `end` in its block is no part of the log and never will be: it is written on at the next block,
+    /// and what is damaged right behind the last entry would end the log again before what was written then.
+    pub fn cut(&self, end: Place) -> Result<(), Failure> {
+        let start = end.offset - end.offset % BLOCK_BYTES as u64;
+        let Some(segment) = self.segment(end.segment).filter(|_| start < end.offset) else { return Ok(()) };
+        let mut block = AlignedBuf::new(BLOCK_BYTES);
+        let cut = segment.file().read_exact_at(&mut block, start).and_then(|()| {
+            block[(end.offset - start) as usize..].fill(0);
+            segment.file().write_all_at_durable(&block, start)
+        });
+        cut.map_err(|e| Failure::io("the landing log", &e))
     }
 
     /// Segments that hold nothing after the one with this number are free.

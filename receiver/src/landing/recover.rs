@@ -50,6 +50,7 @@ pub fn recover(
     let end = reader.place();
     if damage.is_some() {
         log.discard_after(end.segment)?;
+        log.cut(end)?;
     } else {
         log.free_after(end.segment);
     }

@@ -185,6 +185,32 @@ fn damage_in_the_middle_is_named_and_cut_off() {
     assert_eq!((found.damage, found.entries, found.state), (None, 5, state));
 }
 
+/// Case F right behind the last good entry, in the same block. What is acknowledged afterwards must be found again.
+#[test]
+fn what_is_written_after_damage_in_a_block_is_found() {
+    let dir = tempfile::tempdir_in("/var/tmp").expect("directory");
+    let first = log(dir.path(), START);
+    let mut writer = Writer::new(first.clone(), START, 0);
+    let mut state = StreamState::fresh();
+    let mut made = batch(&mut state, &[0, 100, 100]);
+    for item in &mut made.items[2..] {
+        let Item::Entry(entry) = item else { continue };
+        entry.position += 8;
+    }
+    append(&mut writer, &mut made);
+    drop((writer, first));
+    let second = log(dir.path(), START);
+    let found = read(&second);
+    assert!(found.damage.as_ref().is_some_and(|why| why.contains("case F")), "{:?}", found.damage);
+    assert_eq!(found.entries, 2);
+    let mut writer = Writer::new(second.clone(), found.end, found.chain);
+    let mut state = found.state;
+    append(&mut writer, &mut batch(&mut state, &[100, 0, 300]));
+    drop((writer, second));
+    let found = read(&log(dir.path(), START));
+    assert_eq!((found.damage, found.entries, found.state), (None, 5, state));
+}
+
 #[test]
 fn a_lost_mark_between_segments_is_missed() {
     let dir = tempfile::tempdir_in("/var/tmp").expect("directory");

@@ -44,6 +44,8 @@ impl Segment {
     /// anything is put into it), so its sequence number is 0; one of another version is refused.
     pub fn open(path: &Path, group: [u8; 16]) -> Result<Result<Self, FormatError>, IoError> {
         let file = DirectFile::open_rw(path)?;
+        // What a write left whose sync failed, or was killed, can be read here: it is acknowledged from here on.
+        file.sync_data()?;
         let mut block = AlignedBuf::new(BLOCK_BYTES);
         let sequence = if file.len() < BLOCK_BYTES as u64 {
             0

@@ -159,6 +159,9 @@ impl Intake {
                     if frame.plain_bytes == 0 {
                         return Err(protocol("a data frame without data"));
                     }
+                } else if frame.codec != Codec::Plain {
+                    // It is landed as it came, and marks are read from the log as they stand there.
+                    return Err(protocol("a compressed mark"));
                 }
                 let Some(at) = self.room(total_bytes(frame.body_bytes)) else { return Ok(false) };
                 self.partial = Some(Partial::Landed(frame, at));

@@ -176,3 +176,17 @@ fn images_wait_within_their_bound() {
     batches.pop();
     assert!(matches!(intake.feed(&mut one_more), Ok(Fed::All)), "one is done, one has room");
 }
+
+/// It would be acknowledged, and then neither the applier nor recovery could read it.
+#[test]
+fn a_compressed_mark_is_refused() {
+    let (mut intake, _answers) = intake(64);
+    let (kind, reason) = (MarkKind::GapBegin, Some(GapReason::RingFull));
+    let mark = Mark { kind, reason, incarnation: INCARNATION, position: 64, time_ns: 1, epoch: 3 }.encode();
+    let body = lz4_flex::block::compress(&mark);
+    let mut frame = Frame::plain(FrameKind::Mark, 64, &mark);
+    (frame.codec, frame.body_bytes) = (Codec::Lz4, body.len());
+    let refused = intake.feed(&mut Bytes::from(wire(frame, &body))).expect_err("marks are plain");
+    assert_eq!(refused.reason, RefusedReason::Protocol);
+    assert!(intake.next_batch().is_none());
+}

@@ -81,7 +81,7 @@ pub async fn serve(registry: Arc<Registry>, peer: Peer, mut send: SendStream, mu
         Err(refused) => {
             tracing::warn!(host, %remote, group, reason = ?refused.reason, why = refused.text, "session refused");
             if let Some(slot) = registry.group(&hello.group)
-                && refused.reason != RefusedReason::Owner
+                && slot.belongs_to(host)
             {
                 slot.counters.refused_sessions.fetch_add(1, Ordering::Relaxed);
                 let mut board = slot.board();
@@ -122,6 +122,11 @@ async fn greet(send: &mut SendStream, recv: &mut RecvStream) -> Result<Hello, En
 }
 
 impl Slot {
+    /// Whether this host writes to it: what others ask for is not shown as this group's state.
+    fn belongs_to(&self, host: &str) -> bool {
+        self.board().meta.as_ref().is_some_and(|meta| meta.owner == host)
+    }
+
     /// Notes and logs how a session ended.
     fn end(&self, end: &End, stopping: bool, peer: &Peer) {
         let (group, host, remote) = (self.name.as_str(), peer.host.as_str(), peer.remote);
@@ -243,6 +248,8 @@ impl Session {
                     }
                     self.blocked = false;
                 }
+                // The writer has given up: the stream broke, or nobody reads what it writes.
+                () = self.outbox.closed() => {}
                 ask = self.asks.recv() => {
                     if let Some(ask) = ask && self.outbox.try_send(Out::Ask(ask)).is_err() {
                         return End::Gone("the agent does not read its answers".to_owned());
@@ -261,6 +268,9 @@ impl Session {
     fn advance(&mut self) -> Result<(), End> {
         if let Some(failure) = self.progress.borrow_and_update().failure.clone() {
             return Err(End::Refused(failure.refused()));
+        }
+        if self.outbox.is_closed() {
+            return Err(End::Gone("the agent does not take its answers any more".to_owned()));
         }
         let mut spilled = false;
         loop {

@@ -2,7 +2,7 @@
 
 use crate::apply::work::Answered;
 use crate::group::live::{Counters, Progress};
-use crate::limits::REFUSED_TIMEOUT;
+use crate::limits::{ANSWER_TIMEOUT, REFUSED_TIMEOUT};
 use quinn::{SendStream, WriteError};
 use serde::Serialize;
 use std::sync::Arc;
@@ -66,14 +66,15 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Writes until the session ends or the stream breaks (the session sees that, too).
+    /// Writes until the session ends, the stream breaks, or the agent does not read (the session sees each of them).
+    /// Answers wait in memory without a limit of their own: a place among the probes is free before its answer is read.
     pub async fn run(mut self) {
         let mut acked = None;
         loop {
             let written = tokio::select! {
                 biased;
                 out = self.outgoing.recv() => match out {
-                    Some(Out::Ask(ask)) => send(&mut self.send, FrameKind::Ask, 0, &ask).await,
+                    Some(Out::Ask(ask)) => patiently(&mut self.send, FrameKind::Ask, 0, &ask).await,
                     Some(Out::Refused(refused)) => return refuse(self.send, &refused).await,
                     None => {
                         let _ = self.send.finish();
@@ -81,8 +82,8 @@ impl Writer {
                     }
                 },
                 Some(answered) = self.answers.recv() => match answered {
-                    Answered::Probe(reply) => send(&mut self.send, FrameKind::ProbeReply, 0, &reply).await,
-                    Answered::Image(done) => send(&mut self.send, FrameKind::ImageDone, 0, &done).await,
+                    Answered::Probe(reply) => patiently(&mut self.send, FrameKind::ProbeReply, 0, &reply).await,
+                    Answered::Image(done) => patiently(&mut self.send, FrameKind::ImageDone, 0, &done).await,
                 },
                 Ok(()) = self.progress.changed() => {
                     let ack = self.rule.ack(&self.progress.borrow_and_update());
@@ -90,17 +91,22 @@ impl Writer {
                         Some(ack) => {
                             acked = Some(ack);
                             self.counters.acks.fetch_add(1, Ordering::Relaxed);
-                            send(&mut self.send, FrameKind::Ack, ack.durable, &ack).await
+                            patiently(&mut self.send, FrameKind::Ack, ack.durable, &ack).await
                         }
-                        None => Ok(()),
+                        None => true,
                     }
                 }
             };
-            if written.is_err() {
+            if !written {
                 return;
             }
         }
     }
+}
+
+/// Writes one control frame; whether the agent took it in time. It has a window of megabytes before this waits at all.
+async fn patiently<T: Serialize>(to: &mut SendStream, kind: FrameKind, position: u64, message: &T) -> bool {
+    timeout(ANSWER_TIMEOUT, send(to, kind, position, message)).await.is_ok_and(|sent| sent.is_ok())
 }
 
 /// Writes one control frame.
