@@ -74,13 +74,30 @@ impl OpenGroup {
 
     /// Ends both threads. What is being written is finished and synced, what waits stays in the landing log.
     pub fn close(self) {
-        let Self { live, queue, batches, lander, applier, .. } = self;
+        let Self { queue, batches, lander, applier, .. } = self;
         drop(batches);
         queue.close();
         for thread in [lander, applier] {
-            if thread.join().is_err() {
-                live.fail(Failure::damaged("a thread of the group panicked; the receiver's log says where"));
-            }
+            // A panic was caught and told by the thread's guard.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Turns a panic of a thread into a failed group: without it nobody would wait for the other one in vain.
+struct Guard {
+    live: Arc<Live>,
+    queue: Arc<Queue>,
+    log: Arc<Log>,
+}
+
+impl Guard {
+    fn over(&self, work: impl FnOnce()) {
+        // What the thread owned is gone with it; what is shared is queues and numbers that are whole at any moment.
+        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
+            self.live.fail(Failure::damaged("a thread of the group panicked; the receiver's log says where"));
+            self.queue.close();
+            self.log.close();
         }
     }
 }
@@ -146,13 +163,15 @@ impl Files {
             cursor: Cursor::new(Reader::new(log.clone(), place, slot.chain.get()), applied),
             history: Box::new(NoHistory),
         };
-        let writer = Writer::new(log, recovered.end, recovered.chain);
+        let writer = Writer::new(log.clone(), recovered.end, recovered.chain);
         let lander = Lander { live: live.clone(), queue: queue.clone(), writer, state: recovered.state };
         let (batches, received) = mpsc::channel();
         let thread = |role: &str| Builder::new().name(format!("{role}-{}", meta.name));
         let failed = |e: std::io::Error| Failure::io("a thread", &IoError::new("start", PathBuf::from("thread"), e));
-        let applier = thread("apply").spawn(move || applier.run()).map_err(failed)?;
-        let lander = match thread("land").spawn(move || lander.run(received)) {
+        let guard = || Guard { live: live.clone(), queue: queue.clone(), log: log.clone() };
+        let (applying, landing) = (guard(), guard());
+        let applier = thread("apply").spawn(move || applying.over(|| applier.run())).map_err(failed)?;
+        let lander = match thread("land").spawn(move || landing.over(|| lander.run(received))) {
             Ok(lander) => lander,
             Err(error) => {
                 queue.close();

@@ -120,15 +120,17 @@ impl Log {
         Ok(count)
     }
 
-    /// What stands behind `end` in its block is no part of the log and never will be: it is written on at the next block,
-    /// and what is damaged right behind the last entry would end the log again before what was written then.
+    /// What stands right behind `end` or at the next block is no part of the log and never will be: else it would end the
+    /// log there again, before what is written from now on.
     pub fn cut(&self, end: Place) -> Result<(), Failure> {
+        let Some(segment) = self.segment(end.segment) else { return Ok(()) };
         let start = end.offset - end.offset % BLOCK_BYTES as u64;
-        let Some(segment) = self.segment(end.segment).filter(|_| start < end.offset) else { return Ok(()) };
-        let mut block = AlignedBuf::new(BLOCK_BYTES);
-        let cut = segment.file().read_exact_at(&mut block, start).and_then(|()| {
-            block[(end.offset - start) as usize..].fill(0);
-            segment.file().write_all_at_durable(&block, start)
+        let stop = (end.next_block().offset + BLOCK_BYTES as u64).min(segment.bytes());
+        let mut blocks = AlignedBuf::new(2 * BLOCK_BYTES);
+        let blocks = &mut blocks[..stop.saturating_sub(start) as usize];
+        let cut = segment.file().read_exact_at(blocks, start).and_then(|()| {
+            blocks[(end.offset - start) as usize..].fill(0);
+            segment.file().write_all_at_durable(blocks, start)
         });
         cut.map_err(|e| Failure::io("the landing log", &e))
     }
@@ -243,10 +245,10 @@ impl Writer {
         &self.log
     }
 
-    /// Goes on at `end`, after the entry whose header has the CRC `chain`.
-    pub fn new(log: Arc<Log>, end: Place, chain: u32) -> Self {
-        let segment = log.segment(end.segment);
-        Self { log, segment, offset: end.next_block().offset, chain }
+    /// Goes on after the entry whose header has the CRC `chain`, in a new segment: behind that entry may stand what a torn
+    /// batch left, and if the same bytes came to the same place again, the rest of that batch would follow them.
+    pub fn new(log: Arc<Log>, _end: Place, chain: u32) -> Self {
+        Self { log, segment: None, offset: 0, chain }
     }
 
     /// Fills in the entries' headers and writes `bytes` (whole blocks); durable on return. Gives the place of the first

@@ -211,6 +211,33 @@ fn what_is_written_after_damage_in_a_block_is_found() {
     assert_eq!((found.damage, found.entries, found.state), (None, 5, state));
 }
 
+/// The first entry of a batch was torn, the mark behind it was not. The entry comes again, alone: the mark of the session
+/// before, which nobody has sent again, must not come back with it.
+#[test]
+fn remains_of_a_torn_batch_stay_dead() {
+    let dir = tempfile::tempdir_in("/var/tmp").expect("directory");
+    let first = log(dir.path(), START);
+    let mut writer = Writer::new(first.clone(), START, 0);
+    let mut state = StreamState::fresh();
+    append(&mut writer, &mut batch(&mut state, &[0]));
+    let whole_block = BLOCK_BYTES - ENTRY_HEADER_BYTES - 40;
+    let mut expected = state;
+    let place = append(&mut writer, &mut batch(&mut state, &[whole_block, 0]));
+    let file = path(&first, place);
+    drop((writer, first));
+    let mut content = std::fs::read(&file).expect("segment");
+    content[place.offset as usize..][..BLOCK_BYTES].fill(0);
+    std::fs::write(&file, content).expect("tear");
+    let second = log(dir.path(), START);
+    let found = read(&second);
+    assert_eq!((&found.damage, found.entries, found.state), (&None, 1, expected));
+    let mut writer = Writer::new(second.clone(), found.end, found.chain);
+    append(&mut writer, &mut batch(&mut expected, &[whole_block]));
+    drop((writer, second));
+    let found = read(&log(dir.path(), START));
+    assert_eq!((found.damage, found.entries, found.state), (None, 2, expected));
+}
+
 #[test]
 fn a_lost_mark_between_segments_is_missed() {
     let dir = tempfile::tempdir_in("/var/tmp").expect("directory");
