@@ -129,7 +129,7 @@ impl Log {
         let mut blocks = AlignedBuf::new(2 * BLOCK_BYTES);
         let blocks = &mut blocks[..stop.saturating_sub(start) as usize];
         let cut = segment.file().read_exact_at(blocks, start).and_then(|()| {
-            blocks[(end.offset - start) as usize..].fill(0);
+            blocks.iter_mut().skip((end.offset - start) as usize).for_each(|byte| *byte = 0);
             segment.file().write_all_at_durable(blocks, start)
         });
         cut.map_err(|e| Failure::io("the landing log", &e))

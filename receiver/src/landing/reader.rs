@@ -64,8 +64,8 @@ const ANY: Option<bool> = None;
 /// Every combination of facts has exactly one row (there is a test).
 ///
 /// A batch is written while nothing else is under way, so a crash can only tear the last one, and a tear looks like A,
-/// B or C. Recovery then writes on right behind the last good entry, where remains of the torn batch may follow in
-/// the same life of the segment: their chain is broken (D), unless the same bytes came again, and then they are right.
+/// B or C. Recovery then writes on in another segment: in this one remains of the torn batch may follow, and were its
+/// first entry to come again to the same place, their chain would be whole. As it is, it stays broken (D).
 /// In the first place of a later segment the same looks different: it was only begun when everything before was
 /// durable (E).
 const CASES: [Case; 7] = [
