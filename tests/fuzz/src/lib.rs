@@ -78,7 +78,7 @@ pub mod known {
     pub const IMPOSSIBLE_SLOTS_ARE_TAKEN: bool = false;
     /// The intake lands a mark whose body is LZ4; recovery and the applier read the stored body as a mark and find none,
     /// so the log counts as damaged there.
-    pub const COMPRESSED_MARKS_ARE_LANDED: bool = true;
+    pub const COMPRESSED_MARKS_ARE_LANDED: bool = false;
     /// `Mark::decode` takes a `GapEnd` whose reason is a number that no reason has, where only 0 may stand.
     pub const GAP_ENDS_WITH_UNKNOWN_REASONS_ARE_TAKEN: bool = false;
 }
