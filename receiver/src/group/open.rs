@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::thread::{Builder, JoinHandle};
 use varve_common::config::ReceiverConfig;
+use varve_common::state::GapReason;
 use varve_common::wire::messages::Refused;
 use varve_io::{IoError, crashsafe};
 
@@ -145,7 +146,12 @@ impl Files {
         counters: &Arc<Counters>,
         fresh: Vec<bool>,
     ) -> Result<OpenGroup, Failure> {
-        let Self { log, mark, applied, recovered } = self;
+        let Self { log, mark, applied, mut recovered } = self;
+        if recovered.damage.is_some() {
+            // The replicas may hold what stood behind the log's new end: until the agent has sent that again, no point is
+            // good. The agent ends the gap when it has (it is told so in the welcome).
+            recovered.state.gap.get_or_insert(GapReason::ReplicaChanged);
+        }
         let live = Arc::new(Live::new(counters.clone(), recovered.state, applied));
         let queue = Arc::new(Queue::default());
         let slot = *mark.slot();

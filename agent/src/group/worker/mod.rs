@@ -394,6 +394,11 @@ impl Worker {
                 session.sent = position;
                 state.walked = state.walked.max(position);
                 state.closing = None;
+                if !session.remote_consistent && state.gap.open().is_none() {
+                    // The GapEnd never landed, or the receiver lost what it had: the replica is whole again only when all
+                    // that was sent before has been sent again.
+                    state.gap.complete(stream.producer());
+                }
                 if session.remote_consistent && state.gap.open().is_none() && self.shared.facts().gap.is_some() {
                     // The GapEnd landed in the last session, which ended before we heard of it.
                     self.gap_is_closed(state);
