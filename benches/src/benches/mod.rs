@@ -4,6 +4,7 @@ mod capture;
 mod cost;
 mod first_sync;
 mod idle;
+mod overload;
 mod path;
 mod peer;
 mod rpo;
@@ -27,6 +28,7 @@ pub const ALL: &[Bench] = &[
     Bench { name: "cost", title: "In-kernel cost of the capture programs", run: cost::run },
     Bench { name: "path-4k", title: "Whole path, 4 KiB random writes", run: path::small },
     Bench { name: "path-256k", title: "Whole path, 256 KiB random writes", run: path::large },
+    Bench { name: "overload", title: "More than fits through", run: overload::run },
     Bench { name: "rpo", title: "RPO at a steady 20 MB/s", run: rpo::run },
     Bench { name: "sync", title: "First sync of a half-full volume", run: first_sync::run },
     Bench { name: "idle", title: "Nothing to do", run: idle::run },
