@@ -110,6 +110,9 @@ pub fn run(plan: &Plan, report: &mut Report) {
         report.row(&format!("a write of {what}"), "ns", &capture_ns, target, "at submission, copy included");
         report.row(&format!("{what}, completion included"), "ns", &all_ns, Target::None, "all programs");
     }
+    if lost > 0 {
+        report.note(&format!("{lost} records found the ring full: others held up the thread that empties it."));
+    }
     report
         .note("The kernel's own measuring is in these figures (two readings of the clock for each run of a program).");
 }
