@@ -26,7 +26,6 @@ cp "$(command -v busybox)" "$root"/bin/busybox
 for applet in sh mount umount mknod mkdir uname sysctl poweroff insmod grep cat; do ln -s busybox "$root/bin/$applet"; done
 for program in /usr/sbin/losetup /usr/sbin/sfdisk /usr/bin/partx /usr/bin/fio; do add $program; done
 for test in replay faults; do
-    # shellcheck disable=SC2012 # names that cargo makes
     binary=$(find "$deps" -maxdepth 1 -name "$test-*" -type f -perm -u+x -printf '%T@ %p\n' | sort -rn | head -1 | cut -d' ' -f2-)
     add "$binary" /t/$test
     "$binary" --list | sed -n 's/: test$//p' | grep -v -E 'filesystem|on_disk|held_write' | sed "s/^/$test:/" >> "$root/tests"
