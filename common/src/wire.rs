@@ -264,6 +264,17 @@ impl Frame {
         }
     }
 
+    /// A frame around the parts of a body that is not in one piece, not compressed.
+    pub fn of_parts<'a>(kind: FrameKind, position: u64, parts: impl Iterator<Item = &'a [u8]>) -> Self {
+        let (mut crc, mut bytes) = (crc32fast::Hasher::new(), 0);
+        for part in parts {
+            crc.update(part);
+            bytes += part.len();
+        }
+        let plain_crc = crc.finalize();
+        Self { kind, codec: Codec::Plain, body_bytes: bytes, plain_bytes: bytes, position, plain_crc }
+    }
+
     /// The header's bytes.
     pub fn encode(&self) -> [u8; FRAME_HEADER_BYTES] {
         let mut header = FrameHeader {
@@ -422,8 +433,13 @@ impl<'a> Image<'a> {
         })
     }
 
-    /// Writes an image body. `extents` are (offset, length, bytes or zeroes).
-    pub fn encode(id: u64, volume: u16, extents: &[(u64, u64, Option<&[u8]>)], out: &mut Vec<u8>) {
+    /// Writes the part of an image body before the bytes. `extents` are (offset, length, zeroes).
+    pub fn encode_head(
+        id: u64,
+        volume: u16,
+        extents: impl ExactSizeIterator<Item = (u64, u64, bool)>,
+        out: &mut Vec<u8>,
+    ) {
         let header = ImageHeader {
             id: id.into(),
             volume: volume.into(),
@@ -431,14 +447,17 @@ impl<'a> Image<'a> {
             extents: (extents.len() as u32).into(),
         };
         out.extend_from_slice(header.as_bytes());
-        for (offset, length, bytes) in extents {
-            let extent = ImageExtent {
-                offset: (*offset).into(),
-                length: (*length as u32).into(),
-                zero: u32::from(bytes.is_none()).into(),
-            };
+        for (offset, length, zero) in extents {
+            let extent =
+                ImageExtent { offset: offset.into(), length: (length as u32).into(), zero: u32::from(zero).into() };
             out.extend_from_slice(extent.as_bytes());
         }
+    }
+
+    /// Writes an image body. `extents` are (offset, length, bytes or zeroes).
+    pub fn encode(id: u64, volume: u16, extents: &[(u64, u64, Option<&[u8]>)], out: &mut Vec<u8>) {
+        let head = extents.iter().map(|(offset, length, bytes)| (*offset, *length, bytes.is_none()));
+        Self::encode_head(id, volume, head, out);
         for (_, _, bytes) in extents {
             out.extend_from_slice(bytes.unwrap_or_default());
         }

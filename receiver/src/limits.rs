@@ -61,3 +61,6 @@ const _: () = assert!(ARENA_BYTES >= 2 * varve_common::limits::FRAME_PLAIN_BYTES
 const _: () = assert!(WINDOW_BYTES >= varve_common::limits::FRAME_PLAIN_BYTES_MAX + 4 * 4096);
 const _: () = assert!(IMAGE_BYTES_WAITING_MAX >= 2 * varve_common::wire::IMAGE_BODY_BYTES_MAX);
 const _: () = assert!(IMAGE_BYTES_PER_SYNC < IMAGE_BYTES_WAITING_MAX);
+const _: () = assert!(
+    varve_common::limits::SYNC_REGIONS_MAX as u64 * varve_common::limits::REGION_BYTES < IMAGE_BYTES_WAITING_MAX as u64
+);

@@ -7,6 +7,7 @@
 
 use super::sync::{Purpose, RegionRead};
 use super::tracker::RegionId;
+use bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
 use varve_common::geometry::{Extent, ExtentSet};
 use varve_common::limits::DIGEST_BLOCK_BYTES;
@@ -106,6 +107,11 @@ impl Regions {
         self.under_way.get(&id)
     }
 
+    /// Takes a region's bytes to send them; its buffer is free as soon as they are gone.
+    pub fn take_bytes(&mut self, id: RegionId) -> Bytes {
+        self.under_way.get_mut(&id).map(|read| std::mem::take(&mut read.bytes)).unwrap_or_default()
+    }
+
     /// A probe to compare was sent: these blocks were written between the read and its position.
     pub fn set_touched(&mut self, id: RegionId, blocks: Blocks) {
         self.touched.insert(id, blocks);
@@ -160,10 +166,8 @@ pub fn image_extents(read: &RegionRead, blocks: Blocks, overtaken: &ExtentSet) -
 #[cfg(test)]
 mod tests {
     use super::*;
-    use varve_io::aligned::BufPool;
 
     fn read(id: u64, read_end: u64, zero_blocks: &[usize]) -> RegionRead {
-        let pool = BufPool::new(1, 1 << 20);
         let mut digests = vec![[1; 16]; 16];
         for &block in zero_blocks {
             digests[block] = ZERO_DIGEST;
@@ -175,7 +179,7 @@ mod tests {
             volume: 0,
             region: 1,
             extent: Extent { start: 1 << 20, end: 2 << 20 },
-            bytes: pool.take().expect("one buffer"),
+            bytes: Bytes::new(),
             digests,
             read_end,
         }

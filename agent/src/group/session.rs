@@ -82,9 +82,10 @@ pub async fn send_control(send: &mut SendStream, kind: FrameKind, position: u64,
     send.write_all_chunks(&mut chunks).await.map_err(lost)
 }
 
-/// Sends a frame whose body is ready.
-pub async fn send_frame(send: &mut SendStream, frame: Frame, body: Bytes) -> Result<(), Ended> {
-    let mut chunks = [Bytes::copy_from_slice(&frame.encode()), body];
+/// Sends a frame whose body is ready, in one part or several.
+pub async fn send_frame(send: &mut SendStream, frame: Frame, mut body: Vec<Bytes>) -> Result<(), Ended> {
+    let mut chunks = vec![Bytes::copy_from_slice(&frame.encode())];
+    chunks.append(&mut body);
     send.write_all_chunks(&mut chunks).await.map_err(lost)
 }
 

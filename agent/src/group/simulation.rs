@@ -154,7 +154,8 @@ impl World {
             Hand::HalfRead(_) => {
                 let (_, _, Hand::HalfRead(mut bytes)) = self.hands.swap_remove(index) else { return };
                 bytes[half..].copy_from_slice(&now[half..]);
-                let digests = digests_of(&bytes[..]);
+                let bytes = bytes::Bytes::copy_from_slice(&bytes);
+                let digests = digests_of(&bytes);
                 let (purpose, read_end) = (Purpose::Send, self.stream.len() as u64);
                 self.regions.push(RegionRead {
                     id,

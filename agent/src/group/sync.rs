@@ -8,6 +8,7 @@
 
 use super::source::Source;
 use super::tracker::{RegionId, Tracker};
+use bytes::Bytes;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -54,8 +55,8 @@ pub struct RegionRead {
     pub region: u64,
     /// Where it lies.
     pub extent: Extent,
-    /// Its bytes, at the start of the buffer.
-    pub bytes: PooledBuf,
+    /// Its bytes. They hold a buffer of the pool until they are dropped.
+    pub bytes: Bytes,
     /// Digest per block of 64 KiB ([`ZERO_DIGEST`]: zeroes). With `digests_wanted` false only zeroes are told apart:
     /// any other digest is meaningless.
     pub digests: Vec<Digest>,
@@ -217,6 +218,15 @@ impl Drop for SyncThread {
             // A panic there was reported by the hook; there is nobody to hand it to here.
             let _ = thread.join();
         }
+    }
+}
+
+/// The used part of a buffer.
+struct RegionBytes(PooledBuf, usize);
+
+impl AsRef<[u8]> for RegionBytes {
+    fn as_ref(&self) -> &[u8] {
+        &self.0[..self.1]
     }
 }
 
@@ -384,7 +394,8 @@ impl Reader {
             let volume_fresh = fresh.get(usize::from(region.volume)).copied().unwrap_or(false);
             let wanted = region.purpose == Purpose::Compare || !volume_fresh;
             let digests = digests(&region.buf[..region.extent.len() as usize], wanted);
-            let Taken { id, purpose, volume, region, extent, buf: bytes } = region;
+            let Taken { id, purpose, volume, region, extent, buf } = region;
+            let bytes = Bytes::from_owner(RegionBytes(buf, extent.len() as usize));
             let read = RegionRead { id, session, purpose, volume, region, extent, bytes, digests, read_end };
             if self.out.blocking_send(FromSync::Read(read)).is_err() {
                 return false;

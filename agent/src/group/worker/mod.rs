@@ -29,7 +29,7 @@ use varve_common::problem::Problem;
 use varve_common::record::RecordKind;
 use varve_common::state::{GapReason, Link};
 use varve_common::wire::messages::{self, Ask, Hello, Report, Verify, VolumeHello, Welcome};
-use varve_common::wire::{Codec, Frame, FrameKind, Image, WireError};
+use varve_common::wire::{Codec, Frame, FrameKind, Image, ImageExtent, ImageHeader, WireError};
 use varve_io::aligned::{BufPool, PooledBuf};
 
 /// Plain bytes of a data frame, unless one record alone is larger.
@@ -40,8 +40,8 @@ const SMALL_FRAME_BYTES: usize = 32 << 10;
 const TURN_BYTES: u64 = 4 << 20;
 /// Pause between looks at the ring while writes come in.
 const POLL_MIN: Duration = Duration::from_millis(1);
-/// Longest pause: what an idle group costs (100 looks a second, far below 0.5 % of a core) and what its first write waits.
-const POLL_MAX: Duration = Duration::from_millis(10);
+/// Longest pause: what an idle group costs (70 looks a second, below 0.5 % of a core) and what its first write waits.
+const POLL_MAX: Duration = Duration::from_millis(15);
 /// Between two canaries.
 const CANARY_EVERY: Duration = Duration::from_secs(1);
 /// Between two reports to the receiver.
@@ -133,7 +133,6 @@ struct Session {
     regions: Regions,
     last_report: Option<Instant>,
     compression: Compression,
-    image_body: Vec<u8>,
 }
 
 /// A frame's bytes, as `bytes` wants them. A small frame must not hold a large buffer until the peer's transport has
@@ -361,7 +360,6 @@ impl Worker {
             regions: Regions::default(),
             last_report: None,
             compression: Compression::new(self.compression, Instant::now()),
-            image_body: Vec::new(),
         };
         let ended = match self.agree(state, &mut session, welcome).await {
             Ok(()) => {

@@ -36,7 +36,13 @@ impl Worker {
     }
 
     /// Sends a frame. While the receiver does not take it, whatever does not need the receiver goes on.
-    async fn push(&mut self, state: &mut State, session: &mut Session, frame: Frame, body: Bytes) -> Result<(), Ended> {
+    async fn push(
+        &mut self,
+        state: &mut State,
+        session: &mut Session,
+        frame: Frame,
+        body: Vec<Bytes>,
+    ) -> Result<(), Ended> {
         let sent = session.sent;
         let mut pushing = pin!(session::send_frame(&mut session.send, frame, body));
         loop {
@@ -56,7 +62,7 @@ impl Worker {
         kind: FrameKind,
         body: Vec<u8>,
     ) -> Result<(), Ended> {
-        self.push(state, session, Frame::plain(kind, session.sent, &body), Bytes::from(body)).await
+        self.push(state, session, Frame::plain(kind, session.sent, &body), vec![Bytes::from(body)]).await
     }
 
     pub(super) async fn send_data(
@@ -86,7 +92,7 @@ impl Worker {
             sent_max.store(end, Ordering::Release);
             let wire_bytes = body.as_ref().len() as u64;
             let before = Instant::now();
-            self.push(state, session, frame, Bytes::from_owner(body)).await?;
+            self.push(state, session, frame, vec![Bytes::from_owner(body)]).await?;
             let now = Instant::now();
             session.compression.sent(wire_bytes, now - before, now);
             Counters::add(&self.shared.counters.frames, 1);
@@ -141,16 +147,17 @@ impl Worker {
             self.region_done(session, id);
             return Ok(());
         }
-        let slices: Vec<(u64, u64, Option<&[u8]>)> = extents
-            .iter()
-            .map(|(offset, length, range)| (*offset, *length, range.map(|(from, to)| &read.bytes[from..to])))
-            .collect();
-        session.image_body.clear();
-        Image::encode(id, read.volume, &slices, &mut session.image_body);
-        let frame = Frame::plain(FrameKind::Image, session.sent, &session.image_body);
-        Counters::add(&self.shared.counters.image_bytes, session.image_body.len() as u64);
-        let body = Bytes::from(std::mem::take(&mut session.image_body));
-        self.push(state, session, frame, body).await
+        let mut head = Vec::with_capacity(size_of::<ImageHeader>() + extents.len() * size_of::<ImageExtent>());
+        let zero_or_not = extents.iter().map(|(offset, length, range)| (*offset, *length, range.is_none()));
+        Image::encode_head(id, read.volume, zero_or_not, &mut head);
+        // The bytes go out as they were read: no copy, and the buffer is free when the transport is done with it.
+        let bytes = session.regions.take_bytes(id);
+        let ranges = extents.iter().filter_map(|(_, _, range)| *range);
+        let parts: Vec<Bytes> =
+            std::iter::once(Bytes::from(head)).chain(ranges.map(|(from, to)| bytes.slice(from..to))).collect();
+        let frame = Frame::of_parts(FrameKind::Image, session.sent, parts.iter().map(|part| &part[..]));
+        Counters::add(&self.shared.counters.image_bytes, frame.body_bytes as u64);
+        self.push(state, session, frame, parts).await
     }
 
     pub(super) async fn report(&mut self, state: &mut State, session: &mut Session) -> Result<(), Ended> {
