@@ -1,6 +1,7 @@
 //! On what was measured.
 
 use serde::Serialize;
+use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::process::Command;
 use std::time::Duration;
@@ -109,4 +110,49 @@ pub fn busy_percent() -> f64 {
     let before = Usage::now();
     std::thread::sleep(Duration::from_secs(1));
     before.busy_percent()
+}
+
+/// CPU time of everything on this machine that is neither a part of this bench nor of the kernel.
+pub struct Others {
+    ticks: u64,
+    usage: Usage,
+}
+
+impl Others {
+    /// So far.
+    pub fn now() -> Self {
+        let all: HashMap<u32, Process> = processes().map(|process| (process.pid, process)).collect();
+        let supervisor = std::os::unix::process::parent_id();
+        let is_ours = |process: &Process| {
+            let mut chain = std::iter::successors(Some(process), |process| all.get(&process.parent));
+            chain.any(|process| process.pid == supervisor)
+        };
+        // The kernel's threads are children of number 2.
+        let foreign = all.values().filter(|process| process.pid != 2 && process.parent != 2 && !is_ours(process));
+        Others { ticks: foreign.map(|process| process.ticks).sum(), usage: Usage::now() }
+    }
+
+    /// Their share of all cores since.
+    pub fn percent(&self) -> f64 {
+        let now = Others::now();
+        100.0 * now.ticks.saturating_sub(self.ticks) as f64 / (now.usage.all - self.usage.all).max(1) as f64
+    }
+}
+
+struct Process {
+    pid: u32,
+    parent: u32,
+    /// Its own time and that of its children that have ended: so nothing is lost at an end, and nothing counted twice.
+    ticks: u64,
+}
+
+fn processes() -> impl Iterator<Item = Process> {
+    let pids = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter_map(|pid| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
+        let ticks = fields.get(11..15)?.iter().filter_map(|field| field.parse::<u64>().ok()).sum();
+        Some(Process { pid, parent: fields.get(1)?.parse().ok()?, ticks })
+    })
 }

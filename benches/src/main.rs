@@ -86,12 +86,14 @@ fn measure(arguments: &Arguments) -> ExitCode {
             continue;
         }
         report.begin(bench.name, bench.title, machine::busy_percent());
+        let others = machine::Others::now();
         let outcome = catch_unwind(AssertUnwindSafe(|| (bench.run)(&plan, &mut report)));
         if let Err(panic) = outcome {
             let words = panic.downcast_ref::<String>().cloned();
             let words = words.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string));
             report.wrong(&words.unwrap_or_else(|| "it panicked".into()));
         }
+        report.end(others.percent());
     }
     let table = report.markdown();
     println!("{table}");

@@ -26,6 +26,8 @@ struct Bench {
     title: &'static str,
     /// How busy the machine was just before, with other things.
     busy_percent_before: f64,
+    /// How much of the machine other things used meanwhile.
+    others_percent: f64,
     rows: Vec<Row>,
     notes: Vec<String>,
     /// Something is wrong, not slow.
@@ -69,7 +71,13 @@ impl Report {
         let second = self.started.elapsed().as_secs();
         eprintln!("[{second:>3} s] {name}: {title} (machine {busy_percent_before:.0} % busy before)");
         let (rows, notes, wrong) = (Vec::new(), Vec::new(), Vec::new());
-        self.benches.push(Bench { name, title, busy_percent_before, rows, notes, wrong });
+        self.benches.push(Bench { name, title, busy_percent_before, others_percent: 0.0, rows, notes, wrong });
+    }
+
+    /// The bench is over.
+    pub fn end(&mut self, others_percent: f64) {
+        eprintln!("        (others used {others_percent:.0} % of the machine meanwhile)");
+        self.bench().others_percent = others_percent;
     }
 
     fn bench(&mut self) -> &mut Bench {
@@ -131,10 +139,7 @@ impl Report {
             for words in &bench.notes {
                 writeln!(text, "{words}\n").unwrap();
             }
-            let busy = bench.busy_percent_before;
-            if busy >= 5.0 {
-                writeln!(text, "The machine was {busy:.0} % busy with other things just before.\n").unwrap();
-            }
+            writeln!(text, "Others used {:.0} % of the machine meanwhile.\n", bench.others_percent).unwrap();
         }
         let seconds = self.started.elapsed().as_secs();
         writeln!(text, "{seconds} s in all. {}", self.summary()).unwrap();

@@ -79,6 +79,8 @@ fn measure(plan: &Plan, report: &mut Report, aim: &Aim) {
             run.report(report, aim);
             break;
         }
+        let reasons = pair.production.group(GROUP).map(|group| group["gaps"].to_string());
+        report.note(&format!("Gaps: {}", reasons.unwrap_or_default()));
         report.note(&format!(
             "{:.0} % of the fastest rate did not hold: {:.0} {} for {:.0} s, {:?} became {:?}.",
             share * 100.0,
