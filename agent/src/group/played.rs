@@ -442,6 +442,20 @@ async fn a_dirty_region_without_a_reason_opens_a_gap() {
     stage.until("protected again", |stage| stage.marks().len() == 4 && stage.shared.facts().gap.is_none()).await;
 }
 
+/// A completion that nobody saw is no loss if the region is equal: no gap, no image, no alarm.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dirty_region_that_is_equal_is_no_gap() {
+    let stage = Stage::set().await;
+    stage.protected().await;
+    let marks = stage.marks().len();
+    stage.source.track.set_dirty(3);
+    stage.until("the region is done", |stage| stage.source.track.dirty_count() == 0).await;
+    let probes = |stage: &Stage| stage.shared.counters.probes.load(Ordering::SeqCst) > 0;
+    stage.until("it was compared", probes).await;
+    assert_eq!(stage.marks().len(), marks, "nobody was told of a gap");
+    assert!(stage.shared.facts().gap.is_none());
+}
+
 /// Writes that never pause do not starve whoever wants a bookmark.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_bookmark_is_set_while_writes_never_pause() {

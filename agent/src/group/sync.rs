@@ -134,6 +134,11 @@ impl SyncShared {
         self.wake.notify_all();
     }
 
+    /// The replicas are not empty any more: digests are wanted.
+    pub fn not_fresh(&self) {
+        lock(&self.orders).fresh.clear();
+    }
+
     /// The session ended: nothing more is taken.
     pub fn pause(&self) {
         let mut orders = lock(&self.orders);

@@ -28,7 +28,7 @@ use varve_common::geometry::Extent;
 use varve_common::problem::Problem;
 use varve_common::record::RecordKind;
 use varve_common::state::{GapReason, Link};
-use varve_common::wire::messages::{self, Ask, Hello, Report, Verify, VolumeHello, Welcome};
+use varve_common::wire::messages::{self, Ask, Hello, ProbeReply, Report, Verify, VolumeHello, Welcome};
 use varve_common::wire::{Codec, Frame, FrameKind, Image, ImageExtent, ImageHeader, WireError};
 use varve_io::aligned::{BufPool, PooledBuf};
 

@@ -65,11 +65,6 @@ impl Worker {
                 if std::mem::replace(&mut state.read_failed, false) {
                     self.shared.facts().read_error = None;
                 }
-                if read.purpose == Purpose::Send && state.gap.open().is_none() {
-                    // Some bits are set without an event that was seen before (a completion that nobody waited for any
-                    // more). The receiver takes no image outside a gap, and rightly so.
-                    self.gap_begins(state, GapReason::LateWrite, session.sent);
-                }
                 session.regions.push(read);
             }
             FromSync::Read(read) => self.give_back(&read),
@@ -94,9 +89,7 @@ impl Worker {
     pub(super) async fn region(&mut self, state: &mut State, session: &mut Session, next: Next) -> Result<(), Ended> {
         match next {
             Next::Probe(probe) => {
-                if let Some(read) = session.regions.get(probe.id)
-                    && read.purpose == Purpose::Compare
-                {
+                if let Some(read) = session.regions.get(probe.id) {
                     // What is touched until the probe's position decides; later writes do not matter to it.
                     let overtaken = lock(&self.sync.shared().tracker).overtaken(probe.id);
                     let touched = touched_blocks(read.extent, &overtaken);
@@ -133,6 +126,11 @@ impl Worker {
                     let touched = session.regions.touched(reply.id);
                     run.looked(read.volume, read.region, Some((reply.differs, touched)), session.sent, Instant::now());
                 }
+                // What counts is what the receiver was told: a gap that has just begun may have its mark still to come.
+                if purpose == Purpose::Send && session.remote_consistent {
+                    self.compared_outside_a_gap(state, session, reply);
+                    return Ok(());
+                }
                 self.region(state, session, next).await
             }
             Event::ImageDone(done) => {
@@ -154,6 +152,20 @@ impl Worker {
             }
             Event::Ended(ended) => Err(ended),
         }
+    }
+
+    /// Some bits are set without a loss that is known: a completion that nobody saw may have been that of a failed write.
+    /// If the region is equal nothing was lost, and nobody need be told. If not it is sent, in a gap: the receiver takes
+    /// no image outside one, and rightly so.
+    fn compared_outside_a_gap(&self, state: &mut State, session: &mut Session, reply: ProbeReply) {
+        let different = reply.differs & !session.regions.touched(reply.id);
+        if different != 0 {
+            if let Some(read) = session.regions.get(reply.id) {
+                self.source.track(usize::from(read.volume)).set_dirty(read.region);
+            }
+            self.gap_begins(state, GapReason::LateWrite, session.sent);
+        }
+        self.region_done(session, reply.id);
     }
 
     /// Orders the next looks of a running verify, and ends it.

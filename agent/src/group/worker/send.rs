@@ -14,6 +14,11 @@ impl Worker {
         if let Some(mark) = state.gap.next_mark(session.remote_consistent, session.sent) {
             self.send_mark(state, session, mark.kind, mark.reason).await?;
             session.remote_consistent = mark.kind == MarkKind::GapEnd;
+            if session.remote_consistent {
+                // From here on the replicas are not empty, and regions are compared before they are sent.
+                session.fresh.clear();
+                self.sync.shared().not_fresh();
+            }
             // A gap may have begun while the mark was on its way.
             if session.remote_consistent && state.gap.open().is_none() {
                 state.closing = Some(session.sent);
