@@ -21,6 +21,24 @@ pub fn is_there() -> bool {
     std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(PROGRAM).exists()))
 }
 
+/// When a mirror copies.
+#[derive(Clone, Copy)]
+pub enum Mode {
+    /// Before the write is answered.
+    WriteBlocking,
+    /// Later, what was dirtied, each block once.
+    Background,
+}
+
+/// How a mirror reaches its target.
+#[derive(Clone, Copy)]
+pub enum Way {
+    /// As to another machine.
+    Tcp,
+    /// On this machine only.
+    Unix,
+}
+
 /// A running daemon with its control connection.
 struct Daemon {
     child: Child,
@@ -128,20 +146,29 @@ impl Device {
         &self.image
     }
 
-    /// Mirrors to an image on the disk and waits until that has caught up. `mode`: `write-blocking` or `background`.
+    /// Mirrors to an image on the disk and waits until that has caught up.
     #[track_caller]
-    pub fn mirror(&mut self, mode: &str) {
+    pub fn mirror(&mut self, mode: Mode, way: Way) {
         let bytes = std::fs::metadata(&self.image).unwrap().len();
         let replica = self.disk.file("replica", bytes);
-        let (host, port) = ("127.0.0.1", free_port().to_string());
-        let exports = [
-            "--nbd-server".into(),
-            format!("addr.type=inet,addr.host={host},addr.port={port}"),
-            "--export".into(),
-            "type=nbd,id=export,node-name=disk,name=disk,writable=on".into(),
-        ];
+        let (address, server) = match way {
+            Way::Tcp => {
+                let (host, port) = ("127.0.0.1", free_port().to_string());
+                let server = json!({"type": "inet", "host": host, "port": port});
+                (format!("addr.type=inet,addr.host={host},addr.port={port}"), server)
+            }
+            Way::Unix => {
+                let path = self.disk.join("nbd");
+                (format!("addr.type=unix,addr.path={}", path.display()), json!({"type": "unix", "path": path}))
+            }
+        };
+        let export = "type=nbd,id=export,node-name=disk,name=disk,writable=on";
+        let exports = ["--nbd-server", &address, "--export", export].map(String::from);
         self.target = Some(Daemon::start(self.disk.path(), &replica, &exports));
-        let server = json!({"type": "inet", "host": host, "port": port});
+        let mode = match mode {
+            Mode::WriteBlocking => "write-blocking",
+            Mode::Background => "background",
+        };
         let node = json!({"driver": "nbd", "node-name": "target", "server": server, "export": "disk"});
         self.source.ask("blockdev-add", &node);
         let job = json!({"job-id": JOB, "device": "disk", "target": "target", "sync": "full", "copy-mode": mode});

@@ -12,7 +12,7 @@ use varve_tests::{MIB, Pair, compare_devices};
 use super::GROUP;
 use crate::pacer;
 use crate::plan::Plan;
-use crate::qemu::{self, Device};
+use crate::qemu::{self, Device, Mode, Way};
 use crate::report::{Report, Target};
 use crate::statistics::{median, ratios};
 use crate::status::Agent;
@@ -20,6 +20,13 @@ use crate::volume::{Volume, fill, fio};
 
 const BYTES: u64 = 256 * MIB;
 const LIMIT: Duration = Duration::from_secs(120);
+
+/// Over TCP its client holds packets back (it corks) as soon as two writes are under way; so also the other way.
+const MIRRORS: [(&str, Mode, Way); 3] = [
+    ("mirror, write-blocking, over TCP", Mode::WriteBlocking, Way::Tcp),
+    ("mirror, write-blocking, over a Unix socket", Mode::WriteBlocking, Way::Unix),
+    ("mirror, background, over a Unix socket", Mode::Background, Way::Unix),
+];
 
 /// What one of the contestants reached, one value a round.
 #[derive(Default)]
@@ -48,13 +55,16 @@ pub fn run(plan: &Plan, report: &mut Report) {
         return;
     }
     let prefill = |image: &Path| fill(&std::fs::File::options().write(true).open(image).unwrap(), BYTES, |_| true);
-    let mut devices = [(); 3].map(|()| Device::new(BYTES, prefill));
-    devices[0].mirror("write-blocking");
-    devices[1].mirror("background");
+    let mut mirrors = MIRRORS.map(|(_, mode, way)| {
+        let mut device = Device::new(BYTES, prefill);
+        device.mirror(mode, way);
+        device
+    });
+    let protected = Device::new(BYTES, prefill);
     let plain = Volume::in_memory(BYTES);
     let pair = Pair::new();
     let [same, own] = ["same", GROUP].map(|group| {
-        let device = if group == "same" { devices[2].path() } else { plain.path() };
+        let device = if group == "same" { protected.path() } else { plain.path() };
         let replicas = pair.protect(group, &[device]);
         pair.wait_protected(group, LIMIT);
         (Agent::connect(pair.production.root(), group), replicas[0].clone())
@@ -63,53 +73,50 @@ pub fn run(plan: &Plan, report: &mut Report) {
     let bare = Device::new(BYTES, prefill);
 
     let time = plan.run(5.0, 2.0).max(Duration::from_secs(1));
-    let mut reached: [Reached; 5] = Default::default();
+    let (mut without, mut varve, mut plainly) = (Reached::default(), Reached::default(), Reached::default());
+    let mut mirrored: [Reached; 3] = Default::default();
     for _ in 0..plan.pairs(3, 1) {
-        reached[0].round(bare.path(), &plain, time, || ());
-        reached[1].round(devices[0].path().to_owned().as_path(), &plain, time, || devices[0].wait_equal(LIMIT));
-        reached[2].round(devices[1].path().to_owned().as_path(), &plain, time, || devices[1].wait_equal(LIMIT));
-        reached[3].round(devices[2].path(), &plain, time, || quiet(&pair, "same", &mut same.0));
-        own_device(&mut reached[4], &plain, time, &pair, &mut own.0);
+        without.round(bare.path(), &plain, time, || ());
+        for (reached, device) in mirrored.iter_mut().zip(&mut mirrors) {
+            let path = device.path().to_owned();
+            reached.round(&path, &plain, time, || device.wait_equal(LIMIT));
+        }
+        varve.round(protected.path(), &plain, time, || quiet(&pair, "same", &mut same.0));
+        own_device(&mut plainly, &plain, time, &pair, &mut own.0);
     }
 
-    let names = [
-        "without replication",
-        "mirror, write-blocking",
-        "mirror, background",
-        "Varve",
-        "Varve on a plain loop device",
-    ];
-    for (name, reached) in names.iter().zip(&reached) {
+    let mut row = |name: &str, reached: &Reached| {
         let detail = format!("the writer saw {:.0}/s", median(&reached.writer));
-        report.row(&format!("4 KiB writes, {name}"), "/s", &reached.replicated, Target::None, &detail);
+        report.row(&format!("replicated: {name}"), "/s", &reached.replicated, Target::None, &detail);
+    };
+    for ((name, ..), reached) in MIRRORS.iter().zip(&mirrored) {
+        row(name, reached);
     }
-    for (what, at) in [("same device", 3), ("each on what it is for", 4)] {
-        let detail = "replicated writes";
-        let ratio = |of: usize| ratios(&reached[at].replicated, &reached[of].replicated);
-        report.row(&format!("Varve / write-blocking mirror, {what}"), "x", &ratio(1), Target::None, detail);
-        report.row(&format!("Varve / background mirror, {what}"), "x", &ratio(2), Target::None, detail);
+    row("Varve, the same kind of device", &varve);
+    row("Varve, a plain loop device", &plainly);
+    for ((name, ..), reached) in MIRRORS.iter().zip(&mirrored) {
+        let same = ratios(&varve.replicated, &reached.replicated);
+        report.row(&format!("Varve, the same kind of device / {name}"), "x", &same, Target::None, "");
+        let own = ratios(&plainly.replicated, &reached.replicated);
+        report.row(&format!("Varve, a plain device / {name}"), "x", &own, Target::None, "");
     }
-    for (name, at) in [("write-blocking mirror", 1), ("background mirror", 2), ("Varve", 3)] {
-        let left = ratios(&reached[at].writer, &reached[0].writer);
-        report.row(
-            &format!("what the writer keeps: {name}"),
-            "x",
-            &left,
-            Target::None,
-            "of the same device without replication",
-        );
+    let names = MIRRORS.iter().map(|(name, ..)| *name).chain(["Varve"]);
+    for (name, reached) in names.zip(mirrored.iter().chain([&varve])) {
+        let left = ratios(&reached.writer, &without.writer);
+        let detail = format!("{:.0} of {:.0} IOPS", median(&reached.writer), median(&without.writer));
+        report.row(&format!("what the writer keeps: {name}"), "x", &left, Target::None, &detail);
     }
 
-    let sides = [
-        ("the write-blocking mirror", devices[0].image().to_owned(), devices[0].end_mirror()),
-        ("the background mirror", devices[1].image().to_owned(), devices[1].end_mirror()),
-        ("Varve's replica (same device)", devices[2].image().to_owned(), same.1),
-        ("Varve's replica (plain device)", plain.path().to_owned(), own.1),
-    ];
-    for (what, volume, replica) in sides {
+    let mut sides: Vec<_> = Vec::new();
+    for ((name, ..), device) in MIRRORS.iter().zip(&mut mirrors) {
+        sides.push((*name, device.image().to_owned(), device.end_mirror()));
+    }
+    sides.push(("Varve, the same kind of device", protected.image().to_owned(), same.1));
+    sides.push(("Varve, a plain loop device", plain.path().to_owned(), own.1));
+    for (name, volume, replica) in sides {
         match compare_devices(&volume, &replica) {
-            Ok(()) => report.note(&format!("{what} is equal, bit for bit.")),
-            Err(difference) => report.wrong(&format!("{what} differs: {difference}")),
+            Ok(()) => report.note(&format!("Equal, bit for bit: {name}.")),
+            Err(difference) => report.wrong(&format!("{name}: {difference}")),
         }
     }
 }
