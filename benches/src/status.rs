@@ -28,6 +28,7 @@ pub struct Group {
     /// Its size.
     pub ring_bytes: u64,
     counters: serde_json::Map<String, Value>,
+    gaps: Vec<String>,
 }
 
 impl Group {
@@ -35,6 +36,11 @@ impl Group {
     #[track_caller]
     pub fn counter(&self, name: &str) -> u64 {
         self.counters.get(name).and_then(Value::as_u64).unwrap_or_else(|| panic!("status has no counter {name}"))
+    }
+
+    /// Why the newest gaps began.
+    pub fn gaps(&self, count: u64) -> &[String] {
+        &self.gaps[self.gaps.len().saturating_sub(count as usize)..]
     }
 
     /// What must not change while everything goes well: any rise means dirty regions.
@@ -68,12 +74,14 @@ impl Agent {
         let mut reply: Value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("status ({error}): {line}"));
         let group = reply["done"]["groups"][0].take();
         assert!(group.is_object(), "no group in the answer: {line}");
+        let gaps = group["gaps"].as_array().into_iter().flatten();
         Group {
             data: group["data"].as_str().unwrap().to_owned(),
             rpo_seconds: group["rpo_seconds"].as_f64(),
             ring_used: group["ring"]["used_bytes"].as_u64().unwrap_or(0),
             ring_bytes: group["ring"]["total_bytes"].as_u64().unwrap_or(0),
             counters: group["counters"].as_object().unwrap().clone(),
+            gaps: gaps.filter_map(|gap| gap["reason"].as_str().map(str::to_owned)).collect(),
         }
     }
 }

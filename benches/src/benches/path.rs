@@ -79,22 +79,26 @@ fn measure(plan: &Plan, report: &mut Report, aim: &Aim) {
             run.report(report, aim);
             break;
         }
-        let reasons = pair.production.group(GROUP).map(|group| group["gaps"].to_string());
-        report.note(&format!("Gaps: {}", reasons.unwrap_or_default()));
+        let changed: Vec<String> = run.before.troubles().iter().zip(run.after.troubles()).filter_map(rise).collect();
         report.note(&format!(
-            "{:.0} % of the fastest rate did not hold: {:.0} {} for {:.0} s, {:?} became {:?}.",
+            "{:.0} % of the fastest rate did not hold: {:.0} {} for {:.0} s; {}; {} MB sent as images; gaps: {}.",
             share * 100.0,
             run.rate() / aim.unit_bytes,
             aim.unit,
             run.took.as_secs_f64(),
-            run.before.troubles(),
-            run.after.troubles()
+            changed.join(", "),
+            (run.after.counter("image_bytes") - run.before.counter("image_bytes")) / 1_000_000,
+            run.after.gaps(run.after.counter("gaps") - run.before.counter("gaps")).join(", "),
         ));
     }
     let begun = Instant::now();
     wait_quiet(&pair, &mut agent);
     report.note(&format!("Everything was applied {:.1} s after the last write.", begun.elapsed().as_secs_f64()));
     check_end(report, &pair, volume.path(), &replicas[0]);
+}
+
+fn rise(((name, before), (_, after)): (&(&str, u64), (&str, u64))) -> Option<String> {
+    (after != *before).then(|| format!("{name} +{}", after - before))
 }
 
 /// Volume and replica are equal, and the logs hold nothing that a reader should know.
