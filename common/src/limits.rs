@@ -22,7 +22,7 @@ pub const DIGESTS_PER_REGION: usize = (REGION_BYTES / DIGEST_BLOCK_BYTES) as usi
 pub const IMAGE_EXTENTS_MAX: usize = (REGION_BYTES / 512) as usize;
 /// Regions that a sync may have under way at once: enough for what the receiver holds while it syncs its replica. Only
 /// those that were not sent yet hold a buffer of [`REGION_BYTES`].
-pub const SYNC_REGIONS_MAX: usize = 30;
+pub const SYNC_REGIONS_MAX: usize = 128;
 /// Largest volume: 2^31 regions, a bitmap of 256 MiB.
 pub const VOLUME_BYTES_MAX: u64 = 1 << 51;
 /// Smallest and largest ring.

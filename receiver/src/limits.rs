@@ -10,7 +10,8 @@ pub const ARENAS_MAX: usize = 8;
 /// A frame that is not complete keeps a batch from being written unless what has come of it is no more than this:
 /// then it is copied into the next batch.
 pub const CUT_COPY_BYTES_MAX: usize = 64 << 10;
-/// Images that wait for the applier, plain bytes: more than an agent's window, so that data never waits behind them.
+/// Images that wait for the applier, plain bytes. Beyond, the session reads no further: data behind them waits for as long
+/// as it takes to write them.
 pub const IMAGE_BYTES_WAITING_MAX: usize = 32 << 20;
 /// Probes that wait for the applier.
 pub const PROBES_WAITING_MAX: usize = 64;
@@ -31,7 +32,7 @@ pub const UNSYNCED_BYTES_MAX: usize = 64 << 20;
 /// Time between a write to the replicas and its sync, at most.
 pub const UNSYNCED_TIME_MAX: Duration = Duration::from_millis(200);
 /// Image bytes that share one sync.
-pub const IMAGE_BYTES_PER_SYNC: usize = 16 << 20;
+pub const IMAGE_BYTES_PER_SYNC: usize = 64 << 20;
 /// Free space below which no session is opened: enough for the segment in use and what file systems keep back.
 pub const DISK_FREE_BYTES_MIN: u64 = 64 << 20;
 /// Segments that a group has from its beginning: one is written while the other is applied.
@@ -60,7 +61,8 @@ pub const REPORT_AGE_MAX: Duration = Duration::from_secs(5);
 const _: () = assert!(ARENA_BYTES >= 2 * varve_common::limits::FRAME_PLAIN_BYTES_MAX);
 const _: () = assert!(WINDOW_BYTES >= varve_common::limits::FRAME_PLAIN_BYTES_MAX + 4 * 4096);
 const _: () = assert!(IMAGE_BYTES_WAITING_MAX >= 2 * varve_common::wire::IMAGE_BODY_BYTES_MAX);
-const _: () = assert!(IMAGE_BYTES_PER_SYNC < IMAGE_BYTES_WAITING_MAX);
+// While one half of an agent's window is being synced the other half flows.
 const _: () = assert!(
-    varve_common::limits::SYNC_REGIONS_MAX as u64 * varve_common::limits::REGION_BYTES < IMAGE_BYTES_WAITING_MAX as u64
+    2 * IMAGE_BYTES_PER_SYNC as u64
+        <= varve_common::limits::SYNC_REGIONS_MAX as u64 * varve_common::limits::REGION_BYTES
 );
