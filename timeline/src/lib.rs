@@ -1,0 +1,8 @@
+//! The timeline of a group: what its writes replaced, dated, so that any point can be read again.
+//!
+//! One rule answers every read: a block at point P is the before-image in the *earliest* record after P that covers it;
+//! if there is none, it is what the replica holds.
+
+pub mod entry;
+pub mod error;
+pub mod limits;
