@@ -3,6 +3,7 @@
 //!
 //! The structs below `StatusReply` are also what `varve --json` prints (docs/json.md): fields are only ever added.
 
+use crate::point::{Consistency, PointSpec};
 use crate::problem::Problem;
 use crate::state::{Data, GapReason, Link, Role};
 use crate::wire::messages::Verify;
@@ -86,6 +87,103 @@ pub enum ReceiverRequest {
         /// The group's name.
         group: String,
     },
+    /// What can be recovered. Answer: [`PointsReply`].
+    Points {
+        /// The group's name.
+        group: String,
+        /// Only what is not older, nanoseconds since 1970.
+        from_ns: Option<u64>,
+        /// Only what is not younger.
+        to_ns: Option<u64>,
+    },
+    /// Open every volume of a group at a point. Answer: [`ViewReply`].
+    ViewOpen {
+        /// The group's name.
+        group: String,
+        /// Which point.
+        at: PointSpec,
+        /// Writes are taken, and gone when the view is closed.
+        writable: bool,
+        /// How it is served.
+        export: ExportKind,
+        /// Address and port for NBD over TCP with TLS; `None`: a Unix socket.
+        listen: Option<String>,
+    },
+    /// The open views. Answer: [`ViewsReply`].
+    ViewList,
+    /// Close a view. Answer: nothing. Refused while a device of it is in use.
+    ViewClose {
+        /// Its number.
+        id: u64,
+        /// Even then.
+        #[serde(default)]
+        force: bool,
+    },
+    /// Make the replica what it was. Answers: [`Reply::Progress`] and at last [`RollbackReply`].
+    Rollback {
+        /// The group's name.
+        group: String,
+        /// Which point.
+        at: PointSpec,
+        /// Only find out what differs.
+        dry_run: bool,
+    },
+    /// Let replication go on after a rollback. Answer: nothing.
+    RollbackRelease {
+        /// The group's name.
+        group: String,
+    },
+    /// Write one volume as it was to a file or device. Answers: [`Reply::Progress`] and at last [`RestoreReply`].
+    Restore {
+        /// The group's name.
+        group: String,
+        /// Which point.
+        at: PointSpec,
+        /// The volume: its path at the source, or its number in the group.
+        volume: String,
+        /// Where to; an absolute path.
+        to: String,
+        /// Only check.
+        dry_run: bool,
+        /// Over what is there.
+        force: bool,
+    },
+    /// Set what is given, tell what holds. Answer: [`RetentionReply`].
+    Retention {
+        /// The group's name.
+        group: String,
+        /// Points may expire when they are older; 0: whatever their age.
+        age_seconds: Option<u64>,
+        /// The oldest points expire when history has more bytes; 0: whatever its size.
+        bytes: Option<u64>,
+    },
+    /// Read all of a group's history and check it. Answers: [`Reply::Progress`] and at last [`ScrubReply`].
+    Scrub {
+        /// The group's name.
+        group: String,
+        /// At most; `None`: the configured rate.
+        bytes_per_second: Option<u64>,
+    },
+    /// Pin a bookmark against expiry, or let it go. Answer: [`KeepReply`].
+    Keep {
+        /// The group's name.
+        group: String,
+        /// The bookmark's name.
+        bookmark: String,
+        /// Pin it.
+        keep: bool,
+    },
+}
+
+/// How a view is served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ExportKind {
+    /// A block device of the recovery host.
+    #[default]
+    Device,
+    /// The NBD protocol.
+    Nbd,
 }
 
 /// One line of an answer.
@@ -166,7 +264,7 @@ pub struct GroupStatus {
     pub durable: Option<String>,
     /// Newest position that is in the replica.
     pub applied: Option<String>,
-    /// Times between which points can be recovered (RFC 3339); until there is a history only the newest.
+    /// Times between which points can be recovered (RFC 3339).
     pub window: Window,
     /// Gaps that were seen (the newest ones).
     pub gaps: Vec<GapStatus>,
@@ -178,6 +276,9 @@ pub struct GroupStatus {
     pub verify: Option<Verify>,
     /// Bytes of the ring in use and in all (agent).
     pub ring: Option<RingStatus>,
+    /// The history (receiver).
+    #[serde(default)]
+    pub history: Option<HistoryStatus>,
     /// Counters since the daemon started, by name (docs/json.md).
     pub counters: std::collections::BTreeMap<String, u64>,
 }
@@ -229,6 +330,40 @@ pub struct RingStatus {
     pub used_bytes: u64,
     /// Its size.
     pub total_bytes: u64,
+}
+
+/// See [`GroupStatus::history`].
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct HistoryStatus {
+    /// Layers, the open one included.
+    pub layers: u64,
+    /// Bytes on disk: layers, their indexes, the chronicle.
+    pub bytes: u64,
+    /// Before-images.
+    pub records: u64,
+    /// Open views.
+    pub views: u64,
+    /// Bookmarks, and those of them that are kept.
+    pub bookmarks: u64,
+    /// See `bookmarks`.
+    pub kept: u64,
+    /// Part of the bytes to be replaced that did not have to be read first, 0 to 1; `None`: nothing was replaced yet.
+    pub avoided_reads: Option<f64>,
+    /// Stretches of points that damage took away.
+    pub damaged: u64,
+    /// Limits that were set: age and bytes.
+    pub retention: Retention,
+    /// Something to say: why the window is shorter than retention says, why nothing is taken in.
+    pub notice: Option<String>,
+}
+
+/// How long history is kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Retention {
+    /// Points may expire when they are older; `None`: whatever their age.
+    pub age_seconds: Option<u64>,
+    /// The oldest points expire when history has more bytes; `None`: whatever its size.
+    pub bytes: Option<u64>,
 }
 
 /// Answer to `protect`.
@@ -317,6 +452,266 @@ pub struct InviteStatus {
     pub expires: String,
 }
 
+/// A point that was taken.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PointReply {
+    /// Its time at the source (RFC 3339, to the nanosecond: asked for again, it gives the same point).
+    pub time: String,
+    /// Its position, `incarnation:offset`.
+    pub position: String,
+    /// Orders all points of the group.
+    pub height: u64,
+    /// What it promises.
+    pub consistency: Consistency,
+    /// What was asked for.
+    pub asked: String,
+    /// Seconds from what was asked to what was taken; negative: it is older.
+    pub distance_seconds: f64,
+}
+
+/// Answer to `points`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PointsReply {
+    /// The group's name.
+    pub group: String,
+    /// Oldest and newest point.
+    pub window: Window,
+    /// Points in the stretch that was asked for.
+    pub points: u64,
+    /// Before-images in it.
+    pub records: u64,
+    /// Bytes of history in it.
+    pub bytes: u64,
+    /// From old to new.
+    pub bookmarks: Vec<BookmarkStatus>,
+    /// From old to new.
+    pub gaps: Vec<GapStatus>,
+    /// Stretches of points that damage took away, from old to new.
+    pub damaged: Vec<DamageStatus>,
+    /// Streams, from old to new.
+    pub stretches: Vec<StretchStatus>,
+    /// Rollbacks, from old to new.
+    pub rollbacks: Vec<RollbackStatus>,
+    /// How many points where.
+    pub density: Vec<DensityStatus>,
+}
+
+/// A bookmark.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BookmarkStatus {
+    /// Its name.
+    pub name: String,
+    /// Its time at the source.
+    pub time: String,
+    /// Its position.
+    pub position: String,
+    /// What it promises.
+    pub consistency: Consistency,
+    /// Whether it can be recovered: not inside a gap, not damaged.
+    pub recoverable: bool,
+    /// Whether it is pinned against expiry.
+    pub kept: bool,
+    /// Bytes of history that would expire without it; `None`: not kept.
+    pub kept_bytes: Option<u64>,
+}
+
+/// Points that damage took away.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DamageStatus {
+    /// Time of the last point before; `None`: from the oldest on.
+    pub from: Option<String>,
+    /// Time of the first point after; `None`: up to the newest.
+    pub to: Option<String>,
+    /// What is damaged.
+    pub what: String,
+}
+
+/// A stream of one incarnation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StretchStatus {
+    /// The incarnation, all hex digits.
+    pub incarnation: String,
+    /// When it began.
+    pub from: String,
+    /// When the next one began.
+    pub to: Option<String>,
+    /// Fencing token.
+    pub epoch: u64,
+}
+
+/// A rollback.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RollbackStatus {
+    /// When it was done: the replica's time of the point, at the source.
+    pub time: String,
+    /// Time of the point that it went back to.
+    pub to: String,
+}
+
+/// Points and bytes of a stretch of time.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DensityStatus {
+    /// From when.
+    pub from: String,
+    /// Until when.
+    pub to: String,
+    /// Points.
+    pub points: u64,
+    /// Bytes of history.
+    pub bytes: u64,
+}
+
+/// Answer to `view open`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ViewReply {
+    /// For `view close`.
+    pub id: u64,
+    /// The group's name.
+    pub group: String,
+    /// The exact point.
+    pub point: PointReply,
+    /// In the order of their numbers.
+    pub volumes: Vec<ViewVolume>,
+    /// Whether writes are taken.
+    pub writable: bool,
+    /// How it is served.
+    pub export: ExportKind,
+    /// What to know before it is mounted.
+    pub hints: Vec<String>,
+    /// When it was opened (the receiver's time).
+    pub opened: Option<String>,
+    /// Bytes of history that could expire without it.
+    pub held_bytes: Option<u64>,
+    /// Bytes that were written to it.
+    pub written_bytes: Option<u64>,
+}
+
+/// A volume of a view.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ViewVolume {
+    /// Path at the source.
+    pub path: String,
+    /// Size.
+    pub bytes: u64,
+    /// The block device.
+    pub device: Option<String>,
+    /// The NBD URI.
+    pub uri: Option<String>,
+}
+
+/// Answer to `view list`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ViewsReply {
+    /// In the order of their numbers.
+    pub views: Vec<ViewReply>,
+}
+
+/// Answer to `rollback`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RollbackReply {
+    /// The group's name.
+    pub group: String,
+    /// What the replica was: with this the rollback can be rolled back.
+    pub from_point: PointReply,
+    /// What it is (would be) now.
+    pub to_point: PointReply,
+    /// Bytes that differ.
+    pub bytes: u64,
+    /// Blocks of 4096 bytes that they are in.
+    pub blocks: u64,
+    /// How long it took (would take).
+    pub seconds: f64,
+    /// Nothing was changed.
+    pub dry_run: bool,
+    /// Replication waits for `rollback --release`.
+    pub held: bool,
+}
+
+/// Answer to `restore`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RestoreReply {
+    /// The group's name.
+    pub group: String,
+    /// Path of the volume at the source.
+    pub volume: String,
+    /// Where it was (would be) written to.
+    pub to: String,
+    /// The exact point.
+    pub point: PointReply,
+    /// Size of the volume.
+    pub bytes: u64,
+    /// Bytes that are not holes.
+    pub written_bytes: u64,
+    /// How long it took.
+    pub seconds: f64,
+    /// BLAKE3 of all bytes, hex; `None` with a dry run.
+    pub digest: Option<String>,
+    /// Whether it was read again and is the same.
+    pub verified: bool,
+    /// Nothing was written.
+    pub dry_run: bool,
+}
+
+/// Answer to `retention`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RetentionReply {
+    /// The group's name.
+    pub group: String,
+    /// What holds now.
+    pub retention: Retention,
+    /// The window before anything expires because of it.
+    pub window: Window,
+    /// Bytes of history.
+    pub bytes: u64,
+    /// Bytes that expire now.
+    pub expiring_bytes: u64,
+    /// Where the window will begin then; `None`: nothing expires.
+    pub expiring_to: Option<String>,
+    /// Bytes that are only there for kept bookmarks and open views.
+    pub held_bytes: u64,
+}
+
+/// Answer to `scrub`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubReply {
+    /// The group's name.
+    pub group: String,
+    /// Layers read.
+    pub layers: u64,
+    /// Bytes read.
+    pub bytes: u64,
+    /// What is damaged.
+    pub damaged: Vec<LayerDamage>,
+}
+
+/// A damaged layer and the points that it takes away.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerDamage {
+    /// The layer's number.
+    pub layer: u64,
+    /// What was found.
+    pub what: String,
+    /// Time of the first point that cannot be read any more; `None`: no point is lost.
+    pub from: Option<String>,
+    /// Time of the last one.
+    pub to: Option<String>,
+}
+
+/// Answer to `bookmark --keep` and `--release`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeepReply {
+    /// The group's name.
+    pub group: String,
+    /// The bookmark.
+    pub name: String,
+    /// Its time.
+    pub time: String,
+    /// Whether it is kept now.
+    pub kept: bool,
+    /// Bytes of history that are (were) only there because of it.
+    pub bytes: u64,
+}
+
 /// A position as people and scripts see it: the incarnation's first eight hex digits and the offset.
 pub fn show_position(incarnation: &[u8; 16], offset: u64) -> String {
     let mut text = String::with_capacity(32);
@@ -331,6 +726,14 @@ pub fn show_position(incarnation: &[u8; 16], offset: u64) -> String {
 pub fn show_time(time_ns: u64) -> String {
     match jiff::Timestamp::from_nanosecond(i128::from(time_ns)) {
         Ok(time) => format!("{time:.6}"),
+        Err(_) => format!("{time_ns} ns"),
+    }
+}
+
+/// Nanoseconds since 1970 as RFC 3339 in UTC, to the nanosecond: what names a point must give the same point again.
+pub fn show_exact_time(time_ns: u64) -> String {
+    match jiff::Timestamp::from_nanosecond(i128::from(time_ns)) {
+        Ok(time) => time.to_string(),
         Err(_) => format!("{time_ns} ns"),
     }
 }

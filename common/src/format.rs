@@ -17,6 +17,8 @@
 //! ends at the first entry that does not count, does not continue the chain of header CRCs, or whose position does not
 //! follow.
 
+pub mod chronicle;
+
 use crate::state::GapReason;
 use crate::wire::messages::Incarnation;
 use thiserror::Error;

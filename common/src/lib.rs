@@ -8,6 +8,7 @@
 //! - [`limits`]: every limit in one place
 //! - [`config`], [`paths`]: configuration files and where everything lives below a root
 //! - [`control`]: the words between `varve` and the daemons (JSON lines over a Unix socket)
+//! - [`point`]: points in time as people ask for them, and as they are answered
 //! - [`problem`]: what an operator is told when something is refused or fails
 
 pub mod config;
@@ -16,6 +17,7 @@ pub mod format;
 pub mod geometry;
 pub mod limits;
 pub mod paths;
+pub mod point;
 pub mod problem;
 pub mod record;
 pub mod state;
