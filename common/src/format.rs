@@ -18,6 +18,7 @@
 //! follow.
 
 pub mod chronicle;
+pub mod layer;
 
 use crate::state::GapReason;
 use crate::wire::messages::Incarnation;

@@ -42,4 +42,14 @@ pub enum HistoryError {
         /// The limit.
         limit: u64,
     },
+    /// A height that does not follow what is there already.
+    #[error("{what}, {found}, does not follow {after}")]
+    Order {
+        /// What of.
+        what: &'static str,
+        /// The height.
+        found: u64,
+        /// What it has to follow.
+        after: u64,
+    },
 }

@@ -5,4 +5,5 @@
 
 pub mod entry;
 pub mod error;
+pub mod layer;
 pub mod limits;
