@@ -50,8 +50,9 @@ pub const NBD_STRETCHES_MAX: usize = 16_384;
 
 /// Largest request of the kernel to a FUSE file; 1 MiB is what `fs.fuse.max_pages_limit` allows by default.
 pub const FUSE_REQUEST_BYTES_MAX: u32 = 1 << 20;
-/// Threads that answer for one attached disk.
-pub const FUSE_THREADS: usize = 4;
+/// Threads that answer for one attached disk; each keeps up to 2 MiB once it has seen the largest read and write. Measured on two
+/// cores: with 8 threads 50 000 random reads/s, with 4 40 000, with 2 21 000; one reader alone sees no difference.
+pub const FUSE_THREADS: usize = 8;
 /// Requests that the kernel may have under way at once for one attached disk (asynchronous direct I/O).
 pub const FUSE_BACKGROUND_MAX: u16 = 64;
 /// The longest that a program of util-linux may take.
