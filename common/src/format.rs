@@ -19,6 +19,7 @@
 
 pub mod chronicle;
 pub mod layer;
+pub mod run;
 
 use crate::state::GapReason;
 use crate::wire::messages::Incarnation;

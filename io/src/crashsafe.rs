@@ -13,7 +13,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use crate::IoError;
 
-/// Marks the temporary files of [`write_atomic`], so that [`remove_temporaries`] finds them.
+/// Marks the temporary files of [`write_atomic`] and [`NewFile`], so that [`remove_temporaries`] finds them.
 const TEMPORARY_MARK: &str = ".varve-tmp-";
 /// The name of the file that [`DirLock`] locks.
 const LOCK_FILE_NAME: &str = "lock";
@@ -46,20 +46,8 @@ pub fn fsync_dir(dir: impl AsRef<Path>) -> Result<(), IoError> {
 /// The failed step and its errno; `path` is then unchanged (or, if only the last sync of the
 /// directory failed, may be new or old after a crash) and no temporary file is left.
 pub fn write_atomic(path: impl AsRef<Path>, bytes: &[u8], mode: u32) -> Result<(), IoError> {
-    // Two threads, or two daemons on two directories, never pick the same name.
-    static COUNTER: AtomicU64 = AtomicU64::new(0);
     let path = path.as_ref();
-    let dir = parent_of(path)?;
-    let Some(name) = path.file_name() else {
-        return Err(IoError::refused("write", path, io::ErrorKind::InvalidInput, "the path does not end in a name"));
-    };
-    let unique = format!("{TEMPORARY_MARK}{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
-    let mut temporary_name = std::ffi::OsString::from(".");
-    temporary_name.push(name);
-    temporary_name.push(unique);
-    // In the same directory: a rename is atomic only inside one file system.
-    let temporary = dir.join(temporary_name);
-
+    let temporary = temporary_of(path)?;
     let written = write_synced(&temporary, bytes, mode)
         .and_then(|()| fs::rename(&temporary, path).map_err(|e| IoError::new("rename a new file to", path, e)));
     if let Err(error) = written {
@@ -68,7 +56,81 @@ pub fn write_atomic(path: impl AsRef<Path>, bytes: &[u8], mode: u32) -> Result<(
         return Err(error);
     }
     // Without this the rename may be undone by a crash although the caller was told it happened.
-    fsync_dir(dir)
+    fsync_dir(parent_of(path)?)
+}
+
+/// A name beside `path` that nobody else uses: a rename is atomic only inside one file system.
+fn temporary_of(path: &Path) -> Result<PathBuf, IoError> {
+    // Two threads, or two daemons on two directories, never pick the same name.
+    static COUNTER: AtomicU64 = AtomicU64::new(0);
+    let dir = parent_of(path)?;
+    let Some(name) = path.file_name() else {
+        return Err(IoError::refused("write", path, io::ErrorKind::InvalidInput, "the path does not end in a name"));
+    };
+    let unique = format!("{TEMPORARY_MARK}{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
+    let mut temporary_name = std::ffi::OsString::from(".");
+    temporary_name.push(name);
+    temporary_name.push(unique);
+    Ok(dir.join(temporary_name))
+}
+
+/// A file that is written piece by piece and has its name only once it is whole: [`write_atomic`] for what does not fit
+/// in memory. Dropped before [`NewFile::commit`], it leaves nothing.
+#[derive(Debug)]
+pub struct NewFile {
+    file: File,
+    path: PathBuf,
+    /// `None` once it has its name.
+    temporary: Option<PathBuf>,
+}
+
+impl NewFile {
+    /// Begins the file that will be `path`.
+    ///
+    /// # Errors
+    /// If it cannot be created.
+    pub fn create(path: impl AsRef<Path>) -> Result<Self, IoError> {
+        let path = path.as_ref();
+        let temporary = temporary_of(path)?;
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary);
+        let file = file.map_err(|e| IoError::new("create", &temporary, e))?;
+        Ok(Self { file, path: path.to_path_buf(), temporary: Some(temporary) })
+    }
+
+    /// The name that it will have.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Appends.
+    ///
+    /// # Errors
+    /// The write's.
+    pub fn append(&mut self, bytes: &[u8]) -> Result<(), IoError> {
+        self.file.write_all(bytes).map_err(|e| IoError::new("write", &self.path, e))
+    }
+
+    /// Syncs the bytes, gives the file its name in place of whatever had it, and makes that durable.
+    ///
+    /// # Errors
+    /// As [`write_atomic`].
+    pub fn commit(mut self) -> Result<(), IoError> {
+        self.file.sync_all().map_err(|e| IoError::new("sync", &self.path, e))?;
+        if let Some(temporary) = &self.temporary {
+            fs::rename(temporary, &self.path).map_err(|e| IoError::new("rename a new file to", &self.path, e))?;
+            self.temporary = None;
+        }
+        fsync_dir(parent_of(&self.path)?)
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        if let Some(temporary) = &self.temporary {
+            // Best effort; a left-over is swept at the next start.
+            let _ = fs::remove_file(temporary);
+        }
+    }
 }
 
 fn write_synced(path: &Path, bytes: &[u8], mode: u32) -> Result<(), IoError> {
@@ -83,7 +145,7 @@ fn write_synced(path: &Path, bytes: &[u8], mode: u32) -> Result<(), IoError> {
     file.sync_all().map_err(fail("sync"))
 }
 
-/// Removes what [`write_atomic`] left in `dir` when it was killed. Call it while holding the directory's
+/// Removes what [`write_atomic`] and [`NewFile`] left in `dir` when it was killed. Call it while holding the directory's
 /// [`DirLock`]; gives the number of files removed.
 ///
 /// # Errors

@@ -111,6 +111,20 @@ impl Entry {
         self.address.plus(u64::from(self.sectors))
     }
 
+    /// How a layer's entries stand in its index: by address, those of one address in the order of appending. Records of
+    /// one stamp that overlap differ in their offset, which never falls within a layer (a record of zeroes has the offset
+    /// that its bytes would have).
+    #[inline]
+    pub fn order(&self) -> (Address, u64, u32, u32) {
+        (self.address, self.height, self.offset, self.stored_bytes)
+    }
+
+    /// The order of appending within a layer.
+    #[inline]
+    pub fn age(&self) -> (u64, u32, u32) {
+        (self.height, self.offset, self.stored_bytes)
+    }
+
     /// Bit *i* is sector *i* of the entry's granule.
     pub fn mask(&self) -> u128 {
         sector_mask(self.address.in_granule(), self.sectors)

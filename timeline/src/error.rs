@@ -34,6 +34,12 @@ pub enum HistoryError {
         /// The file.
         path: PathBuf,
     },
+    /// The point is older than everything that is kept.
+    #[error("history begins at height {begin}")]
+    Expired {
+        /// The oldest height that can be read.
+        begin: u64,
+    },
     /// A limit of [`crate::limits`].
     #[error("{what} would exceed its limit of {limit}")]
     Limit {
@@ -41,6 +47,14 @@ pub enum HistoryError {
         what: &'static str,
         /// The limit.
         limit: u64,
+    },
+    /// A range that was asked for.
+    #[error("{bytes} bytes at byte {start} are not whole sectors of a volume")]
+    Range {
+        /// First byte.
+        start: u64,
+        /// Length.
+        bytes: u64,
     },
     /// A height that does not follow what is there already.
     #[error("{what}, {found}, does not follow {after}")]

@@ -3,7 +3,16 @@
 //! One rule answers every read: a block at point P is the before-image in the *earliest* record after P that covers it;
 //! if there is none, it is what the replica holds.
 
+pub mod cache;
+pub mod catalogue;
 pub mod entry;
 pub mod error;
 pub mod layer;
 pub mod limits;
+pub mod merge;
+pub mod open_index;
+pub mod resolve;
+pub mod run;
+
+#[cfg(test)]
+mod testing;

@@ -22,3 +22,29 @@ pub const MERGE_FAN: u32 = 8;
 pub const LAYERS_MAX: usize = 1 << 20;
 /// Most levels of runs: `8^6` layers are under one run.
 pub const LEVELS_MAX: u8 = 6;
+/// Most bytes of a run's tail (a layer's chunk directory).
+pub const RUN_TAIL_BYTES_MAX: usize = 32 << 20;
+/// Most blocks of a run: 32 GiB, some 2 * 10^9 entries. Its fences, 64 MiB, are in memory while it is written.
+pub const RUN_BLOCKS_MAX: u32 = 1 << 23;
+/// Most bytes of a volume that are resolved at once.
+pub const RESOLVE_BYTES_MAX: u64 = 1 << 20;
+/// Blocks of a run that a scan reads at once.
+pub const SCAN_BLOCKS: u32 = 32;
+/// A layer that was begun this long ago is closed with the next commit: retention takes whole layers.
+pub const LAYER_AGE_MAX: std::time::Duration = std::time::Duration::from_secs(15 * 60);
+/// Closed layers whose files are held open, of one group.
+pub const LAYER_FILES_OPEN_MAX: usize = 128;
+/// Counters of changes that regions share.
+pub const VERSIONS: usize = 4096;
+/// Most bookmarks of one group; then the oldest that is not kept goes.
+pub const BOOKMARKS_MAX: usize = 64 << 10;
+/// Most kept bookmarks of one group.
+pub const KEPT_MAX: usize = 4096;
+/// Most marks (begins of streams, of gaps and their ends) that a chronicle remembers; then the window begins later.
+pub const MARKS_MAX: usize = 256 << 10;
+/// Most stretches of damage that are told apart.
+pub const DAMAGES_MAX: usize = 1024;
+/// Most bytes of a chronicle: with every limit above reached it has less than half.
+pub const CHRONICLE_BYTES_MAX: u64 = 128 << 20;
+/// A chronicle with fewer slots is never rewritten.
+pub const CHRONICLE_SLOTS_SMALL: u64 = 4096;
