@@ -5,6 +5,7 @@
 
 pub mod cache;
 pub mod catalogue;
+pub mod chronicle;
 pub mod entry;
 pub mod error;
 pub mod layer;
