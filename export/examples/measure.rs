@@ -56,7 +56,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     attaching.sort();
     detaching.sort();
-    println!("attach p50 {:?} max {:?}; detach p50 {:?} max {:?}", attaching[10], attaching[19], detaching[10], detaching[19]);
+    println!(
+        "attach p50 {:?} max {:?}; detach p50 {:?} max {:?}",
+        attaching[10], attaching[19], detaching[10], detaching[19]
+    );
     let mut attached = device::attach(disk, Path::new(dir), "measured", true)?;
     let device = attached.path().to_owned();
     for _ in 0..2 {
@@ -70,7 +73,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let p = |per_mille: usize| waits[waits.len() * per_mille / 1000];
             println!(
                 "{name} 64 KiB sequential {one:.0} MB/s, by 4 threads {four:.0} MB/s; 4 KiB random p50 {:?} p99 {:?}, by 8 threads {of_many:.0}/s",
-                p(500), p(990)
+                p(500),
+                p(990)
             );
         }
     }

@@ -224,10 +224,11 @@ fn dropping_a_used_device_hangs_nobody() {
     fs::write(mount.0.join("file"), noise(MIB, 9)).unwrap();
     let begin = Instant::now();
     drop(attached);
-    let written = File::options().write(true).create(true).truncate(true).open(mount.0.join("more")).and_then(|mut f| {
-        f.write_all(&noise(MIB, 1))?;
-        f.sync_all()
-    });
+    let written =
+        File::options().write(true).create(true).truncate(true).open(mount.0.join("more")).and_then(|mut f| {
+            f.write_all(&noise(MIB, 1))?;
+            f.sync_all()
+        });
     assert!(written.is_err(), "the disk is gone");
     drop(mount);
     assert!(begin.elapsed() < Duration::from_secs(10));
