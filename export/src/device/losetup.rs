@@ -127,6 +127,7 @@ fn run(command: &mut Command, what: &str) -> Result<String, ExportError> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -149,10 +149,12 @@ impl Drop for Attached {
             return;
         }
         tracing::warn!(device = %self.device.display(), "the device goes away while it is used; its users get EIO");
-        if !self.told && losetup::backing_file(&self.device).as_ref() == Some(&self.served.file()) {
-            if let Err(e) = losetup::take_down(&self.device) {
-                tracing::warn!("{e}");
-            }
+        let ours = losetup::backing_file(&self.device).as_ref() == Some(&self.served.file());
+        if !self.told
+            && ours
+            && let Err(e) = losetup::take_down(&self.device)
+        {
+            tracing::warn!("{e}");
         }
         self.served.abort();
         self.forget();
@@ -167,7 +169,7 @@ fn check(disk: &dyn Disk, name: &str) -> Result<(), ExportError> {
         return unfit("that is no name for a file".to_owned(), "choose letters, digits, dashes");
     }
     let len = disk.len();
-    if len == 0 || len % 512 != 0 || len > DISK_BYTES_MAX {
+    if len == 0 || !len.is_multiple_of(512) || len > DISK_BYTES_MAX {
         return unfit(format!("a block device cannot have {len} bytes"), "only multiples of 512 can be attached");
     }
     Ok(())

@@ -247,7 +247,7 @@ impl Negotiation {
         let (name, queries) = meta_request(data).map_err(malformed)?;
         let facts = catalog.find(name).ok_or_else(|| unknown(name))?;
         let wanted = |query: &&str| *query == BASE_ALLOCATION || (!set && *query == "base:");
-        if queries.iter().any(|query| wanted(&query)) || (!set && queries.is_empty()) {
+        if queries.iter().any(wanted) || (!set && queries.is_empty()) {
             let id = if set { BASE_ALLOCATION_ID } else { 0 };
             reply(out, option, REP_META_CONTEXT, &[&id.to_be_bytes(), BASE_ALLOCATION.as_bytes()].concat());
             if set {
@@ -333,5 +333,6 @@ fn reply(out: &mut Vec<u8>, option: u32, kind: u32, data: &[u8]) {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 #[path = "negotiation_tests.rs"]
 mod tests;

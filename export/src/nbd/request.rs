@@ -232,5 +232,6 @@ pub fn status_reply(cookie: u64, extents: &[(u32, bool)]) -> Vec<u8> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 #[path = "request_tests.rs"]
 mod tests;
