@@ -218,22 +218,31 @@ impl ChronicleFile {
     pub fn settle(&mut self, facts: &StreamFacts) -> Result<Vec<String>, HistoryError> {
         let StreamFacts { height, time_ns, incarnation, position, epoch, gap } = *facts;
         let (mut notes, mut events) = (Vec::new(), Vec::new());
-        let says = |what: &str| format!("at height {height} the chronicle {what}; the applied mark knows better");
+        let mut says = |what: &str| {
+            notes.push(format!("at height {height} the chronicle {what}; the applied mark knows better"));
+        };
+        let newest = self.chronicle.marks.at_or_below(height).map_or(0, |mark| mark.0);
         let open = self.chronicle.gap_above(height).is_some();
+        let moved = self.chronicle.position_of(height) != Some((incarnation, position));
         match gap {
             Some(reason) if !open => {
-                notes.push(says("does not know of the open gap"));
-                let from = self.chronicle.marks.at_or_below(height).map_or(0, |mark| mark.0);
-                events.push(Event::GapBegin { height: from, time_ns, reason });
+                says("does not know of the open gap");
+                events.push(Event::GapBegin { height: newest, time_ns, reason });
             }
             None if open || self.chronicle.damage_at(height).is_some() => {
-                notes.push(says("does not know that it is a point"));
+                says("does not know that it is a point");
                 events.push(Event::GapEnd { height, time_ns });
+            }
+            // Every mark that opens a gap moves the position against the height: one that is lost shows here.
+            None if moved && newest + 1 < height => {
+                events.push(Event::damaged(newest + 1, height, "the end of the chronicle"));
             }
             _ => {}
         }
-        if self.chronicle.position_of(height) != Some((incarnation, position)) {
-            notes.push(says("has another position"));
+        if moved {
+            says("has another position");
+        }
+        if moved || gap.is_some() && !open {
             events.push(Event::Begin { height, time_ns, incarnation, position, epoch });
         }
         self.append(&events)?;

@@ -7,6 +7,8 @@
 
 mod bookmarks;
 pub mod file;
+#[cfg(test)]
+mod file_tests;
 pub mod locate;
 mod marks;
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Tests of the whole chronicle: against a model that keeps every height, and of its file against tears and damage.
 
 use super::state::Chronicle;
-use super::{Event, HeightTime, PointError, Times};
+use super::{Event, HeightTime, PointError, StreamFacts, Times};
 use proptest::prelude::*;
 use varve_common::point::{Consistency, PointSpec};
 use varve_common::state::GapReason;
@@ -171,6 +171,18 @@ impl Model {
     fn is_point(&self, stand: &Stand) -> bool {
         let damaged = self.damages.iter().any(|(from, to)| (*from..*to).contains(&stand.height));
         stand.good && stand.height >= self.oldest.0 && !damaged
+    }
+
+    /// What an applied mark says at the end.
+    pub(super) fn facts(&self) -> StreamFacts {
+        let (height, time_ns) = self.newest();
+        let gap = if self.good() { None } else { GapReason::from_number(self.gap.unwrap_or(1)) };
+        StreamFacts { height, time_ns, incarnation: self.at.0, position: self.at.1, epoch: 1, gap }
+    }
+
+    /// Every height at which the stream stood, and its place.
+    pub(super) fn places(&self) -> impl Iterator<Item = (u64, (Incarnation, u64))> {
+        self.stands.iter().map(|stand| (stand.height, stand.at))
     }
 
     fn newest(&self) -> HeightTime {
