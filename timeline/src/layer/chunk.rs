@@ -137,6 +137,11 @@ impl Chunk {
         self.first_height = first_height;
     }
 
+    /// No later point is before `time_ns`: what [`super::Recovered::last_time_ns`] says, at a start.
+    pub fn not_before(&mut self, time_ns: u64) {
+        self.last_time_ns = self.last_time_ns.max(time_ns);
+    }
+
     /// Whether a record of `sectors` and one point more find room, however badly they compress.
     pub fn fits(&self, sectors: u16) -> bool {
         let record = usize::from(sectors) * SECTOR_BYTES as usize + ROW_BYTES_MAX;

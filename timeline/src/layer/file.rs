@@ -4,8 +4,9 @@ use super::walk::{Manner, Step, Walk, Window, points_of, settle};
 use super::{ChunkInfo, Damage, FIRST_CHUNK, LAYER_FILE_BYTES_MAX, Recovered, data_start, path_of};
 use crate::entry::{Entry, Stored};
 use crate::error::HistoryError;
-use crate::limits::{CHUNK_BYTES_MAX, GRANULE_BYTES, SECTOR_BYTES};
+use crate::limits::{GRANULE_BYTES, SECTOR_BYTES};
 use std::cell::RefCell;
+use std::io;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
@@ -135,7 +136,11 @@ impl LayerFile {
             let Scratch { stored, plain } = scratch;
             let block = &mut stored[..plan.bytes];
             if plan.bytes > 0 {
-                self.file.read_exact_at(block, plan.offset)?;
+                self.file.read_exact_at(block, plan.offset).map_err(|e| match e.kind() {
+                    // Cut off after it was opened.
+                    io::ErrorKind::UnexpectedEof => self.damaged(plan.offset, e.chain()),
+                    _ => e.into(),
+                })?;
             }
             let stored = block.get(plan.inner..plan.inner + entry.stored_bytes as usize).unwrap_or_default();
             self.finish(entry, stored, plain, out)
@@ -206,16 +211,17 @@ impl LayerFile {
         HistoryError::Damaged { path: self.file.path().to_path_buf(), offset, what: what.into() }
     }
 
-    fn walk(&self, tolerant: bool) -> Walk<'_> {
-        Walk::new(&self.file, &self.header, self.bytes(), Manner { open: false, tolerant })
+    fn walk(&self) -> Walk<'_> {
+        Walk::new(&self.file, &self.header, self.bytes(), Manner::Closed)
     }
 
-    /// All chunks, and what is missing between and behind them. Tables are read, data is not.
+    /// All chunks, and what is missing between and behind them; what the device cannot read is missing as well. Tables are
+    /// read, data is not.
     ///
     /// # Errors
-    /// If it cannot be read.
+    /// If it cannot be read for another reason than that the device fails.
     pub fn chunks(&self) -> Result<(Vec<ChunkInfo>, Vec<Damage>), HistoryError> {
-        let (mut walk, mut chunks, mut damage) = (self.walk(false), Vec::new(), Vec::new());
+        let (mut walk, mut chunks, mut damage) = (self.walk(), Vec::new(), Vec::new());
         loop {
             match walk.next()? {
                 Step::Chunk(info) => {
@@ -231,12 +237,12 @@ impl LayerFile {
         }
     }
 
-    /// Everything but the data: to make its index (again).
+    /// Everything but the data: to make its index (again). What the device cannot read counts as damage.
     ///
     /// # Errors
-    /// If it cannot be read.
+    /// As [`LayerFile::chunks`].
     pub fn load(&self) -> Result<Recovered, HistoryError> {
-        Ok(self.walk(false).collect(self.time_ns())?.0)
+        Ok(self.walk().collect(self.time_ns())?.0)
     }
 
     /// The points of a chunk, in order.
@@ -260,10 +266,11 @@ impl LayerFile {
     /// read, and stops when `tell` says so.
     ///
     /// # Errors
-    /// If the file cannot be read for another reason than that the device fails.
+    /// As [`LayerFile::chunks`].
     pub fn scan(&self, mut tell: impl FnMut(Finding) -> ControlFlow<()>) -> Result<Scanned, HistoryError> {
-        let mut walk = self.walk(true);
-        let mut scan = Scan { layer: self, found: Scanned::default(), tell: &mut tell, data: None };
+        let mut walk = self.walk();
+        let plain = vec![0; GRANULE_BYTES as usize];
+        let mut scan = Scan { layer: self, found: Scanned::default(), tell: &mut tell, data: None, plain };
         loop {
             match walk.next()? {
                 Step::Chunk(info) => {
@@ -296,24 +303,27 @@ struct Scan<'a, F> {
     layer: &'a LayerFile,
     found: Scanned,
     tell: &'a mut F,
-    /// A chunk's data, with the blocks around it.
+    /// A whole chunk; as long as the longest so far.
     data: Option<AlignedBuf>,
+    plain: Vec<u8>,
 }
 
 impl<F: FnMut(Finding) -> ControlFlow<()>> Scan<'_, F> {
     /// Checks the records of one chunk.
     fn records(&mut self, info: &ChunkInfo, entries: &[Entry]) -> Result<ControlFlow<()>, HistoryError> {
         let bytes = info.bytes as usize;
-        let data = self.data.get_or_insert_with(|| AlignedBuf::new(CHUNK_BYTES_MAX));
+        if self.data.as_ref().is_none_or(|data| data.len() < bytes) {
+            self.data = Some(AlignedBuf::new(bytes));
+        }
+        let Some(data) = &mut self.data else { return Ok(ControlFlow::Continue(())) };
         let whole = match self.layer.file.read_exact_at(&mut data[..bytes], info.offset) {
             Ok(()) => true,
             // Some sector of it: each record is read for itself, to know which.
             Err(e) if e.is_device_failure() => false,
             Err(e) => return Err(e.into()),
         };
-        let mut plain = vec![0; GRANULE_BYTES as usize];
         for entry in entries {
-            let out = &mut plain[..usize::from(entry.sectors) * SECTOR_BYTES as usize];
+            let out = &mut self.plain[..usize::from(entry.sectors) * SECTOR_BYTES as usize];
             let checked = if whole {
                 let from = (u64::from(entry.offset) - info.offset) as usize;
                 let stored = data.get(from..from + entry.stored_bytes as usize).unwrap_or_default();

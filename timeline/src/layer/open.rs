@@ -16,7 +16,7 @@ use varve_io::{AlignedBuf, DirectFile, IoError, crashsafe, sparse};
 
 /// Space is reserved ahead in steps as long as the layer is already, within these bounds: an append then neither meets a
 /// full disk nor waits for the file system to find room.
-const STEP_BYTES_MIN: u64 = 4 << 20;
+const STEP_BYTES_MIN: u64 = 1 << 20;
 const STEP_BYTES_MAX: u64 = 64 << 20;
 
 /// See the module's text. One owner writes; readers ([`OpenLayer::reader`]) may be many.
@@ -32,6 +32,8 @@ pub struct OpenLayer {
     records: usize,
     complete_to: u64,
     last_time_ns: u64,
+    /// Behind the end may be what is left of an append that was torn.
+    remains: bool,
     /// An append failed: what is on disk behind the end is not known.
     failed: bool,
 }
@@ -75,6 +77,7 @@ impl OpenLayer {
             records: 0,
             complete_to: first_height,
             last_time_ns: time_ns,
+            remains: false,
             failed: false,
         })
     }
@@ -84,7 +87,8 @@ impl OpenLayer {
     /// complete (the applied mark) can tell them apart by [`Recovered::complete_to`].
     ///
     /// # Errors
-    /// If it is missing, not a layer of this group with this number, or cannot be read.
+    /// If it is missing, not a layer of this group with this number, or the device cannot read all of what is needed.
+    /// [`LayerFile::load`] then still gives what is readable.
     pub fn open(dir: &Path, group: [u8; 16], number: u32) -> Result<(Self, Recovered), HistoryError> {
         let path = path_of(dir, number);
         let file = DirectFile::open_rw(&path).map_err(|e| file::missing(&path, e))?;
@@ -92,7 +96,7 @@ impl OpenLayer {
         file.sync_data()?;
         let header = file::read_header(&file, &group, number)?;
         let end = file.len().min(LAYER_FILE_BYTES_MAX);
-        let walk = Walk::new(&file, &header, end, Manner { open: true, tolerant: false });
+        let walk = Walk::new(&file, &header, end, Manner::Open);
         let (found, walk) = walk.collect(header.time_ns.get())?;
         let (end, chain) = (walk.at(), walk.last_crc());
         let layer = Self {
@@ -104,6 +108,7 @@ impl OpenLayer {
             records: found.entries.len(),
             complete_to: found.complete_to,
             last_time_ns: found.last_time_ns,
+            remains: found.torn,
             failed: false,
         };
         Ok((layer, found))
@@ -130,6 +135,13 @@ impl OpenLayer {
             return Err(HistoryError::Order { what: "the chunk's height", found, after });
         }
         let (layer, offset) = (self.number(), self.bytes());
+        if self.remains {
+            // Only now, so that a caller that finds too little here can still leave it as it is. A new chunk alone would
+            // do, but might be shorter, and what is behind it should not have to be told from a chunk.
+            self.file.set_len(offset)?;
+            self.file.sync_data()?;
+            self.remains = false;
+        }
         let place = chunk::Place {
             group: &self.header.group,
             layer,
@@ -283,6 +295,53 @@ mod tests {
         let (mut layer, found) = OpenLayer::open(dir.path(), [1; 16], 1).expect("open");
         assert_eq!((found.complete_to, found.torn), (8, false));
         layer.append(&mut chunk, 16).expect("append");
+    }
+
+    /// A full disk is not a failed append: with room again, it goes on. Needs root for the small file system.
+    #[test]
+    fn a_full_disk_changes_nothing() {
+        let dir = tempfile::tempdir().expect("directory");
+        let mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs"];
+        if !run(&mount, dir.path()) {
+            eprintln!("skipped: no file system can be mounted here");
+            return;
+        }
+        let _mounted = Mounted(dir.path());
+        let ballast = dir.path().join("ballast");
+        std::fs::write(&ballast, vec![1; 4 << 20]).expect("write");
+        let mut layer = OpenLayer::create(dir.path(), [1; 16], 1, 0, 5).expect("create");
+        let mut chunk = Chunk::new();
+        let mut append = |layer: &mut OpenLayer| {
+            let height = layer.complete_to();
+            chunk.begin(height);
+            for sector in (0..1024).step_by(128) {
+                let noise = crate::layer::tests::noise(sector, 65536);
+                chunk.push(Address::new(0, sector), height + 1, Before::Bytes(&noise)).expect("push");
+            }
+            layer.append(&mut chunk, height + 8).map(|_| ())
+        };
+        let error = (0..100).find_map(|_| append(&mut layer).err()).expect("full");
+        assert!(matches!(&error, HistoryError::Io(e) if e.is_no_space()), "{error}");
+        let (bytes, chunks) = (layer.bytes(), layer.chunks().len());
+        assert!(chunks > 20, "the last bytes were used as well: {chunks}");
+        std::fs::remove_file(&ballast).expect("remove");
+        append(&mut layer).expect("append");
+        assert!(layer.bytes() > bytes);
+        drop(layer);
+        let (_, found) = OpenLayer::open(dir.path(), [1; 16], 1).expect("open");
+        assert_eq!((found.chunks.len(), found.torn), (chunks + 1, false));
+    }
+
+    fn run(command: &[&str], path: &Path) -> bool {
+        std::process::Command::new(command[0]).args(&command[1..]).arg(path).status().is_ok_and(|done| done.success())
+    }
+
+    struct Mounted<'a>(&'a Path);
+
+    impl Drop for Mounted<'_> {
+        fn drop(&mut self) {
+            run(&["umount", "--lazy"], self.0);
+        }
     }
 
     #[test]

@@ -31,7 +31,7 @@ struct Change {
     as_zero: bool,
 }
 
-fn noise(seed: u64, bytes: usize) -> Vec<u8> {
+pub(super) fn noise(seed: u64, bytes: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let step = move |_| {
         state ^= state << 13;
@@ -340,11 +340,14 @@ fn an_append_may_be_torn_anywhere() {
         let (mut layer, found) = OpenLayer::open(dir.path(), GROUP, 1).expect("open");
         assert_eq!((&found.entries, found.complete_to), (&kept_entries, chunks[1].complete_to), "{written:b}");
         assert!(found.damage.is_empty() && found.torn == (written != 0), "{written:b}: {found:?}");
-        // What comes next is shorter than what was torn: remains of it stay behind, and still do not count.
+        assert_eq!(std::fs::read(&path).expect("read"), bytes, "to open it changes nothing");
+        // What comes next is shorter than what was torn: nothing of that is left behind it.
         let mut chunk = Chunk::new();
         let next = Change::new((1, 5, 0, 1), 200_001, Content::Text, 1);
         let more = append(&mut layer, &mut chunk, std::slice::from_ref(&next), &[], 200_008);
         assert!(layer.bytes() < from as u64 + u64::from(chunks[2].bytes));
+        let rest = std::fs::read(&path).expect("read").split_off(layer.bytes() as usize);
+        assert!(rest.iter().all(|&byte| byte == 0), "{written:b}");
         drop(layer);
         let (layer, again) = OpenLayer::open(dir.path(), GROUP, 1).expect("open");
         assert_eq!(again.entries, [&kept_entries[..], &more].concat());

@@ -129,11 +129,12 @@ pub fn decide(facts: Facts) -> (char, &'static str, Verdict) {
 
 /// How a layer is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Manner {
-    /// The end is not known: the last chunk may be torn, so its data is checked.
-    pub(super) open: bool,
-    /// What the device cannot read counts as damaged, and does not end the walk.
-    pub(super) tolerant: bool,
+pub(super) enum Manner {
+    /// The end is not known: the last chunk may be torn, so its data is checked. What the device cannot read is an error:
+    /// to take it for torn would be to write over it.
+    Open,
+    /// All chunks were durable once. What the device cannot read counts as damaged, and does not end the walk.
+    Closed,
 }
 
 /// One step of a [`Walk`].
@@ -175,7 +176,14 @@ impl<'a> Walk<'a> {
             group: header.group,
             number: header.number.get(),
             manner,
-            window: Window { file, end: end.min(file.len()), tolerant: manner.tolerant, buf: None, start: 0, len: 0 },
+            window: Window {
+                file,
+                end: end.min(file.len()),
+                tolerant: manner == Manner::Closed,
+                buf: None,
+                start: 0,
+                len: 0,
+            },
             at: FIRST_CHUNK,
             chain: Some(crc),
             last_crc: crc,
@@ -255,7 +263,7 @@ impl<'a> Walk<'a> {
             facts.chained =
                 facts.tables && self.chain.is_none_or(|chain| follows && chain == header.previous_crc.get());
         }
-        if facts.chained && !self.manner.open {
+        if facts.chained && self.manner == Manner::Closed {
             // A closed layer's last chunk was durable, as all others.
             facts.followed = true;
         } else {
@@ -367,7 +375,7 @@ impl<'a> Walk<'a> {
                 }
                 Step::Damaged(damage) => found.damage.push(damage),
                 Step::End { case, why } => {
-                    if self.manner.open {
+                    if self.manner == Manner::Open {
                         found.torn = case != 'A' || self.is_torn()?;
                     } else {
                         found.damage.extend(self.cut(case, why));
