@@ -26,6 +26,11 @@ pub const LEVELS_MAX: u8 = 6;
 pub const RUN_TAIL_BYTES_MAX: usize = 32 << 20;
 /// Most blocks of a run: 32 GiB, some 2 * 10^9 entries. Its fences, 64 MiB, are in memory while it is written.
 pub const RUN_BLOCKS_MAX: u32 = 1 << 23;
+/// Most units (4 KiB) that a run's filter is made for, and its bytes; a run with more has none. The list of them, 32 MiB,
+/// is in memory while it is written.
+pub const FILTER_UNITS_MAX: usize = 4 << 20;
+/// A read of more bytes does not ask filters: one of its units would be there anyway.
+pub const FILTERED_BYTES_MAX: u64 = 64 << 10;
 /// Most bytes of a volume that are resolved at once.
 pub const RESOLVE_BYTES_MAX: u64 = 1 << 20;
 /// Blocks of a run that a scan reads at once.

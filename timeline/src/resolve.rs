@@ -3,12 +3,13 @@
 
 use crate::entry::{Address, Entry, Stored};
 use crate::error::HistoryError;
-use crate::limits::{GRANULE_BYTES, GRANULE_SECTORS, RESOLVE_BYTES_MAX, SECTOR_BYTES};
+use crate::limits::{FILTERED_BYTES_MAX, GRANULE_BYTES, GRANULE_SECTORS, RESOLVE_BYTES_MAX, SECTOR_BYTES};
 use crate::merge::{Changed, FirstWins, Input, for_each_stretch};
 use crate::open_index::{OpenView, slice_of};
 use crate::run::{Run, RunScan};
 use std::ops::Range;
 use std::sync::Arc;
+use varve_common::format::run::{FILTER_UNIT_SECTORS, filter_may_have};
 use varve_common::limits::VOLUME_BYTES_MAX;
 
 /// What has the records after a point, oldest first: the runs that [`crate::catalogue::Catalogue::plan`] names, then the
@@ -45,6 +46,9 @@ pub struct Part {
 
 /// Granules that a range of the longest length may touch.
 const GRANULES_MAX: usize = (RESOLVE_BYTES_MAX / GRANULE_BYTES) as usize + 1;
+
+/// The sectors of a filter's unit.
+const UNIT_MASK: u128 = (1 << FILTER_UNIT_SECTORS) - 1;
 
 /// What is still to be found, and what was.
 struct Search {
@@ -112,8 +116,28 @@ impl Search {
         self.found.clear();
     }
 
+    fn bytes(&self) -> u64 {
+        (self.addresses.end.number() - self.addresses.start.number()) * SECTOR_BYTES
+    }
+
+    /// Whether a run with this filter may have entries for what is wanted.
+    fn may_be_in(&self, filter: &[u8]) -> bool {
+        let sectors = self.addresses.start.number()..self.addresses.end.number();
+        let mut units = sectors.start / FILTER_UNIT_SECTORS..sectors.end.div_ceil(FILTER_UNIT_SECTORS);
+        filter.is_empty()
+            || units.any(|unit| {
+                let begin = unit * FILTER_UNIT_SECTORS - self.base.number();
+                let granule = (begin / u64::from(GRANULE_SECTORS)) as usize;
+                let wanted = self.wanted[granule] >> (begin % u64::from(GRANULE_SECTORS));
+                wanted & UNIT_MASK != 0 && filter_may_have(filter, unit)
+            })
+    }
+
     fn search_run(&mut self, run: &Run) -> Result<(), HistoryError> {
         if run.head().last_height <= self.point {
+            return Ok(());
+        }
+        if self.bytes() <= FILTERED_BYTES_MAX && !self.may_be_in(&run.filter()?) {
             return Ok(());
         }
         let fences = run.fences()?;

@@ -3,6 +3,7 @@
 //! ```text
 //! blocks   `blocks` times 4096 bytes: BlockHeader, entries, zeroes; each is read without the others
 //! fences   the first address of every block, u64 each; one CRC for all
+//! filter   see [`filter_may_have`]; none if the run is large; one CRC
 //! tail     bytes that the index does not know (level 0: the layer's chunk directory); one CRC
 //! zeroes   up to a multiple of 4096
 //! footer   RunFooter in the last 4096 bytes of the file, in every version
@@ -12,11 +13,15 @@
 //! `base_height`, in units of 8 unless [`ODD_HEIGHT`] (3, 4, 5 or 8 bytes); layer above `base_layer` (varint, only if the
 //! run is of several layers); offset (u32); CRC (u32, not for zeroes); sectors - 1 (u8, only with [`OTHER_SECTORS`]);
 //! skip and record sectors - 1 (u8 each, only with [`PARTIAL`]); stored bytes (varint, only for LZ4).
-//! 15 bytes for a random 4 KiB record.
+//! 15 bytes for a random 4 KiB record, and one in the filter.
 
 use super::{BLOCK_BYTES, FORMAT_VERSION, FormatError};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+mod filter;
+
+pub use filter::{FILTER_BLOCK_BYTES, FILTER_UNIT_SECTORS, filter_add, filter_bytes, filter_may_have};
 
 /// See [`RunFooter::magic`].
 pub const RUN_MAGIC: [u8; 8] = *b"VARVERUN";
@@ -146,7 +151,7 @@ impl BlockBuilder {
         let bytes = &mut *self.bytes;
         put_varint(bytes, &mut at, entry.address - self.address);
         let above = entry.height - self.base_height;
-        let (odd, number) = if above % 8 == 0 { (0, above >> 3) } else { (ODD_HEIGHT, above) };
+        let (odd, number) = if above.is_multiple_of(8) { (0, above >> 3) } else { (ODD_HEIGHT, above) };
         let code = match number {
             0..0x100_0000 => 0,
             0x100_0000..0x1_0000_0000 => 1,
@@ -362,7 +367,7 @@ pub fn encode_fences(fences: &[u64]) -> Vec<u8> {
 /// Reads the fences, of which the footer has the checksum.
 pub fn decode_fences(bytes: &[u8], footer: &RunFooter) -> Result<Vec<u64>, FormatError> {
     let damaged = || FormatError::Damaged("run's fences");
-    let right_size = bytes.len() as u64 == footer.tail_offset.get() - footer.fences_offset.get();
+    let right_size = bytes.len() == footer.fences_bytes();
     if !right_size || crc32fast::hash(bytes) != footer.fences_crc.get() {
         return Err(damaged());
     }
@@ -415,20 +420,24 @@ pub struct RunFooter {
     pub fences_crc: U32,
     /// CRC-32 of the tail.
     pub tail_crc: U32,
+    /// Bytes of the filter, which begins where the fences end; 0: there is none.
+    pub filter_bytes: U32,
+    /// CRC-32 of the filter.
+    pub filter_crc: U32,
     /// Zero.
     pub reserved_2: U32,
     /// CRC-32 of the bytes before.
     pub crc: U32,
 }
 
-const _: () = assert!(size_of::<RunFooter>() == 136);
+const _: () = assert!(size_of::<RunFooter>() == 144);
 const _: () = assert!(core::mem::offset_of!(RunFooter, version) == 8);
 
 impl RunFooter {
     /// Sets the places of the sections from their sizes, the checksum, and gives the footer's block.
     pub fn encode(&mut self) -> [u8; RUN_BLOCK_BYTES] {
         let fences = u64::from(self.blocks.get()) * RUN_BLOCK_BYTES as u64;
-        let tail = fences + u64::from(self.blocks.get()) * FENCE_BYTES as u64;
+        let tail = fences + self.fences_bytes() as u64 + u64::from(self.filter_bytes.get());
         let end = (tail + u64::from(self.tail_bytes.get())).next_multiple_of(RUN_BLOCK_BYTES as u64);
         self.magic = RUN_MAGIC;
         self.version = FORMAT_VERSION.into();
@@ -439,6 +448,16 @@ impl RunFooter {
         let mut block = [0; RUN_BLOCK_BYTES];
         block[..size_of::<Self>()].copy_from_slice(self.as_bytes());
         block
+    }
+
+    /// Bytes of all fences.
+    pub fn fences_bytes(&self) -> usize {
+        self.blocks.get() as usize * FENCE_BYTES
+    }
+
+    /// Where the filter begins.
+    pub fn filter_offset(&self) -> u64 {
+        self.fences_offset.get() + self.fences_bytes() as u64
     }
 
     fn checksum(&self) -> u32 {
@@ -469,6 +488,7 @@ impl RunFooter {
         again == *self
             && self.reserved == [0; 5]
             && self.reserved_2.get() == 0
+            && (self.filter_bytes.get() as usize).is_multiple_of(FILTER_BLOCK_BYTES)
             && layers == Some(self.layers.get())
             && self.first_layer.get().is_multiple_of(self.layers.get())
             && self.first_layer.get().checked_add(self.layers.get()).is_some()

@@ -38,6 +38,8 @@ fn footer() -> RunFooter {
         tail_bytes: 5.into(),
         fences_crc: 0x11.into(),
         tail_crc: 0x12.into(),
+        filter_bytes: 32.into(),
+        filter_crc: 0x13.into(),
         reserved_2: 0.into(),
         crc: 0.into(),
     }
@@ -73,11 +75,11 @@ fn golden_bytes() {
     let mut golden = b"VARVERUN\x01\0\x01\0\0\0\0\0".to_vec();
     golden.extend([3; 16]);
     golden.extend([8, 0, 0, 0, 8, 0, 0, 0]);
-    for number in [100u64, 200, 5, 6, 7, 300, 8192, 8208, 16384] {
+    for number in [100u64, 200, 5, 6, 7, 300, 8192, 8240, 16384] {
         golden.extend(number.to_le_bytes());
     }
-    golden.extend([2, 0, 0, 0, 5, 0, 0, 0, 0x11, 0, 0, 0, 0x12, 0, 0, 0, 0, 0, 0, 0]);
-    assert_eq!(block[..132], golden);
+    golden.extend([2, 0, 0, 0, 5, 0, 0, 0, 0x11, 0, 0, 0, 0x12, 0, 0, 0, 32, 0, 0, 0, 0x13, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(block[..140], golden);
     assert_eq!(RunFooter::decode(&block, 16384), Ok(footer));
 }
 
@@ -88,7 +90,8 @@ fn a_footer_says_its_version_and_fits_its_file() {
     let mut newer = block;
     newer[8] = 2;
     assert!(matches!(RunFooter::decode(&newer, 16384), Err(FormatError::Version { found: 2, .. })));
-    let changes: [fn(&mut RunFooter); 6] = [
+    let changes: [fn(&mut RunFooter); 7] = [
+        |footer| footer.filter_bytes = 31.into(),
         |footer| footer.first_layer = 9.into(),
         |footer| footer.level = 2,
         |footer| footer.level = 200,
@@ -194,7 +197,7 @@ proptest! {
         block[bit / 8] ^= 1 << (bit % 8);
         prop_assert!(decoded(&block, 0).is_err(), "any flipped bit is seen");
         let mut block = footer().encode();
-        block[bit % (136 * 8) / 8] ^= 1 << (bit % 8);
+        block[bit % (144 * 8) / 8] ^= 1 << (bit % 8);
         prop_assert!(RunFooter::decode(&block, 16384).is_err());
     }
 }

@@ -4,7 +4,7 @@ use super::{RunHead, from_numbers, in_order};
 use crate::cache::{IndexCache, open};
 use crate::entry::{Address, Entry};
 use crate::error::HistoryError;
-use crate::limits::{RUN_BLOCKS_MAX, RUN_TAIL_BYTES_MAX};
+use crate::limits::{FILTER_UNITS_MAX, RUN_BLOCKS_MAX, RUN_TAIL_BYTES_MAX};
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -45,7 +45,8 @@ impl Run {
         if !named || !head.key.is_possible() {
             return Err(damaged("it has another run's name"));
         }
-        if footer.blocks.get() > RUN_BLOCKS_MAX || footer.tail_bytes.get() as usize > RUN_TAIL_BYTES_MAX {
+        let sections = (footer.tail_bytes.get() as usize, footer.filter_bytes.get() as usize);
+        if footer.blocks.get() > RUN_BLOCKS_MAX || sections.0 > RUN_TAIL_BYTES_MAX || sections.1 > FILTER_UNITS_MAX {
             return Err(HistoryError::Limit { what: "a run's size", limit: u64::from(RUN_BLOCKS_MAX) });
         }
         Ok(Self { id: cache.new_id(), path: path.to_path_buf(), head, footer, cache: Arc::clone(cache) })
@@ -100,10 +101,26 @@ impl Run {
         self.cache.fences(self.id, || {
             let offset = self.footer.fences_offset.get();
             // Opening compared the footer's sizes with each other and with the limits.
-            let mut bytes = vec![0; (self.footer.tail_offset.get() - offset) as usize];
+            let mut bytes = vec![0; self.footer.fences_bytes()];
             read_at(&*self.file()?, &self.path, &mut bytes, offset)?;
             let fences = decode_fences(&bytes, &self.footer).map_err(|error| self.damaged(offset, error))?;
             Ok(fences.into())
+        })
+    }
+
+    /// The filter: empty if there is none.
+    pub(crate) fn filter(&self) -> Result<Arc<[u8]>, HistoryError> {
+        if self.footer.filter_bytes.get() == 0 {
+            return Ok(Arc::default());
+        }
+        self.cache.filter(self.id, || {
+            let mut filter = vec![0; self.footer.filter_bytes.get() as usize];
+            let offset = self.footer.filter_offset();
+            read_at(&*self.file()?, &self.path, &mut filter, offset)?;
+            if crc32fast::hash(&filter) != self.footer.filter_crc.get() {
+                return Err(self.damaged(offset, "the filter's checksum is wrong"));
+            }
+            Ok(filter.into())
         })
     }
 
@@ -158,6 +175,8 @@ impl Run {
 
     /// Reads all of it, past the cache, and compares every checksum.
     pub fn verify(self: &Arc<Self>) -> Result<(), HistoryError> {
+        // What is in memory was whole once.
+        self.cache.forget(self.id);
         let mut scan = super::RunScan::new(Arc::clone(self), Address::from_number(0)..Address::from_number(u64::MAX))?;
         let (mut batch, mut entries, mut last) = (Vec::new(), 0, None::<Entry>);
         loop {
@@ -173,6 +192,7 @@ impl Run {
         if entries != self.entries() {
             return Err(self.damaged(0, "entries are missing"));
         }
+        self.filter()?;
         self.tail().map(|_| ())
     }
 
@@ -187,7 +207,7 @@ impl Run {
 
 impl Drop for Run {
     fn drop(&mut self) {
-        self.cache.forget_file(self.id);
+        self.cache.forget(self.id);
     }
 }
 

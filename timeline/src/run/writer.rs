@@ -3,10 +3,12 @@
 use super::{RunHead, RunKey, in_order, to_numbers};
 use crate::entry::Entry;
 use crate::error::HistoryError;
-use crate::limits::{RUN_BLOCKS_MAX, RUN_TAIL_BYTES_MAX};
+use crate::limits::{FILTER_UNITS_MAX, RUN_BLOCKS_MAX, RUN_TAIL_BYTES_MAX};
 use std::path::{Path, PathBuf};
 use varve_common::format::FORMAT_VERSION;
-use varve_common::format::run::{BlockBuilder, RUN_BLOCK_BYTES, RUN_MAGIC, RunFooter, encode_fences};
+use varve_common::format::run::{
+    BlockBuilder, FILTER_UNIT_SECTORS, RUN_BLOCK_BYTES, RUN_MAGIC, RunFooter, encode_fences, filter_add, filter_bytes,
+};
 use varve_io::crashsafe::NewFile;
 
 /// Bytes that are written at once.
@@ -21,6 +23,8 @@ pub struct RunWriter {
     /// Finished blocks that are not yet written.
     buffer: Vec<u8>,
     fences: Vec<u64>,
+    /// For the filter; `None` once there are too many.
+    units: Option<Vec<u64>>,
     entries: u64,
     last: Option<Entry>,
 }
@@ -37,7 +41,7 @@ impl RunWriter {
         let file = NewFile::create(path)?;
         let block = BlockBuilder::new(head.key.first, head.key.layers(), head.first_height);
         let buffer = Vec::with_capacity(WRITE_BYTES);
-        Ok(Self { file, head, block, buffer, fences: Vec::new(), entries: 0, last: None })
+        Ok(Self { file, head, block, buffer, fences: Vec::new(), units: Some(Vec::new()), entries: 0, last: None })
     }
 
     /// Adds the next entry. Level 0: by [`Entry::order`]; above: by address, without overlaps.
@@ -52,9 +56,29 @@ impl RunWriter {
             self.finish_block()?;
             self.block.push(&numbers);
         }
+        self.add_units(entry);
         self.entries += 1;
         self.last = Some(*entry);
         Ok(())
+    }
+
+    fn add_units(&mut self, entry: &Entry) {
+        let Some(units) = &mut self.units else { return };
+        let first = entry.address.number() / FILTER_UNIT_SECTORS;
+        let last = (entry.end().number() - 1) / FILTER_UNIT_SECTORS;
+        // Entries come by address, so nearly all that are there already were added last.
+        let new = units.last().map_or(first, |newest| first.max(newest + 1));
+        units.extend(new..=last);
+        if units.len() > FILTER_UNITS_MAX {
+            self.units = None;
+        }
+    }
+
+    fn filter(&mut self) -> Vec<u8> {
+        let units = self.units.take().unwrap_or_default();
+        let mut filter = vec![0; filter_bytes(units.len())];
+        units.iter().for_each(|unit| filter_add(&mut filter, *unit));
+        filter
     }
 
     /// Entries so far.
@@ -85,6 +109,7 @@ impl RunWriter {
             self.finish_block()?;
         }
         let fences = encode_fences(&self.fences);
+        let filter = self.filter();
         let head = &self.head;
         let mut footer = RunFooter {
             magic: RUN_MAGIC,
@@ -107,15 +132,18 @@ impl RunWriter {
             tail_bytes: (tail.len() as u32).into(),
             fences_crc: crc32fast::hash(&fences).into(),
             tail_crc: crc32fast::hash(tail).into(),
+            filter_bytes: (filter.len() as u32).into(),
+            filter_crc: crc32fast::hash(&filter).into(),
             reserved_2: 0.into(),
             crc: 0.into(),
         };
         let footer_block = footer.encode();
         self.file.append(&self.buffer)?;
         self.file.append(&fences)?;
+        self.file.append(&filter)?;
         self.file.append(tail)?;
-        let sections = (fences.len() + tail.len()).next_multiple_of(RUN_BLOCK_BYTES) - fences.len() - tail.len();
-        self.file.append(&vec![0; sections])?;
+        let sections = fences.len() + filter.len() + tail.len();
+        self.file.append(&vec![0; sections.next_multiple_of(RUN_BLOCK_BYTES) - sections])?;
         self.file.append(&footer_block)?;
         self.file.commit()?;
         Ok(footer.file_bytes.get())
