@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{Mounted, disk_dir};
 use varve_io::DirLock;
-use varve_io::crashsafe::{create_dir_all_durable, fsync_dir, remove_durable, remove_temporaries, write_atomic};
+use varve_io::crashsafe::{
+    NewFile, create_dir_all_durable, fsync_dir, remove_durable, remove_temporaries, write_atomic,
+};
 
 fn names(dir: &std::path::Path) -> Vec<String> {
     let mut names: Vec<_> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
@@ -82,6 +84,24 @@ fn temporaries_of_a_killed_writer_are_swept() {
     fs::write(dir.path().join("state.varve-tmp-1"), b"not hidden, not ours").unwrap();
     assert_eq!(remove_temporaries(dir.path()).unwrap(), 1);
     assert_eq!(names(dir.path()), [".hidden", "state.varve-tmp-1"]);
+}
+
+#[test]
+fn a_new_file_has_its_name_once_it_is_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run");
+    write_atomic(&path, b"old", 0o600).unwrap();
+    let mut dropped = NewFile::create(&path).unwrap();
+    dropped.append(b"half").unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"old");
+    drop(dropped);
+    assert_eq!(names(dir.path()), ["run"]);
+    let mut whole = NewFile::create(&path).unwrap();
+    whole.append(b"all ").unwrap();
+    whole.append(b"of it").unwrap();
+    whole.commit().unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"all of it");
+    assert_eq!(names(dir.path()), ["run"]);
 }
 
 #[test]
