@@ -17,9 +17,11 @@
 //! ends at the first entry that does not count, does not continue the chain of header CRCs, or whose position does not
 //! follow.
 
-pub mod chronicle;
+pub mod directory;
 pub mod layer;
 pub mod run;
+
+pub mod chronicle;
 
 use crate::state::GapReason;
 use crate::wire::messages::Incarnation;
@@ -211,9 +213,12 @@ pub struct MarkBody {
     pub time_ns: U64,
     /// The source's epoch.
     pub epoch: U64,
+    /// The timeline's height is at least this from here on. 0 from a source: only a receiver that found its landing log
+    /// damaged sets it, in the mark that it lands itself, so that what its history already holds stays older.
+    pub height_min: U64,
 }
 
-const _: () = assert!(size_of::<MarkBody>() == 48);
+const _: () = assert!(size_of::<MarkBody>() == 56);
 
 /// A mark whose numbers are known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -230,6 +235,8 @@ pub struct Mark {
     pub time_ns: u64,
     /// See [`MarkBody::epoch`].
     pub epoch: u64,
+    /// See [`MarkBody::height_min`].
+    pub height_min: u64,
 }
 
 impl Mark {
@@ -243,6 +250,7 @@ impl Mark {
             position: self.position.into(),
             time_ns: self.time_ns.into(),
             epoch: self.epoch.into(),
+            height_min: self.height_min.into(),
         };
         zerocopy::transmute!(body)
     }
@@ -271,6 +279,7 @@ impl Mark {
             position: body.position.get(),
             time_ns: body.time_ns.get(),
             epoch: body.epoch.get(),
+            height_min: body.height_min.get(),
         })
     }
 }
@@ -313,6 +322,8 @@ pub struct AppliedSlot {
     pub good_incarnation: Incarnation,
     /// Its time.
     pub good_time_ns: U64,
+    /// The timeline's height at `position`: bytes of the stream and 8 for each mark, over all incarnations.
+    pub height: U64,
     /// `header_crc` of the newest applied entry: the next one's `previous_crc`.
     pub chain: U32,
     /// CRC-32 of the bytes before.
@@ -326,7 +337,7 @@ const SEGMENT_OFFSET_MAX: u64 = 2 << 30;
 
 /// See [`AppliedSlot::magic`].
 pub const APPLIED_MAGIC: [u8; 8] = *b"VARVEAPP";
-const _: () = assert!(size_of::<AppliedSlot>() == 128);
+const _: () = assert!(size_of::<AppliedSlot>() == 136);
 const _: () = assert!(core::mem::offset_of!(AppliedSlot, version) == 8);
 
 impl AppliedSlot {
@@ -349,6 +360,7 @@ impl AppliedSlot {
             good_position: 0.into(),
             good_incarnation: [0; 16],
             good_time_ns: 0.into(),
+            height: 0.into(),
             chain: 0.into(),
             crc: 0.into(),
         }
@@ -462,10 +474,12 @@ mod tests {
             position: 0x10,
             time_ns: 0x20,
             epoch: 1,
+            height_min: 0,
         };
         let mut golden = vec![2, 3, 0, 0, 0, 0, 0, 0];
         golden.extend([3; 16]);
         golden.extend([0x10, 0, 0, 0, 0, 0, 0, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        golden.extend([0; 8]);
         assert_eq!(mark.encode(), golden[..]);
         assert_eq!(Mark::decode(&golden), Some(mark));
 
@@ -520,7 +534,7 @@ mod tests {
             assert!(AppliedSlot::decode(&slot.encode()).is_err(), "{slot:?}");
         }
         let mut mark = vec![3, 184, 0, 0, 0, 0, 0, 0];
-        mark.extend([0; 40]);
+        mark.extend([0; 48]);
         assert_eq!(Mark::decode(&mark), None, "a GapEnd has no reason");
     }
 

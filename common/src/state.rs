@@ -85,11 +85,13 @@ pub enum GapReason {
     ReplicaChanged = 11,
     /// The volume's size changed in a way that cannot be followed.
     VolumeChanged = 12,
+    /// The replicas are being rolled back.
+    Rollback = 13,
 }
 
 impl GapReason {
     /// All reasons, for tables and tests.
-    pub const ALL: [GapReason; 12] = [
+    pub const ALL: [GapReason; 13] = [
         Self::InitialSync,
         Self::NewRing,
         Self::RingFull,
@@ -102,6 +104,7 @@ impl GapReason {
         Self::Repair,
         Self::ReplicaChanged,
         Self::VolumeChanged,
+        Self::Rollback,
     ];
 
     /// The reason with this number.
@@ -124,6 +127,7 @@ impl GapReason {
             Self::Repair => "verification found a difference, which is being repaired",
             Self::ReplicaChanged => "the replica was changed or exchanged, so the whole volume is compared",
             Self::VolumeChanged => "the volume's size changed",
+            Self::Rollback => "a rollback has not finished: run the same 'varve rollback' again",
         }
     }
 }

@@ -35,7 +35,7 @@ pub const ALPN_JOIN: &[u8] = b"varve-join/1";
 /// The receiver's side: both protocols, client certificates mandatory, the registry asked at every handshake.
 pub fn server_config(authority: &Authority, hosts: Arc<Hosts>) -> Result<QuicServerConfig> {
     let provider = provider();
-    let verifier = ClientVerifier::new(authority, hosts, &provider)?;
+    let verifier = ClientVerifier::new(authority, hosts, true, &provider)?;
     let (chain, key) = authority.server_chain();
     let mut config = rustls::ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
@@ -49,6 +49,19 @@ pub fn server_config(authority: &Authority, hosts: Arc<Hosts>) -> Result<QuicSer
     config.max_early_data_size = 0;
     QuicServerConfig::try_from(config)
         .map_err(|e| Error::new(ErrorKind::Crypto, "the TLS library lacks what QUIC needs").because(e))
+}
+
+/// For NBD over TCP: the receiver's certificate, and only enrolled hosts as clients.
+pub fn nbd_config(authority: &Authority, hosts: Arc<Hosts>) -> Result<rustls::ServerConfig> {
+    let provider = provider();
+    let verifier = ClientVerifier::new(authority, hosts, false, &provider)?;
+    let (chain, key) = authority.server_chain();
+    rustls::ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(|e| tls("cannot set up TLS", e))?
+        .with_client_cert_verifier(Arc::new(verifier))
+        .with_single_cert(chain, key)
+        .map_err(|e| tls("the server certificate and its key cannot be used", e))
 }
 
 /// An enrolled host's side: the CA pinned by its certificate.
@@ -132,16 +145,18 @@ pub(crate) fn sha256(bytes: &[u8]) -> [u8; 32] {
 struct ClientVerifier {
     chain: Arc<dyn ClientCertVerifier>,
     hosts: Arc<Hosts>,
+    /// Whether one who was only invited may come in: to join.
+    invites: bool,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
 impl ClientVerifier {
-    fn new(authority: &Authority, hosts: Arc<Hosts>, provider: &Arc<CryptoProvider>) -> Result<Self> {
+    fn new(authority: &Authority, hosts: Arc<Hosts>, invites: bool, provider: &Arc<CryptoProvider>) -> Result<Self> {
         let roots = roots(authority.ca().clone()).map_err(|e| tls("our CA cannot be used", e))?;
         let chain = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
             .build()
             .map_err(|e| Error::new(ErrorKind::Crypto, "our CA cannot verify anything").because(e))?;
-        Ok(Self { chain, hosts, algorithms: provider.signature_verification_algorithms })
+        Ok(Self { chain, hosts, invites, algorithms: provider.signature_verification_algorithms })
     }
 }
 
@@ -158,7 +173,7 @@ impl ClientCertVerifier for ClientVerifier {
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
         let refuse = |why: CertificateError| Err(rustls::Error::InvalidCertificate(why));
-        if let Some(invite) = invite_of(end_entity) {
+        if let Some(invite) = invite_of(end_entity).filter(|_| self.invites) {
             return match self.hosts.invite_standing(&invite, system_time(now)) {
                 Ok(()) => Ok(ClientCertVerified::assertion()),
                 Err(RedeemError::Used) => refuse(CertificateError::Revoked),

@@ -132,7 +132,7 @@ async fn feed(
     send.write_all(&wire(&Frame::plain(FrameKind::Hello, 0, &body), &body)).await.unwrap();
     if *position == 0 {
         let (kind, reason) = (MarkKind::Begin, Some(GapReason::NewRing));
-        let mark = Mark { kind, reason, incarnation, position: 0, time_ns: 1, epoch: 1 }.encode();
+        let mark = Mark { kind, reason, incarnation, position: 0, time_ns: 1, epoch: 1, height_min: 0 }.encode();
         send.write_all(&wire(&Frame::plain(FrameKind::Mark, 0, &mark), &mark)).await.unwrap();
     }
     let mut rng = rand::rngs::StdRng::seed_from_u64(1);

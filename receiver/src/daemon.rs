@@ -1,7 +1,8 @@
 //! Start, accept loops, stop.
 
 use crate::group::registry::Registry;
-use crate::{control, session};
+use crate::view::views::{Views, run_dir};
+use crate::{control, keeper, session};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use varve_net::endpoint::{Accepted, CloseCode, Peer, Server, serve_join};
 use varve_net::hosts::Hosts;
 use varve_net::identity::Authority;
 use varve_net::local::LocalServer;
+use varve_net::tls::nbd_config;
 
 /// The registry of hosts, beside the keys.
 pub const HOSTS_NAME: &str = "hosts.json";
@@ -31,6 +33,8 @@ pub struct Daemon {
     pub server: Server,
     /// Has the groups.
     pub registry: Arc<Registry>,
+    /// Has the views.
+    pub views: Views,
 }
 
 impl Daemon {
@@ -125,8 +129,13 @@ async fn serve(
         let (wanted, got) = (server.buffers().wanted_bytes, server.buffers().receive_bytes);
         tracing::warn!(wanted, got, "small socket buffers: give CAP_NET_ADMIN, or raise net.core.rmem_max");
     }
-    let daemon = Arc::new(Daemon { name: config.name, authority, hosts, server, registry });
+    let tls = nbd_config(&authority, hosts.clone()).map_err(|e| net_problem("NBD cannot be served", &e))?;
+    let views = Views::new(run_dir(paths), Arc::new(tls));
+    let daemon = Arc::new(Daemon { name: config.name, authority, hosts, server, registry, views });
     daemon.registry.open_all().await;
+    let keeper = daemon.registry.clone();
+    let keeper = std::thread::Builder::new().name("keeper".to_owned()).spawn(move || keeper::run(&keeper));
+    let keeper = keeper.map_err(|e| Problem::failed("the keeper cannot start", e.to_string(), "see ulimit -u"))?;
     let address = daemon.address().unwrap_or_default();
     tracing::info!(address, name = daemon.name, groups = daemon.registry.groups().len(), "ready");
     notify::ready();
@@ -149,8 +158,12 @@ async fn serve(
     }
     notify::stopping();
     tracing::info!("stopping");
+    let (views, runtime) = (daemon.clone(), tokio::runtime::Handle::current());
+    // A panic was told by the thread's own end.
+    let _ = tokio::task::spawn_blocking(move || views.views.close_all(&runtime)).await;
     daemon.registry.stop().await;
     daemon.server.close().await;
+    let _ = tokio::task::spawn_blocking(move || keeper.join()).await;
     tracing::info!("stopped");
     Ok(())
 }

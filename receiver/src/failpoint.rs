@@ -14,6 +14,10 @@ pub const LAND_AFTER: &str = "land-after";
 pub const SEGMENT_MADE: &str = "segment-made";
 /// A segment was put to use; nothing is in it.
 pub const SEGMENT_BEGUN: &str = "segment-begun";
+/// What will be replaced is known, nothing of it is durable.
+pub const HISTORY_BEFORE: &str = "history-before";
+/// What will be replaced is durable, the replica is as it was.
+pub const HISTORY_AFTER: &str = "history-after";
 /// Before the replica is written.
 pub const APPLY_BEFORE: &str = "apply-before";
 /// Some of a batch is in the replica.
@@ -30,12 +34,14 @@ pub const GROUP_BEFORE: &str = "group-before";
 pub const GROUP_AFTER: &str = "group-after";
 
 /// All of them, for tests that try each.
-pub const ALL: [&str; 12] = [
+pub const ALL: [&str; 14] = [
     LAND_BEFORE,
     LAND_TORN,
     LAND_AFTER,
     SEGMENT_MADE,
     SEGMENT_BEGUN,
+    HISTORY_BEFORE,
+    HISTORY_AFTER,
     APPLY_BEFORE,
     APPLY_HALF,
     APPLY_AFTER,

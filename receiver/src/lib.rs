@@ -16,6 +16,8 @@
 //! | [`group`] | what a group is, its directory, its two threads |
 //! | [`landing`] | the landing log: segments, batches, recovery |
 //! | [`apply`] | from landed entries to the replica |
+//! | [`view`], [`restore`], [`rollback`] | the past, read and brought back |
+//! | [`keeper`] | merges, retention, free space |
 //! | [`status`], [`control`] | what `varve` sees and asks |
 //! | [`failpoint`] | places where tests end the process |
 //!
@@ -29,7 +31,11 @@ pub mod daemon;
 pub mod failpoint;
 pub mod failure;
 pub mod group;
+pub mod keeper;
 pub mod landing;
 pub mod limits;
+pub mod restore;
+pub mod rollback;
 pub mod session;
 pub mod status;
+pub mod view;

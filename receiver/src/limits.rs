@@ -19,10 +19,19 @@ pub const PROBES_WAITING_MAX: usize = 64;
 pub const APPLY_BYTES_MAX: usize = 16 << 20;
 /// Stored bytes that the applier takes at once: half of the arenas, so that landing can go on meanwhile.
 pub const APPLY_STORED_BYTES_MAX: usize = (ARENAS_MAX / 2) * ARENA_BYTES;
+/// The applier waits at most this long for more before it applies what it has: larger batches are sorted better, write a
+/// block once that was written often, and fill the blocks of a layer.
+pub const GATHER_TIME_MAX: Duration = Duration::from_millis(100);
+/// Aligned memory in which a part of a batch is played to see what it replaces.
+pub const BEFORE_STAGE_BYTES: usize = 6 << 20;
+/// Content of recently written blocks that is kept so that it need not be read: per group that is being written.
+pub const RECENT_BYTES: usize = 24 << 20;
+/// A longer stretch of zeroes is applied piece by piece, and what is a hole already is passed over.
+pub const ZERO_PIECE_BYTES: u64 = 4 << 20;
 /// Records that the applier takes at once.
 pub const APPLY_RECORDS_MAX: usize = 64 << 10;
 /// Aligned memory from which the replica is written.
-pub const STAGE_BYTES: usize = 4 << 20;
+pub const STAGE_BYTES: usize = 5 << 20;
 /// Requests in flight to the replicas. Measured at random 4 KiB writes: 15 % less CPU than 64, no more than 256.
 pub const REPLICA_DEPTH: u32 = 128;
 /// Aligned memory through which the landing log is read; at least the largest entry and two blocks.
@@ -33,12 +42,50 @@ pub const UNSYNCED_BYTES_MAX: usize = 64 << 20;
 pub const UNSYNCED_TIME_MAX: Duration = Duration::from_millis(200);
 /// Image bytes that share one sync.
 pub const IMAGE_BYTES_PER_SYNC: usize = 64 << 20;
+/// Image bytes that are written at once.
+pub const IMAGES_AT_ONCE_BYTES: usize = 5 << 20;
 /// Free space below which no session is opened: enough for the segment in use and what file systems keep back.
 pub const DISK_FREE_BYTES_MIN: u64 = 64 << 20;
 /// Segments that a group has from its beginning: one is written while the other is applied.
 pub const SEGMENTS_PREPARED: usize = 2;
 /// Groups of all hosts together; one host has no more than [`varve_common::limits::GROUPS_MAX`] of them.
 pub const GROUPS_MAX: usize = 1024;
+/// A view reads at most this much at once, for one of its readers.
+pub const VIEW_PIECE_BYTES: usize = 256 << 10;
+/// Aligned memory of one reader of a view.
+pub const VIEW_READ_BYTES: usize = 1 << 20;
+/// Readers that a view keeps for the next read; more only live as long as theirs.
+pub const VIEW_READERS_MAX: usize = 8;
+/// Requests in flight of one reader.
+pub const VIEW_READ_DEPTH: u32 = 64;
+/// What a volume of a view remembers of how its regions are made up.
+pub const VIEW_MAPS_BYTES_MAX: usize = 32 << 20;
+/// Index blocks of all groups' histories in memory.
+pub const INDEX_CACHE_BYTES: u64 = 128 << 20;
+/// Index files held open.
+pub const INDEX_FILES_OPEN_MAX: usize = 256;
+/// The longest that a command waits for the replicas to reach what is landed.
+pub const CATCH_UP_TIME_MAX: Duration = Duration::from_secs(60);
+/// Free space below which the oldest layers go early; on a small file system a twentieth of it.
+pub const FREE_BYTES_FLOOR: u64 = 1 << 30;
+/// Between two looks at what is to be merged and what may expire.
+pub const KEEPER_INTERVAL: Duration = Duration::from_secs(1);
+/// How fast a scrub reads unless it is told otherwise, bytes a second.
+pub const SCRUB_RATE: u64 = 200 << 20;
+/// Stretches that `varve points` shows the density of points in.
+pub const DENSITY_PARTS: usize = 24;
+/// Damaged records that a scrub traces back to the points that they take away; beyond, a whole layer is given up.
+pub const DAMAGES_TRACED_MAX: usize = 1000;
+/// A rollback puts back this much at once, counted in whole blocks.
+pub const ROLLBACK_BYTES: u64 = 5 << 20;
+/// Aligned memory through which a rollback reads records.
+pub const ROLLBACK_READ_BYTES: usize = 8 << 20;
+/// Records that it reads at once.
+pub const ROLLBACK_DEPTH: u32 = 128;
+/// A restore reads and writes this much at once.
+pub const RESTORE_BYTES: usize = 1 << 20;
+/// Views open at once, of all groups.
+pub const VIEWS_MAX: usize = 64;
 /// Gaps that the status shows.
 pub const GAPS_SHOWN_MAX: usize = 16;
 /// The longest that a peer may take for its preamble and hello.

@@ -1,21 +1,26 @@
 //! What `varve status` shows of a receiver.
 
+use crate::daemon::Daemon;
 use crate::group::live::Gap;
-use crate::group::registry::{Board, Registry, Slot};
+use crate::group::registry::{Board, Slot};
 use crate::group::stream::Point;
 use crate::limits::REPORT_AGE_MAX;
-use varve_common::control::{GapStatus, GroupStatus, ResyncStatus, VolumeStatus, Window, show_position, show_time};
+use varve_common::control::{
+    GapStatus, GroupStatus, HistoryStatus, ResyncStatus, VolumeStatus, Window, show_position, show_time,
+};
 use varve_common::state::{DataFacts, Link, Role};
 use varve_common::wire::messages::Report;
+use varve_timeline::chronicle::Times;
 
 /// All groups, or the one of this name.
-pub fn groups(registry: &Registry, only: Option<&str>) -> Vec<GroupStatus> {
+pub fn groups(daemon: &Daemon, only: Option<&str>) -> Vec<GroupStatus> {
     let wanted = |slot: &&std::sync::Arc<Slot>| only.is_none_or(|name| name == slot.name);
-    registry.groups().iter().filter(wanted).map(|slot| group(slot)).collect()
+    let show = |slot: &std::sync::Arc<Slot>| group(slot, daemon.views.count(&slot.name));
+    daemon.registry.groups().iter().filter(wanted).map(show).collect()
 }
 
-/// One group.
-pub fn group(slot: &Slot) -> GroupStatus {
+/// One group, of which this many views are open.
+pub fn group(slot: &Slot, views: u64) -> GroupStatus {
     let board = slot.board().clone();
     let view = board.live.as_ref().map(|live| live.view());
     let report = fresh_report(&board);
@@ -51,9 +56,10 @@ pub fn group(slot: &Slot) -> GroupStatus {
         durable: durable.map(show),
         applied: view.as_ref().filter(|view| view.applied.begun()).map(|view| show(view.applied.at)),
         window: landed.and_then(|landed| landed.good).map_or_else(Window::default, |good| Window {
-            from: Some(show_time(good.time_ns)),
+            from: Some(show_time(oldest_ns(&board).unwrap_or(good.time_ns))),
             to: Some(show_time(good.time_ns)),
         }),
+        history: history(slot, &board, views),
         gaps: view.as_ref().map(|view| view.gaps.iter().map(gap).collect()).unwrap_or_default(),
         volumes: meta.map(|meta| meta.volumes.iter().map(volume).collect()).unwrap_or_default(),
         resync: report
@@ -63,6 +69,43 @@ pub fn group(slot: &Slot) -> GroupStatus {
         ring: None,
         counters: slot.counters.snapshot(),
     }
+}
+
+/// Time of the oldest point.
+fn oldest_ns(board: &Board) -> Option<u64> {
+    let timeline = board.timeline.as_ref()?;
+    let chronicle = timeline.chronicle();
+    let oldest = timeline.begin().unwrap_or(0).max(chronicle.oldest().0);
+    let (first, _) = chronicle.window(oldest, timeline.applied().height)?;
+    Times::at_height(&**timeline, first).map(|(_, time_ns)| time_ns).or_else(|| {
+        let first_layer = timeline.layers().first().map(|layer| layer.first_time_ns);
+        let expired = chronicle.oldest();
+        if expired.0 >= first { Some(expired.1) } else { first_layer }
+    })
+}
+
+fn history(slot: &Slot, board: &Board, views: u64) -> Option<HistoryStatus> {
+    let timeline = board.timeline.as_ref()?;
+    let (sizes, chronicle) = (timeline.sizes(), timeline.chronicle());
+    let count = |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
+    let known = count(&slot.counters.before_known_bytes);
+    let all = known + count(&slot.counters.before_read_bytes);
+    let held = board.meta.as_ref().and_then(|meta| meta.held.as_ref());
+    let held = held.map(|held| {
+        format!("rolled back to {}; 'varve rollback {} --release' lets replication go on", held.to, slot.name)
+    });
+    Some(HistoryStatus {
+        layers: sizes.layers,
+        bytes: sizes.bytes(),
+        records: sizes.records,
+        views,
+        bookmarks: chronicle.bookmarks().count() as u64,
+        kept: chronicle.kept_count() as u64,
+        avoided_reads: (all > 0).then(|| known as f64 / all as f64),
+        damaged: chronicle.damages().len() as u64,
+        retention: board.meta.as_ref().map(|meta| meta.retention).unwrap_or_default(),
+        notice: held.or(board.notice.clone()),
+    })
 }
 
 /// What the agent said, if it is connected and said it lately.

@@ -12,8 +12,12 @@ pub mod layer;
 pub mod limits;
 pub mod merge;
 pub mod open_index;
+pub mod points;
+pub mod recorder;
 pub mod resolve;
 pub mod run;
+pub mod scrub;
 
 #[cfg(test)]
 mod testing;
+pub mod timeline;

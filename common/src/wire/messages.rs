@@ -102,6 +102,8 @@ pub enum RefusedReason {
     Stopping,
     /// A limit on groups or volumes.
     Limit,
+    /// The replicas were rolled back and replication was not let go on.
+    Held,
 }
 
 /// Everything before `durable` is synced on the receiver's disk, everything before `applied` is in the replica.

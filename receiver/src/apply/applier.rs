@@ -1,7 +1,7 @@
 //! The thread that brings the replicas forward. It alone writes to them, so order is order.
 
 use super::collect::{Batch, Cursor, Ended};
-use super::history::History;
+use super::history::{History, stage_bytes};
 use super::mark::AppliedFile;
 use super::plan::{BatchPlan, Piece, Source, Stamp};
 use super::probe;
@@ -10,15 +10,19 @@ use super::work::{Action, Answer, Answered, Given, Queue};
 use crate::failpoint;
 use crate::failure::Failure;
 use crate::group::live::Live;
+use crate::group::stream::IMAGE_HEIGHT;
 use crate::landing::log::Log;
-use crate::limits::{IMAGE_BYTES_PER_SYNC, STAGE_BYTES, UNSYNCED_BYTES_MAX, UNSYNCED_TIME_MAX};
+use crate::limits::{
+    BEFORE_STAGE_BYTES, GATHER_TIME_MAX, IMAGE_BYTES_PER_SYNC, IMAGES_AT_ONCE_BYTES, STAGE_BYTES, UNSYNCED_BYTES_MAX,
+    UNSYNCED_TIME_MAX, ZERO_PIECE_BYTES,
+};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use varve_common::limits::REGION_BYTES;
-use varve_common::wire::Image;
 use varve_common::wire::messages::{ImageDone, Probe, ProbeReply};
+use varve_common::wire::{IMAGE_BODY_BYTES_MAX, Image};
 use varve_io::AlignedBuf;
 
 /// After this long without work, memory that only work needs is freed.
@@ -41,7 +45,7 @@ pub struct Applier {
     /// Where it stands.
     pub cursor: Cursor,
     /// Taken before the replicas change.
-    pub history: Box<dyn History>,
+    pub history: History,
 }
 
 /// What was done since the last sync.
@@ -57,7 +61,7 @@ struct Unsynced {
 #[derive(Default)]
 struct Scratch {
     batch: Batch,
-    image: BatchPlan,
+    part: BatchPlan,
     probe: Option<AlignedBuf>,
 }
 
@@ -93,20 +97,26 @@ impl Applier {
                     None => continue,
                 },
                 Given::Nothing if unsynced.since.is_some() => self.sync(unsynced)?,
-                Given::Nothing => self.rest(scratch),
+                Given::Nothing => self.rest(scratch)?,
                 Given::Closed => return self.sync(unsynced),
             }
             self.sync_if_due(unsynced)?;
         }
     }
 
-    /// Applies what is open, together with what waits behind it.
+    /// Applies what is open, together with what waits behind it and what comes soon.
     fn batch(&mut self, unsynced: &mut Unsynced, scratch: &mut Scratch) -> Result<(), Failure> {
         let batch = &mut scratch.batch;
         batch.clear();
         let mut action = None;
+        // A mark ends the batch, so this holds for all of it.
+        let past_counts = self.cursor.state.ever_consistent;
+        let gather_until = Instant::now() + GATHER_TIME_MAX;
         while self.cursor.fill(batch, &self.volumes)? == Ended::Used {
-            match self.queue.take(Some(Instant::now())) {
+            // Somebody waits for images to be done, or for a segment.
+            let pressed = !unsynced.images.is_empty() || self.log.is_starved();
+            let deadline = if pressed { Instant::now() } else { gather_until };
+            match self.queue.take(Some(deadline)) {
                 Given::Work(work) => action = self.cursor.open(work),
                 Given::Nothing => break,
                 // What is in the batch is applied; what waits stays in the log. The next take says it again.
@@ -116,16 +126,16 @@ impl Applier {
                 break;
             }
         }
-        if !batch.plan.is_empty() {
-            self.history.before(&batch.plan, &mut self.replicas)?;
-            failpoint::hit(failpoint::APPLY_BEFORE);
-            let (pieces, buffers) = batch.resolve();
-            let bytes: u64 = pieces.iter().map(Piece::bytes).sum();
-            self.replicas.apply(pieces, &buffers)?;
-            failpoint::hit(failpoint::APPLY_AFTER);
-            self.live.counters.replica_bytes.fetch_add(bytes, Ordering::Relaxed);
+        if past_counts {
+            self.history.points(&batch.points);
         }
+        let bytes = self.changes(batch, &mut scratch.part, past_counts)?;
+        let batch = &mut scratch.batch;
+        // Before anything that comes after them: a gap must be known when its first image is there.
+        self.history.events(&batch.events)?;
+        self.history.applied(&self.cursor.state);
         let counters = &self.live.counters;
+        counters.replica_bytes.fetch_add(bytes, Ordering::Relaxed);
         counters.applied_bytes.fetch_add(batch.plain_bytes as u64, Ordering::Relaxed);
         counters.applied_batches.fetch_add(1, Ordering::Relaxed);
         counters.applied_records.fetch_add(batch.plan.len() as u64, Ordering::Relaxed);
@@ -140,10 +150,90 @@ impl Applier {
         self.sync_if_due(unsynced)
     }
 
+    /// Brings a batch's changes to the replicas in parts that fit the stage. Gives the bytes written.
+    fn changes(&mut self, batch: &Batch, part: &mut BatchPlan, past_counts: bool) -> Result<u64, Failure> {
+        let buffers = batch.buffers();
+        part.clear();
+        let (mut bytes, mut staged, mut complete_to) = (0, 0, 0);
+        for (piece, stamp) in batch.plan.changes() {
+            let long = piece.source.is_none() && piece.bytes() > ZERO_PIECE_BYTES;
+            if long || staged + stage_bytes(piece) > BEFORE_STAGE_BYTES as u64 {
+                bytes += self.part(part, &buffers, past_counts, Some(complete_to))?;
+                staged = 0;
+            }
+            if long {
+                bytes += self.long_zeroes(piece, *stamp, part, past_counts, complete_to)?;
+            } else {
+                part.push(*piece, *stamp);
+                staged += stage_bytes(piece);
+            }
+            complete_to = stamp.height;
+        }
+        // Records behind the last change changed nothing: they are points as well.
+        let complete_to = batch.points.last().map_or(complete_to, |(height, _)| complete_to.max(*height));
+        bytes += self.part(part, &buffers, past_counts, Some(complete_to))?;
+        Ok(bytes)
+    }
+
+    /// A long stretch of zeroes, as a discard of a whole device: piece by piece, without what is a hole already.
+    fn long_zeroes(
+        &mut self,
+        piece: &Piece,
+        stamp: Stamp,
+        part: &mut BatchPlan,
+        past_counts: bool,
+        complete_to: u64,
+    ) -> Result<u64, Failure> {
+        let (mut at, mut bytes) = (piece.start, 0);
+        while at < piece.end {
+            let Some(data) = self.replicas.next_data(piece.volume, at)? else { break };
+            let start = data.max(at);
+            let end = (start + ZERO_PIECE_BYTES).min(piece.end);
+            if start >= end {
+                break;
+            }
+            part.push(Piece { start, end, ..*piece }, stamp);
+            // Not complete before its last piece: after a crash all of it is looked at again.
+            bytes += self.part(part, &[], past_counts, Some(complete_to))?;
+            at = end;
+        }
+        Ok(bytes)
+    }
+
+    /// What a part replaces becomes history, then it goes to the replicas. Empties the part.
+    pub(super) fn part(
+        &mut self,
+        part: &mut BatchPlan,
+        buffers: &[&[u8]],
+        past_counts: bool,
+        complete_to: Option<u64>,
+    ) -> Result<u64, Failure> {
+        if part.is_empty() {
+            return Ok(0);
+        }
+        if past_counts {
+            self.history.before(part, buffers, &mut self.replicas, complete_to)?;
+        }
+        failpoint::hit(failpoint::APPLY_BEFORE);
+        let pieces = part.resolve();
+        let bytes = pieces.iter().map(Piece::bytes).sum();
+        self.history.remember(pieces, buffers);
+        self.replicas.apply(pieces, buffers)?;
+        failpoint::hit(failpoint::APPLY_AFTER);
+        part.clear();
+        Ok(bytes)
+    }
+
     fn act(&mut self, action: Action, unsynced: &mut Unsynced, scratch: &mut Scratch) -> Result<(), Failure> {
         match action {
             Action::Probe(probe, answer) => self.probe(&probe, answer, scratch),
-            Action::Image(body, answer) => self.image(&body, answer, unsynced, scratch),
+            Action::Image(body, answer) => self.images(body, answer, unsynced, scratch),
+            Action::Rollback(order) => {
+                self.rollback(&order, &mut scratch.part)?;
+                self.sync(unsynced)?;
+                order.finished();
+                Ok(())
+            }
         }
     }
 
@@ -157,36 +247,52 @@ impl Applier {
         Ok(())
     }
 
-    fn image(
+    /// An image, and those that wait behind it: one write of several is much faster than as many writes.
+    fn images(
         &mut self,
-        body: &[u8],
+        body: Vec<u8>,
         answer: Answer,
         unsynced: &mut Unsynced,
         scratch: &mut Scratch,
     ) -> Result<(), Failure> {
         let damaged = |why: &str| Failure::damaged(format!("an image that was checked: {why}"));
-        let image = Image::decode(body).map_err(|e| damaged(&e.to_string()))?;
-        let plan = &mut scratch.image;
+        let stamp = Stamp { height: self.cursor.state.height + IMAGE_HEIGHT };
+        let plan = &mut scratch.part;
         plan.clear();
-        let stamp = Stamp { position: self.cursor.state.at.position, time_ns: self.cursor.state.at.time_ns };
-        for (start, length, bytes) in image.extents() {
-            let source = bytes.map(|bytes| {
-                let offset = bytes.as_ptr().addr() - body.as_ptr().addr();
-                Source { buffer: 0, offset: offset as u32 }
-            });
-            plan.push(Piece { volume: image.volume, start, end: start + length, source }, stamp);
+        let mut bytes = body.len();
+        let (mut bodies, mut answers) = (vec![body], vec![answer]);
+        while bytes + IMAGE_BODY_BYTES_MAX <= IMAGES_AT_ONCE_BYTES
+            && let Some((body, answer)) = self.queue.take_image()
+        {
+            bytes += body.len();
+            bodies.push(body);
+            answers.push(answer);
+        }
+        let mut ids = Vec::with_capacity(bodies.len());
+        for (buffer, body) in bodies.iter().enumerate() {
+            let image = Image::decode(body).map_err(|e| damaged(&e.to_string()))?;
+            for (start, length, bytes) in image.extents() {
+                let source = bytes.map(|bytes| {
+                    let offset = bytes.as_ptr().addr() - body.as_ptr().addr();
+                    Source { buffer: buffer as u32, offset: offset as u32 }
+                });
+                plan.push(Piece { volume: image.volume, start, end: start + length, source }, stamp);
+            }
+            ids.push(image.id);
         }
         if self.mark.slot().consistent != 0 {
             // An image holds bytes of a later time. The mark on disk must say that a gap is open before they are there.
             self.sync(unsynced)?;
         }
-        self.history.before(plan, &mut self.replicas)?;
-        self.replicas.apply(plan.resolve(), &[body])?;
-        self.live.counters.image_bytes.fetch_add(body.len() as u64, Ordering::Relaxed);
-        unsynced.bytes += body.len();
-        unsynced.image_bytes += body.len();
+        let buffers: Vec<&[u8]> = bodies.iter().map(|body| &body[..]).collect();
+        let past_counts = self.cursor.state.ever_consistent;
+        self.part(&mut scratch.part, &buffers, past_counts, None)?;
+        self.live.counters.image_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        unsynced.bytes += bytes;
+        unsynced.image_bytes += bytes;
         unsynced.since.get_or_insert_with(Instant::now);
-        unsynced.images.push((answer, ImageDone { id: image.id }));
+        let done = answers.into_iter().zip(ids).map(|(answer, id)| (answer, ImageDone { id }));
+        unsynced.images.extend(done);
         Ok(())
     }
 
@@ -220,12 +326,15 @@ impl Applier {
         Ok(())
     }
 
-    fn rest(&mut self, scratch: &mut Scratch) {
-        scratch.batch.rest();
-        scratch.probe = None;
+    fn rest(&mut self, scratch: &mut Scratch) -> Result<(), Failure> {
+        *scratch = Scratch::default();
         self.cursor.rest();
         self.replicas.rest();
+        self.history.rest()
     }
 }
 
 const _: () = assert!(STAGE_BYTES as u64 >= REGION_BYTES);
+// A record of the longest payload and an image of a region fit, whatever their alignment.
+const _: () = assert!(BEFORE_STAGE_BYTES as u64 >= ZERO_PIECE_BYTES + 2 * 4096 && ZERO_PIECE_BYTES > REGION_BYTES);
+const _: () = assert!(BEFORE_STAGE_BYTES >= IMAGES_AT_ONCE_BYTES + IMAGES_AT_ONCE_BYTES / 8);

@@ -9,10 +9,12 @@ use crate::landing::batch::Effect;
 use crate::landing::reader::{Next, Reader, in_memory};
 use crate::limits::{APPLY_BYTES_MAX, APPLY_RECORDS_MAX, APPLY_STORED_BYTES_MAX};
 use bytes::Bytes;
-use varve_common::format::{ENTRY_HEADER_BYTES, EntryHeader, Mark};
+use varve_common::format::{ENTRY_HEADER_BYTES, EntryHeader, Mark, MarkKind};
 use varve_common::limits::FRAME_PLAIN_BYTES_MAX;
+use varve_common::point::Consistency;
 use varve_common::record::{RING_HEADER_BYTES, RecordHeader, RecordKind, Records};
 use varve_common::wire::{Codec, FrameKind};
+use varve_timeline::chronicle::Event;
 
 /// One batch: changes and the memory that they refer to. Used again for the next one.
 #[derive(Debug, Default)]
@@ -24,6 +26,10 @@ pub struct Batch {
     plain_used: usize,
     /// Parts of arenas that hold bodies as they came.
     shared: Vec<Bytes>,
+    /// Height and time of every record of the stream, whether it changed anything or not.
+    pub points: Vec<(u64, u64)>,
+    /// What happened to the stream in it, in order.
+    pub events: Vec<Event>,
     /// Plain bytes in it.
     pub plain_bytes: usize,
     stored_bytes: usize,
@@ -35,35 +41,37 @@ impl Batch {
         self.plan.clear();
         self.plain_used = 0;
         self.shared.clear();
+        self.points.clear();
+        self.events.clear();
         self.plain_bytes = 0;
         self.stored_bytes = 0;
     }
 
     /// Frees what is only needed while there is work.
     pub fn rest(&mut self) {
-        self.clear();
-        self.plain = Vec::new();
+        *self = Self::default();
     }
 
     /// Whether another frame of any size may be too much.
     fn is_full(&self) -> bool {
         self.plain_bytes + FRAME_PLAIN_BYTES_MAX > APPLY_BYTES_MAX
             || self.stored_bytes + FRAME_PLAIN_BYTES_MAX > APPLY_STORED_BYTES_MAX
-            || self.plan.len() >= APPLY_RECORDS_MAX
+            || self.points.len() >= APPLY_RECORDS_MAX
     }
 
-    /// The changes resolved, and the memory that their sources name.
-    pub fn resolve(&mut self) -> (&[Piece], Vec<&[u8]>) {
+    /// The memory that the changes' sources name.
+    pub fn buffers(&self) -> Vec<&[u8]> {
         let mut buffers: Vec<&[u8]> = Vec::with_capacity(1 + self.shared.len());
         buffers.push(&self.plain[..self.plain_used]);
         buffers.extend(self.shared.iter().map(|part| &part[..]));
-        (self.plan.resolve(), buffers)
+        buffers
     }
 
-    /// Adds the records of a data entry. `shared` is the memory in which `body` lies at an offset, if it may be kept.
-    /// Gives the newest record's time.
+    /// Adds the records of a data entry that begins at `state`. `shared` is the memory in which `body` lies at an offset,
+    /// if it may be kept. Gives the newest record's time.
     fn add(
         &mut self,
+        state: &StreamState,
         header: &EntryHeader,
         body: &[u8],
         shared: Option<(&Bytes, usize)>,
@@ -98,6 +106,13 @@ impl Batch {
             let record = record.map_err(|e| damaged(e.to_string()))?;
             check_record(&record, volumes).map_err(|e| damaged(e.to_string()))?;
             time_ns = Some(record.header.time_ns.get());
+            let height = state.height + (record.end - frame.position);
+            self.points.push((height, record.header.time_ns.get()));
+            if record.kind == RecordKind::Bookmark {
+                let name = String::from_utf8_lossy(record.payload).into_owned();
+                let (time_ns, consistency) = (record.header.time_ns.get(), Consistency::Crash);
+                self.events.push(Event::Bookmark { height, time_ns, name, consistency });
+            }
             if !record.kind.changes_data() {
                 continue;
             }
@@ -110,7 +125,7 @@ impl Batch {
                 end: start + record.header.length.get(),
                 source: (record.kind == RecordKind::Write).then_some(source),
             };
-            self.plan.push(piece, Stamp { position: record.position, time_ns: record.header.time_ns.get() });
+            self.plan.push(piece, Stamp { height });
         }
         Ok(time_ns)
     }
@@ -132,6 +147,27 @@ impl Batch {
             self.plain.resize(self.plain_used, 0);
         }
         base
+    }
+}
+
+/// What the timeline is told of a mark that was passed. A gap's begin is the last good point; what the stream says after it
+/// stands higher.
+fn events_of(mark: &Mark, before: &StreamState, after: &StreamState) -> Vec<Event> {
+    let time_ns = mark.time_ns;
+    let opens = |reason| Event::GapBegin { height: before.height, time_ns, reason };
+    let rebase = Event::Begin {
+        height: after.height,
+        time_ns,
+        incarnation: mark.incarnation,
+        position: mark.position,
+        epoch: mark.epoch,
+    };
+    match mark.kind {
+        MarkKind::GapEnd => vec![Event::GapEnd { height: after.height, time_ns }, rebase],
+        MarkKind::Begin | MarkKind::GapBegin => match after.gap {
+            Some(reason) if before.ever_consistent && before.gap != after.gap => vec![opens(reason), rebase],
+            _ => vec![rebase],
+        },
     }
 }
 
@@ -210,8 +246,10 @@ impl Cursor {
                 Some(Open::Log { until }) => self.step_in_log(until, batch, volumes)?,
             };
             let Some(effect) = effect else { return Ok(Ended::Used) };
+            let before = self.state;
             self.state.pass(&effect);
-            if matches!(effect, Effect::Mark(_)) {
+            if let Effect::Mark(mark) = effect {
+                batch.events.extend(events_of(&mark, &before, &self.state));
                 return Ok(Ended::Mark);
             }
         }
@@ -235,7 +273,7 @@ impl Cursor {
         let effect = match effect {
             Effect::Data { end, .. } => {
                 let shared = Some((&landed.bytes, at + ENTRY_HEADER_BYTES));
-                Effect::Data { end, time_ns: batch.add(&header, body, shared, volumes)? }
+                Effect::Data { end, time_ns: batch.add(&self.state, &header, body, shared, volumes)? }
             }
             mark => mark,
         };
@@ -254,7 +292,9 @@ impl Cursor {
         self.reader.allow(until);
         let effect = match self.reader.next(|header, body| check_place(&state, header, body))? {
             Next::Entry(header, body, checked) => match checked.effect {
-                Effect::Data { end, .. } => Effect::Data { end, time_ns: batch.add(&header, body, None, volumes)? },
+                Effect::Data { end, .. } => {
+                    Effect::Data { end, time_ns: batch.add(&state, &header, body, None, volumes)? }
+                }
                 mark => mark,
             },
             Next::End => return Err(Failure::damaged(format!("the landing log ends before {until:?}"))),

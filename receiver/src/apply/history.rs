@@ -1,23 +1,322 @@
-//! Where the past is kept: called before the replica changes. This is the place for layers of before-images; until
-//! they exist the past is only what the replica was.
+//! Before-images: what a part of a batch will replace is read (or known), kept durable, and only then replaced.
+//!
+//! A change becomes *cuts*, one for each granule that it touches, widened to whole sectors: the bytes around it are the
+//! same before and after, so the wider before-image is as true. All blocks that cuts touch are brought to the stage
+//! once; then the changes are played there in the order of the stream, and each cut's bytes are recorded just before
+//! they are overwritten. So every version of a block that is written several times in a batch is kept, whatever overlaps.
 
-use super::plan::BatchPlan;
+use super::holes::Holes;
+use super::plan::{BatchPlan, Piece};
+use super::recent::RecentBlocks;
 use super::replica::Replicas;
+use crate::failpoint;
 use crate::failure::Failure;
+use crate::group::live::Counters;
+use crate::group::stream::StreamState;
+use crate::limits::{BEFORE_STAGE_BYTES, RECENT_BYTES};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use varve_common::format::BLOCK_BYTES;
+use varve_io::AlignedBuf;
+use varve_timeline::chronicle::Event;
+use varve_timeline::entry::Address;
+use varve_timeline::error::HistoryError;
+use varve_timeline::layer::Before;
+use varve_timeline::limits::{GRANULE_BYTES, SECTOR_BYTES};
+use varve_timeline::recorder::Recorder;
+use varve_timeline::timeline::Timeline;
 
-/// Takes what a batch will replace.
-pub trait History: Send {
-    /// Called with every batch before anything of it reaches the replicas. What it keeps must be durable on return: the
-    /// replica is overwritten next. After a crash it is called again with changes that it has seen before.
-    fn before(&mut self, plan: &BatchPlan, replicas: &mut Replicas) -> Result<(), Failure>;
+const BLOCK: u64 = BLOCK_BYTES as u64;
+
+/// Takes what the applier replaces. Owned by the applier.
+#[derive(Debug)]
+pub struct History {
+    recorder: Recorder,
+    counters: Arc<Counters>,
+    holes: Holes,
+    recent: RecentBlocks,
+    stage: Option<AlignedBuf>,
+    cuts: Vec<Cut>,
+    order: Vec<u32>,
+    spans: Vec<Span>,
 }
 
-/// Keeps nothing.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct NoHistory;
+/// The part of a change within one granule, in whole sectors.
+#[derive(Clone, Copy, Debug)]
+struct Cut {
+    volume: u16,
+    start: u64,
+    end: u64,
+    /// Of the plan's changes.
+    change: u32,
+    /// Where `start` is in the stage.
+    stage: usize,
+    /// Another cut of this part overlaps it.
+    shared: bool,
+    /// Its before-image is durable already.
+    taken: bool,
+}
 
-impl History for NoHistory {
-    fn before(&mut self, _plan: &BatchPlan, _replicas: &mut Replicas) -> Result<(), Failure> {
+/// Consecutive blocks that cuts touch.
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    volume: u16,
+    start: u64,
+    end: u64,
+    stage: usize,
+}
+
+/// Bytes of the stage that a change may need at most: its blocks.
+pub fn stage_bytes(piece: &Piece) -> u64 {
+    piece.end.next_multiple_of(BLOCK) - piece.start / BLOCK * BLOCK
+}
+
+impl History {
+    /// Takes the way to the layers.
+    pub fn new(recorder: Recorder, counters: Arc<Counters>) -> Self {
+        Self {
+            recorder,
+            counters,
+            holes: Holes::default(),
+            recent: RecentBlocks::new(RECENT_BYTES),
+            stage: None,
+            cuts: Vec::new(),
+            order: Vec::new(),
+            spans: Vec::new(),
+        }
+    }
+
+    /// What it records to.
+    pub fn timeline(&self) -> &Arc<Timeline> {
+        self.recorder.timeline()
+    }
+
+    /// Called with every part of a batch before anything of it reaches the replicas, from the first consistent point on:
+    /// before it there is no past. On return what it replaces is durable. `complete_to`: every change of the stream up to this height is in
+    /// this part or was in an earlier one; `None`: the part is an image. An image has no record that comes again after a
+    /// crash, so its changes are always taken.
+    pub fn before(
+        &mut self,
+        part: &BatchPlan,
+        buffers: &[&[u8]],
+        replicas: &mut Replicas,
+        complete_to: Option<u64>,
+    ) -> Result<(), Failure> {
+        // What is durable already is not taken again.
+        self.cut(part, complete_to.map_or(0, |_| self.recorder.complete_to()));
+        self.place();
+        self.fill(replicas)?;
+        self.play(part, buffers)?;
+        failpoint::hit(failpoint::HISTORY_BEFORE);
+        let complete_to = complete_to.unwrap_or(self.recorder.complete_to());
+        self.recorder.commit(complete_to).map_err(|e| history_failed(&e))?;
+        failpoint::hit(failpoint::HISTORY_AFTER);
         Ok(())
     }
+
+    /// Records of the stream, whether they changed anything or not: points that can be named.
+    pub fn points(&mut self, points: &[(u64, u64)]) {
+        self.recorder.points(points);
+    }
+
+    /// Makes what happened to the stream durable: before the applied mark says that it is past.
+    pub fn events(&mut self, events: &[Event]) -> Result<(), Failure> {
+        self.recorder.events(events).map_err(|e| history_failed(&e))
+    }
+
+    /// Everything up to here is in the replicas, and what it replaced is kept: such points can be opened.
+    pub fn applied(&mut self, state: &StreamState) {
+        self.recorder.applied(state.height, state.at.time_ns);
+    }
+
+    fn cut(&mut self, part: &BatchPlan, taken_to: u64) {
+        self.cuts.clear();
+        for (number, (piece, stamp)) in part.changes().enumerate() {
+            let taken = stamp.height <= taken_to;
+            let end = piece.end.next_multiple_of(SECTOR_BYTES);
+            let mut start = piece.start / SECTOR_BYTES * SECTOR_BYTES;
+            while start < end {
+                let until = ((start / GRANULE_BYTES + 1) * GRANULE_BYTES).min(end);
+                let (volume, change) = (piece.volume, number as u32);
+                let cut = Cut { volume, start, end: until, change, stage: 0, shared: false, taken };
+                self.cuts.push(cut);
+                start = until;
+            }
+        }
+    }
+
+    /// Gives every cut its place in the stage: cuts that touch the same blocks share them.
+    fn place(&mut self) {
+        self.spans.clear();
+        self.order.clear();
+        self.order.extend(0..self.cuts.len() as u32);
+        let cuts = &mut self.cuts;
+        self.order.sort_unstable_by_key(|&index| {
+            let cut = &cuts[index as usize];
+            (cut.volume, cut.start, index)
+        });
+        let mut used = 0;
+        // The end of what the cuts before cover, and the cut that reaches it.
+        let (mut covered, mut last) = (0, 0);
+        for &index in &self.order {
+            let cut = cuts[index as usize];
+            let (first, end) = (cut.start / BLOCK * BLOCK, cut.end.next_multiple_of(BLOCK));
+            let span = self.spans.last_mut().filter(|span| span.volume == cut.volume && first <= span.end);
+            let (stage, overlaps) = match span {
+                Some(span) => {
+                    used += end.saturating_sub(span.end) as usize;
+                    span.end = span.end.max(end);
+                    (span.stage + (cut.start - span.start) as usize, cut.start < covered)
+                }
+                None => {
+                    self.spans.push(Span { volume: cut.volume, start: first, end, stage: used });
+                    let stage = used + (cut.start - first) as usize;
+                    used += (end - first) as usize;
+                    (stage, false)
+                }
+            };
+            if overlaps {
+                cuts[last as usize].shared = true;
+            }
+            cuts[index as usize].stage = stage;
+            cuts[index as usize].shared = overlaps;
+            if !overlaps || cut.end > covered {
+                (covered, last) = (cut.end, index);
+            }
+        }
+        debug_assert!(used <= BEFORE_STAGE_BYTES);
+    }
+
+    /// Brings what the replicas hold to the stage, reading as little as possible.
+    fn fill(&mut self, replicas: &mut Replicas) -> Result<(), Failure> {
+        let stage = self.stage.get_or_insert_with(|| AlignedBuf::new(BEFORE_STAGE_BYTES));
+        let mut reads: Vec<(u16, u64, &mut [u8])> = Vec::with_capacity(self.spans.len());
+        let (mut known, mut read) = (0, 0);
+        let (mut rest, mut at) = (&mut stage[..], 0);
+        for span in &self.spans {
+            let len = replicas.get(span.volume).map_or(0, |replica| replica.file().len());
+            let mut start = span.start;
+            while start < span.end {
+                let granule_end = ((start / GRANULE_BYTES + 1) * GRANULE_BYTES).min(span.end);
+                let stage_at = span.stage + (start - span.start) as usize;
+                let bytes = (granule_end - start) as usize;
+                let (target, after) = rest.split_at_mut(stage_at - at).1.split_at_mut(bytes);
+                (rest, at) = (after, stage_at + bytes);
+                let hole = self.holes.contains(replicas, span.volume, start);
+                if hole.map_err(|e| Failure::io("a replica", &e))? {
+                    target.fill(0);
+                    known += bytes as u64;
+                } else if copy_recent(&self.recent, span.volume, start, target) {
+                    known += bytes as u64;
+                } else {
+                    // Past the volume's end there is nothing to read.
+                    let inside = (len.saturating_sub(start)).min(bytes as u64) as usize;
+                    target[inside..].fill(0);
+                    read += inside as u64;
+                    if inside > 0 {
+                        reads.push((span.volume, start, &mut target[..inside]));
+                    }
+                }
+                start = granule_end;
+            }
+        }
+        replicas.read(&mut reads)?;
+        self.counters.before_known_bytes.fetch_add(known, Ordering::Relaxed);
+        self.counters.before_read_bytes.fetch_add(read, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Plays the changes in the stage and records what each one replaces.
+    fn play(&mut self, part: &BatchPlan, buffers: &[&[u8]]) -> Result<(), Failure> {
+        let Some(stage) = &mut self.stage else { return Ok(()) };
+        let (mut kept, mut same) = (0, 0);
+        for cut in &self.cuts {
+            let (piece, stamp) = part.change(cut.change as usize);
+            let bytes = (cut.end - cut.start) as usize;
+            let target = &mut stage[cut.stage..cut.stage + bytes];
+            // The change's own bytes, without the sectors' rest around them.
+            let (from, to) = (piece.start.max(cut.start), piece.end.min(cut.end));
+            let inner = (from - cut.start) as usize..(to - cut.start) as usize;
+            let new = piece.source.map(|source| {
+                let at = source.offset as usize + (from - piece.start) as usize;
+                &buffers[source.buffer as usize][at..at + (to - from) as usize]
+            });
+            let unchanged = match new {
+                Some(new) => target[inner.clone()] == *new,
+                None => target[inner.clone()].iter().all(|byte| *byte == 0),
+            };
+            if unchanged {
+                same += bytes as u64;
+                continue;
+            }
+            if !cut.taken {
+                let address = Address::new(cut.volume, cut.start / SECTOR_BYTES);
+                self.recorder.push(address, stamp.height, Before::Bytes(target)).map_err(|e| history_failed(&e))?;
+                kept += bytes as u64;
+            }
+            if cut.shared {
+                match new {
+                    Some(new) => target[inner].copy_from_slice(new),
+                    None => target[inner].fill(0),
+                }
+            }
+        }
+        self.counters.before_kept_bytes.fetch_add(kept, Ordering::Relaxed);
+        self.counters.before_same_bytes.fetch_add(same, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// What the replicas will hold from now on: called with what is written to them, just before.
+    pub fn remember(&mut self, pieces: &[Piece], buffers: &[&[u8]]) {
+        for piece in pieces {
+            self.holes.filled(piece.volume, piece.start, piece.end);
+            let Some(source) = piece.source else {
+                let (first, end) = (piece.start / BLOCK, piece.end.div_ceil(BLOCK));
+                self.recent.forget(piece.volume, first, end);
+                continue;
+            };
+            let content = &buffers[source.buffer as usize][source.offset as usize..][..piece.bytes() as usize];
+            let mut at = piece.start;
+            while at < piece.end {
+                let (block, inside) = (at / BLOCK, (at % BLOCK) as usize);
+                let until = ((block + 1) * BLOCK).min(piece.end);
+                let part = &content[(at - piece.start) as usize..(until - piece.start) as usize];
+                match part.len() == BLOCK_BYTES {
+                    true => self.recent.put(piece.volume, block, part),
+                    false => self.recent.patch(piece.volume, block, inside, Some(part), part.len()),
+                }
+                at = until;
+            }
+        }
+    }
+
+    /// Frees memory that is only needed while there is work, and closes a layer that is old.
+    pub fn rest(&mut self) -> Result<(), Failure> {
+        self.stage = None;
+        self.recent.clear();
+        self.recorder.rest().map_err(|e| history_failed(&e))
+    }
 }
+
+/// Fills `target` from recently written blocks, if all of them are known.
+fn copy_recent(recent: &RecentBlocks, volume: u16, start: u64, target: &mut [u8]) -> bool {
+    let first = start / BLOCK;
+    let mut blocks = target.chunks_mut(BLOCK_BYTES).zip(first..);
+    blocks.all(|(part, block)| match recent.get(volume, block) {
+        Some(content) => {
+            part.copy_from_slice(&content[..part.len()]);
+            true
+        }
+        None => false,
+    })
+}
+
+/// A group whose history cannot be written takes no data: what would be replaced would be lost.
+pub fn history_failed(error: &HistoryError) -> Failure {
+    match error {
+        HistoryError::Io(error) => Failure::io("the history", error),
+        other => Failure::damaged(format!("the history failed: {other}")),
+    }
+}
+
+const _: () = assert!(BEFORE_STAGE_BYTES.is_multiple_of(BLOCK_BYTES));

@@ -26,7 +26,7 @@ pub struct Piece {
 
 impl Piece {
     /// The part of it that `extent` covers, which lies within it.
-    fn part(&self, extent: Extent) -> Self {
+    pub fn part(&self, extent: Extent) -> Self {
         let skipped = (extent.start - self.start) as u32;
         let source = self.source.map(|source| Source { offset: source.offset + skipped, ..source });
         Self { start: extent.start, end: extent.end, source, ..*self }
@@ -42,19 +42,17 @@ impl Piece {
 #[derive(Debug, Default)]
 pub struct BatchPlan {
     changes: Vec<Piece>,
-    times: Vec<Stamp>,
+    stamps: Vec<Stamp>,
     order: Vec<u32>,
     pieces: Vec<Piece>,
     covered: Vec<ExtentSet>,
 }
 
-/// Which record a change came from.
+/// When a change happened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stamp {
-    /// Position of the record.
-    pub position: u64,
-    /// Its time.
-    pub time_ns: u64,
+    /// The timeline's height after it.
+    pub height: u64,
 }
 
 impl BatchPlan {
@@ -66,7 +64,7 @@ impl BatchPlan {
     /// Forgets the last batch.
     pub fn clear(&mut self) {
         self.changes.clear();
-        self.times.clear();
+        self.stamps.clear();
         self.pieces.clear();
     }
 
@@ -74,13 +72,18 @@ impl BatchPlan {
     pub fn push(&mut self, piece: Piece, stamp: Stamp) {
         if piece.start < piece.end {
             self.changes.push(piece);
-            self.times.push(stamp);
+            self.stamps.push(stamp);
         }
     }
 
     /// Every change in the order of the stream, with its record: what a history is taken from.
     pub fn changes(&self) -> impl ExactSizeIterator<Item = (&Piece, &Stamp)> {
-        self.changes.iter().zip(&self.times)
+        self.changes.iter().zip(&self.stamps)
+    }
+
+    /// One of them.
+    pub fn change(&self, number: usize) -> (&Piece, &Stamp) {
+        (&self.changes[number], &self.stamps[number])
     }
 
     /// Number of changes.

@@ -129,6 +129,24 @@ impl Replicas {
         Ok(())
     }
 
+    /// Fills buffers from (volume, offset), at queue depth. Offsets and lengths are whole blocks but at a replica's end.
+    pub fn read(&mut self, reads: &mut [(u16, u64, &mut [u8])]) -> Result<(), Failure> {
+        if reads.is_empty() {
+            return Ok(());
+        }
+        let files: Vec<&DirectFile> = self.list.iter().map(|replica| &replica.file).collect();
+        let mut batch: Vec<(usize, u64, &mut [u8])> =
+            reads.iter_mut().map(|(volume, offset, buf)| (usize::from(*volume), *offset, &mut **buf)).collect();
+        self.queue.read_batch(&files, &mut batch).map_err(|e| Failure::io("a replica", &e))
+    }
+
+    /// The first byte from `at` on that may be something else than zero; `None`: there is none.
+    pub fn next_data(&self, volume: u16, at: u64) -> Result<Option<u64>, Failure> {
+        let Some(replica) = self.get(volume) else { return Ok(None) };
+        let data = sparse::next_data(&replica.file, at).map_err(|e| failed(volume, &e))?;
+        Ok(data.map(|(start, _)| start))
+    }
+
     fn replica(&mut self, volume: u16) -> Result<&mut Replica, Failure> {
         let replica = self.list.get_mut(usize::from(volume));
         replica.ok_or_else(|| Failure::damaged(format!("a change of volume {volume}, which the group does not have")))

@@ -1,5 +1,6 @@
 //! What waits for the applier: landed batches, probes and images in the order of the stream.
 
+use super::rollback::RollbackOrder;
 use crate::landing::Place;
 use bytes::Bytes;
 use std::collections::VecDeque;
@@ -53,6 +54,8 @@ pub enum Action {
     Probe(Probe, Answer),
     /// The plain body of an image, decoded once already.
     Image(Vec<u8>, Answer),
+    /// The replicas are to be made what they were.
+    Rollback(Box<RollbackOrder>),
 }
 
 /// What the applier answers.
@@ -135,6 +138,7 @@ pub struct Queue {
 #[derive(Debug, Default)]
 struct Inner {
     items: VecDeque<Work>,
+    hurry: bool,
     closed: bool,
 }
 
@@ -176,12 +180,34 @@ impl Queue {
             if let Some(work) = inner.items.pop_front() {
                 return Given::Work(work);
             }
+            if std::mem::take(&mut inner.hurry) {
+                return Given::Nothing;
+            }
             inner = match deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())) {
                 Some(left) if left.is_zero() => return Given::Nothing,
                 Some(left) => self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0,
                 None => self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner),
             };
         }
+    }
+
+    /// The image that comes next, if it is an image that does.
+    pub fn take_image(&self) -> Option<(Vec<u8>, Answer)> {
+        let mut inner = self.lock();
+        match inner.items.pop_front() {
+            Some(Work::Act(Action::Image(body, answer))) => Some((body, answer)),
+            Some(other) => {
+                inner.items.push_front(other);
+                None
+            }
+            None => None,
+        }
+    }
+
+    /// Somebody waits for what is here to be applied: the next take that finds nothing does not wait for more.
+    pub fn hurry(&self) {
+        self.lock().hurry = true;
+        self.changed.notify_one();
     }
 
     /// Whether nothing waits.

@@ -51,6 +51,14 @@ pub struct Counters {
     pub replica_bytes: AtomicU64,
     /// Plain bytes of images applied.
     pub image_bytes: AtomicU64,
+    /// Bytes that were going to be replaced and had to be read.
+    pub before_read_bytes: AtomicU64,
+    /// Bytes that were going to be replaced and were known: holes, recently written blocks.
+    pub before_known_bytes: AtomicU64,
+    /// Bytes of before-images kept.
+    pub before_kept_bytes: AtomicU64,
+    /// Bytes that were replaced by the same bytes: nothing is kept.
+    pub before_same_bytes: AtomicU64,
     /// Times that the landing log was found to have lost something acknowledged.
     pub log_damages: AtomicU64,
 }
@@ -71,6 +79,10 @@ impl Counters {
             ("applied_bytes", &self.applied_bytes),
             ("replica_bytes", &self.replica_bytes),
             ("image_bytes", &self.image_bytes),
+            ("before_read_bytes", &self.before_read_bytes),
+            ("before_known_bytes", &self.before_known_bytes),
+            ("before_kept_bytes", &self.before_kept_bytes),
+            ("before_same_bytes", &self.before_same_bytes),
             ("log_damages", &self.log_damages),
         ];
         all.into_iter().map(|(name, value)| (name.to_owned(), value.load(Ordering::Relaxed))).collect()

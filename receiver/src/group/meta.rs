@@ -4,6 +4,7 @@ use crate::limits::GROUP_FILE_BYTES_MAX;
 use serde::{Deserialize, Serialize};
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use varve_common::control::Retention;
 use varve_common::limits::{VOLUME_BYTES_MAX, VOLUMES_PER_GROUP_MAX};
 use varve_common::problem::check_name;
 use varve_io::{IoError, crashsafe};
@@ -30,6 +31,21 @@ pub struct GroupMeta {
     pub created_ns: u64,
     /// In the order of their numbers.
     pub volumes: Vec<VolumeMeta>,
+    /// How long history is kept.
+    #[serde(default)]
+    pub retention: Retention,
+    /// The replicas were rolled back: no source may write to them until somebody lets it.
+    #[serde(default)]
+    pub held: Option<Held>,
+}
+
+/// A rollback that holds replication.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// Time of the point that the replicas went back to (RFC 3339).
+    pub to: String,
+    /// When it was done here.
+    pub since: String,
 }
 
 /// One volume and its replica.
@@ -65,7 +81,8 @@ impl GroupMeta {
         let id: [u8; 16] = rand::random();
         let id = id.iter().map(|byte| format!("{byte:02x}")).collect();
         let (name, owner) = (name.to_owned(), owner.to_owned());
-        Self { version: FILE_VERSION, id, name, owner, epoch, created_ns, volumes }
+        let (retention, held) = Default::default();
+        Self { version: FILE_VERSION, id, name, owner, epoch, created_ns, volumes, retention, held }
     }
 
     /// The random identity.

@@ -3,10 +3,10 @@
 use super::live::{Counters, Live};
 use super::meta::GroupMeta;
 use super::replicas;
-use super::stream::StreamState;
+use super::stream::{MARK_HEIGHT, StreamState};
 use crate::apply::applier::Applier;
 use crate::apply::collect::Cursor;
-use crate::apply::history::NoHistory;
+use crate::apply::history::{History, history_failed};
 use crate::apply::mark::AppliedFile;
 use crate::apply::replica::{Replica, Replicas};
 use crate::apply::work::{Queue, Work};
@@ -21,20 +21,29 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::thread::{Builder, JoinHandle};
 use varve_common::config::ReceiverConfig;
+use varve_common::format::{Mark, MarkKind};
 use varve_common::state::GapReason;
 use varve_common::wire::messages::Refused;
 use varve_io::{IoError, crashsafe};
+use varve_timeline::cache::IndexCache;
+use varve_timeline::chronicle::StreamFacts;
+use varve_timeline::recorder::Recorder;
+use varve_timeline::timeline::Timeline;
 
 /// The applied mark's file in the group's directory.
 pub const APPLIED_NAME: &str = "applied";
 /// The directory of the landing log in it.
 pub const LANDING_NAME: &str = "landing";
+/// The directory of the history in it.
+pub const HISTORY_NAME: &str = "history";
 
 /// See the module's text.
 #[derive(Debug)]
 pub struct OpenGroup {
     /// What the threads, the session and the status share.
     pub live: Arc<Live>,
+    /// What the replicas were.
+    pub timeline: Arc<Timeline>,
     /// Sizes of the volumes.
     pub volumes: Arc<[u64]>,
     /// To the applier; a session that is short of memory asks it to let go of what waits.
@@ -48,18 +57,20 @@ pub struct OpenGroup {
 }
 
 impl OpenGroup {
-    /// Opens the group in `dir`: claims the replicas, finds the end of the landing log, starts to apply what is there.
+    /// Opens the group in `dir`: claims the replicas, finds the ends of the history and of the landing log, starts to apply
+    /// what is there. `timeline` is the group's, if it was open before: views may hold it.
     pub fn open(
         dir: &Path,
         meta: &GroupMeta,
         config: &ReceiverConfig,
         counters: &Arc<Counters>,
+        timeline: Past,
     ) -> Result<Self, Refused> {
         let io = |e: IoError| Failure::io("the group's directory", &e).refused();
         crashsafe::remove_temporaries(dir).map_err(io)?;
         let list: Vec<Replica> = meta.volumes.iter().map(replicas::open).collect::<Result<_, _>>()?;
         let hollow: Vec<bool> = list.iter().map(replicas::is_fresh).collect();
-        let files = Files::open(dir, meta, config).map_err(|failure| failure.refused())?;
+        let files = Files::open(dir, meta, config, timeline).map_err(|failure| failure.refused())?;
         let never = files.recovered.entries == 0 && !files.applied.begun();
         let fresh = hollow.into_iter().map(|hollow| hollow && never).collect();
         files.report(&meta.name, counters);
@@ -109,10 +120,20 @@ struct Files {
     mark: AppliedFile,
     applied: StreamState,
     recovered: Recovered,
+    recorder: Recorder,
+}
+
+/// The group's timeline, or what is needed to open it.
+#[derive(Debug)]
+pub enum Past {
+    /// It is open.
+    Open(Arc<Timeline>),
+    /// With this cache.
+    Closed(Arc<IndexCache>),
 }
 
 impl Files {
-    fn open(dir: &Path, meta: &GroupMeta, config: &ReceiverConfig) -> Result<Self, Failure> {
+    fn open(dir: &Path, meta: &GroupMeta, config: &ReceiverConfig, past: Past) -> Result<Self, Failure> {
         let mark = AppliedFile::open(&dir.join(APPLIED_NAME), meta.id())?;
         let slot = *mark.slot();
         let applied = StreamState::from_slot(&slot);
@@ -120,7 +141,38 @@ impl Files {
         let (bytes, most) = (config.landing_segment_bytes, config.landing_bytes_max);
         let log = Arc::new(Log::open(&dir.join(LANDING_NAME), meta.id(), bytes, most, place)?);
         let recovered = recover(&log, place, slot.chain.get(), applied, &meta.volume_bytes())?;
-        Ok(Self { log, mark, applied, recovered })
+        let timeline = match past {
+            Past::Open(timeline) => timeline,
+            Past::Closed(cache) => {
+                Timeline::open(&dir.join(HISTORY_NAME), meta.id(), cache).map_err(|e| history_failed(&e))?
+            }
+        };
+        let facts = StreamFacts {
+            height: applied.height,
+            time_ns: applied.at.time_ns,
+            incarnation: applied.at.incarnation,
+            position: applied.at.position,
+            epoch: meta.epoch,
+            gap: applied.gap,
+        };
+        let recorder = Recorder::open(timeline, &facts).map_err(|e| history_failed(&e))?;
+        Ok(Self { log, mark, applied, recovered, recorder })
+    }
+
+    /// The replicas may hold what stood behind the log's new end, and the history what that replaced: from here on no point
+    /// is good until the agent has sent that again (it is told so in the welcome), and what comes is younger than that.
+    fn damage_mark(&self) -> Option<Mark> {
+        let state = &self.recovered.state;
+        let height = self.recorder.complete_to().next_multiple_of(MARK_HEIGHT) + MARK_HEIGHT;
+        (self.recovered.damage.is_some() && state.begun()).then_some(Mark {
+            kind: MarkKind::GapBegin,
+            reason: Some(GapReason::ReplicaChanged),
+            incarnation: state.at.incarnation,
+            position: state.at.position,
+            time_ns: state.at.time_ns,
+            epoch: 0,
+            height_min: height.max(state.height + MARK_HEIGHT),
+        })
     }
 
     fn report(&self, group: &str, counters: &Counters) {
@@ -146,12 +198,9 @@ impl Files {
         counters: &Arc<Counters>,
         fresh: Vec<bool>,
     ) -> Result<OpenGroup, Failure> {
-        let Self { log, mark, applied, mut recovered } = self;
-        if recovered.damage.is_some() {
-            // The replicas may hold what stood behind the log's new end: until the agent has sent that again, no point is
-            // good. The agent ends the gap when it has (it is told so in the welcome).
-            recovered.state.gap.get_or_insert(GapReason::ReplicaChanged);
-        }
+        let damage_mark = self.damage_mark();
+        let Self { log, mark, applied, recovered, recorder } = self;
+        let timeline = recorder.timeline().clone();
         let live = Arc::new(Live::new(counters.clone(), recovered.state, applied));
         let queue = Arc::new(Queue::default());
         let slot = *mark.slot();
@@ -167,10 +216,14 @@ impl Files {
             replicas,
             mark,
             cursor: Cursor::new(Reader::new(log.clone(), place, slot.chain.get()), applied),
-            history: Box::new(NoHistory),
+            history: History::new(recorder, counters.clone()),
         };
         let writer = Writer::new(log.clone(), recovered.end, recovered.chain);
-        let lander = Lander { live: live.clone(), queue: queue.clone(), writer, state: recovered.state };
+        let mut lander = Lander { live: live.clone(), queue: queue.clone(), writer, state: recovered.state };
+        if let Some(mark) = damage_mark {
+            // Durable before anybody hears where the stream ends.
+            lander.land(Batch::of_mark(&mark))?;
+        }
         let (batches, received) = mpsc::channel();
         let thread = |role: &str| Builder::new().name(format!("{role}-{}", meta.name));
         let failed = |e: std::io::Error| Failure::io("a thread", &IoError::new("start", PathBuf::from("thread"), e));
@@ -186,6 +239,6 @@ impl Files {
             }
         };
         let volumes = meta.volume_bytes().into();
-        Ok(OpenGroup { live, volumes, queue, batches, fresh: Some(fresh), lander, applier })
+        Ok(OpenGroup { live, timeline, volumes, queue, batches, fresh: Some(fresh), lander, applier })
     }
 }

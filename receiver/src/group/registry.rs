@@ -5,13 +5,14 @@
 //! the desk: after a silent loss of the network the old session would otherwise sit there until its idle timeout.
 
 use super::live::{Counters, Live};
-use super::meta::{GroupMeta, VolumeMeta};
-use super::open::{APPLIED_NAME, LANDING_NAME, OpenGroup};
+use super::meta::{GroupMeta, Held, VolumeMeta};
+use super::open::{APPLIED_NAME, HISTORY_NAME, LANDING_NAME, OpenGroup, Past};
 use super::replicas;
 use crate::apply::mark::AppliedFile;
+use crate::apply::work::Queue;
 use crate::failpoint;
 use crate::failure::{Failure, refuse, refuse_for_now};
-use crate::limits::{DISK_FREE_BYTES_MIN, GROUPS_MAX, TAKEOVER_TIMEOUT};
+use crate::limits::{DISK_FREE_BYTES_MIN, GROUPS_MAX, INDEX_CACHE_BYTES, INDEX_FILES_OPEN_MAX, TAKEOVER_TIMEOUT};
 use crate::session::hello;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,8 @@ use varve_common::paths::Paths;
 use varve_common::state::Link;
 use varve_common::wire::messages::{Ask, Hello, Refused, RefusedReason, Report};
 use varve_io::{IoError, crashsafe};
+use varve_timeline::cache::IndexCache;
+use varve_timeline::timeline::Timeline;
 
 /// One group, whether it exists already or somebody is about to make it.
 #[derive(Debug)]
@@ -55,16 +58,38 @@ pub struct Board {
     pub refusal: Option<String>,
     /// The threads' state, if it is open.
     pub live: Option<Arc<Live>>,
+    /// What waits for the applier, if it is open.
+    pub queue: Option<Arc<Queue>>,
+    /// What the replicas were. Stays when the group is closed: views may go on.
+    pub timeline: Option<Arc<Timeline>>,
     /// What the agent said last, and when.
     pub report: Option<(Report, Instant)>,
     /// To the session, if there is one.
     pub asks: Option<mpsc::Sender<Ask>>,
+    /// What the operator should know of the history.
+    pub notice: Option<String>,
+}
+
+impl Board {
+    fn shut(&mut self) {
+        (self.live, self.queue) = (None, None);
+    }
 }
 
 impl Slot {
     fn new(name: &str, meta: Option<GroupMeta>) -> Self {
         let link = Link::Disconnected;
-        let board = Board { meta, link, refusal: None, live: None, report: None, asks: None };
+        let board = Board {
+            meta,
+            link,
+            refusal: None,
+            live: None,
+            queue: None,
+            timeline: None,
+            report: None,
+            asks: None,
+            notice: None,
+        };
         Self {
             name: name.to_owned(),
             counters: Arc::default(),
@@ -80,7 +105,7 @@ impl Slot {
     }
 
     /// The session, if there is one, is to end.
-    fn end_session(&self) -> u64 {
+    pub fn end_session(&self) -> u64 {
         let mut mine = 0;
         self.turn.send_modify(|turn| {
             *turn += 1;
@@ -114,6 +139,8 @@ pub struct Registry {
     /// One group is made at a time: two must not choose the same replica.
     making: tokio::sync::Mutex<()>,
     stopping: Arc<AtomicBool>,
+    /// Of all timelines.
+    index_cache: Arc<IndexCache>,
 }
 
 impl Registry {
@@ -134,7 +161,8 @@ impl Registry {
             }
         }
         let (slots, making, stopping) = (Mutex::new(slots), tokio::sync::Mutex::new(()), Arc::default());
-        Ok(Self { paths, config, slots, making, stopping })
+        let index_cache = Arc::new(IndexCache::new(INDEX_CACHE_BYTES, INDEX_FILES_OPEN_MAX));
+        Ok(Self { paths, config, slots, making, stopping, index_cache })
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Slot>>> {
@@ -221,6 +249,7 @@ impl Registry {
             None => self.make(slot, host, hello).await?,
         };
         hello::check_against(&meta, hello)?;
+        check_held(&meta)?;
         check_space(&self.dir(&slot.name))?;
         if hello.epoch > meta.epoch {
             meta.epoch = hello.epoch;
@@ -247,6 +276,52 @@ impl Registry {
 
     fn dir(&self, group: &str) -> PathBuf {
         self.paths.receiver_group(group)
+    }
+
+    /// Where all groups are.
+    pub fn groups_dir(&self) -> PathBuf {
+        groups_dir(&self.paths)
+    }
+
+    /// Ends the group's session and keeps every other one off until [`Registry::release`]; durable on return. Gives the desk,
+    /// with the group open.
+    pub async fn hold(&self, slot: &Arc<Slot>, held: Held) -> Result<OwnedMutexGuard<Desk>, Refused> {
+        let mut desk = self.take_desk(slot).await?;
+        let mut meta = slot.board().meta.clone().ok_or_else(|| storage("the group is gone"))?;
+        meta.held = Some(held);
+        meta.save(&self.dir(&slot.name)).map_err(|e| storage(&e.to_string()))?;
+        slot.board().meta = Some(meta.clone());
+        self.ensure_open(slot, &mut desk, &meta).await?;
+        Ok(desk)
+    }
+
+    /// Sources may write again.
+    pub async fn release(&self, slot: &Arc<Slot>) -> Result<(), Refused> {
+        self.change_meta(slot, |meta| meta.held = None).await
+    }
+
+    /// Ends the session, if there is one, and takes the desk.
+    async fn take_desk(&self, slot: &Arc<Slot>) -> Result<OwnedMutexGuard<Desk>, Refused> {
+        slot.end_session();
+        let desk = tokio::time::timeout(TAKEOVER_TIMEOUT, slot.desk.clone().lock_owned()).await;
+        let busy = "its session does not end";
+        desk.map_err(|_| refuse_for_now(RefusedReason::Busy, busy, "see the receiver's log"))
+    }
+
+    /// Changes what a group is, while it may have a session; durable on return.
+    pub async fn change_meta(&self, slot: &Arc<Slot>, change: impl FnOnce(&mut GroupMeta)) -> Result<(), Refused> {
+        // Two changes at once would lose one.
+        let _one_at_a_time = self.making.lock().await;
+        let mut meta = slot.board().meta.clone().ok_or_else(|| storage("the group is gone"))?;
+        change(&mut meta);
+        meta.save(&self.dir(&slot.name)).map_err(|e| storage(&e.to_string()))?;
+        slot.board().meta = Some(meta);
+        Ok(())
+    }
+
+    /// Where everything of a group is.
+    pub fn group_dir(&self, group: &str) -> PathBuf {
+        self.dir(group)
     }
 
     /// Makes a new group: directory, replicas, mark, and last `group.json`, which makes it exist.
@@ -281,12 +356,16 @@ impl Registry {
         close(slot, desk).await;
         let (dir, meta, config) = (self.dir(&slot.name), meta.clone(), self.config.clone());
         let counters = slot.counters.clone();
-        let work = move || OpenGroup::open(&dir, &meta, &config, &counters);
+        let known = slot.board().timeline.clone();
+        let past = known.map_or_else(|| Past::Closed(self.index_cache.clone()), Past::Open);
+        let work = move || OpenGroup::open(&dir, &meta, &config, &counters, past);
         let opened = tokio::task::spawn_blocking(work).await.map_err(|e| storage(&e.to_string())).and_then(|open| open);
         let mut board = slot.board();
         match opened {
             Ok(open) => {
                 board.live = Some(open.live.clone());
+                board.queue = Some(open.queue.clone());
+                board.timeline = Some(open.timeline.clone());
                 board.refusal = None;
                 drop(board);
                 desk.open = Some(open);
@@ -307,7 +386,9 @@ impl Registry {
         let removed = tokio::task::spawn_blocking(move || remove_group(&dir)).await;
         removed.map_err(|e| ForgetError::Failed(e.to_string()))?.map_err(|e| ForgetError::Failed(e.chain()))?;
         self.lock().remove(&slot.name);
-        let meta = slot.board().meta.take();
+        let mut board = slot.board();
+        board.timeline = None;
+        let meta = board.meta.take();
         Ok(meta.map(|meta| meta.volumes.into_iter().map(|volume| volume.replica).collect()).unwrap_or_default())
     }
 }
@@ -326,7 +407,7 @@ fn groups_dir(paths: &Paths) -> PathBuf {
 }
 
 async fn close(slot: &Slot, desk: &mut Desk) {
-    slot.board().live = None;
+    slot.board().shut();
     if let Some(open) = desk.open.take() {
         // It waits for writes and syncs. It can only fail by a panic, which the threads' own end has told already.
         let _ = tokio::task::spawn_blocking(move || open.close()).await;
@@ -348,12 +429,20 @@ fn check_owner(slot: &Slot, host: &str) -> Result<(), Refused> {
     }
 }
 
+fn check_held(meta: &GroupMeta) -> Result<(), Refused> {
+    let Some(held) = &meta.held else { return Ok(()) };
+    let text = format!("the replicas of '{}' were rolled back to {} and wait", meta.name, held.to);
+    let next = format!("on the receiver: 'varve rollback {} --release' lets replication go on", meta.name);
+    Err(refuse_for_now(RefusedReason::Held, text, next))
+}
+
 /// A session on a disk that is about to be full would end at once.
 fn check_space(dir: &Path) -> Result<(), Refused> {
-    let stat = nix::sys::statvfs::statvfs(dir).map_err(|e| storage(&format!("{}: {e}", dir.display())))?;
-    let free = stat.blocks_available() * stat.fragment_size();
-    if free < DISK_FREE_BYTES_MIN {
-        let text = format!("the receiver has {free} bytes free at {}, it needs {DISK_FREE_BYTES_MIN}", dir.display());
+    let space = crate::keeper::free_space(dir);
+    let (free, floor) = space.ok_or_else(|| storage(&format!("{} cannot be looked at", dir.display())))?;
+    let least = (floor / 2).max(DISK_FREE_BYTES_MIN);
+    if free < least {
+        let text = format!("the receiver has {free} bytes free at {}, it needs {least}", dir.display());
         return Err(refuse_for_now(RefusedReason::DiskFull, text, "free space there; it is tried again by itself"));
     }
     Ok(())
@@ -400,9 +489,12 @@ fn make_group(
 fn remove_group(dir: &Path) -> Result<(), IoError> {
     crashsafe::remove_durable(dir.join(super::meta::FILE_NAME))?;
     crashsafe::remove_durable(dir.join(APPLIED_NAME))?;
-    let landing = dir.join(LANDING_NAME);
-    match std::fs::remove_dir_all(&landing) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(IoError::new("remove", &landing, e)),
-        _ => crashsafe::fsync_dir(dir),
+    for name in [LANDING_NAME, HISTORY_NAME] {
+        let path = dir.join(name);
+        match std::fs::remove_dir_all(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(IoError::new("remove", &path, e)),
+            _ => {}
+        }
     }
+    crashsafe::fsync_dir(dir)
 }

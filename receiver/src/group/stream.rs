@@ -30,12 +30,21 @@ pub struct StreamState {
     pub ever_consistent: bool,
     /// The newest point at which they did.
     pub good: Option<Point>,
+    /// Orders the points of all incarnations: bytes of the stream so far, and [`MARK_HEIGHT`] for each mark. The same
+    /// entries always give the same heights.
+    pub height: u64,
 }
+
+/// What a mark adds to the height. Images are stamped with the height of the stream at their place and one: so they are
+/// younger than the last good point before them and older than the end of their gap.
+pub const MARK_HEIGHT: u64 = 8;
+/// See [`MARK_HEIGHT`].
+pub const IMAGE_HEIGHT: u64 = 1;
 
 impl StreamState {
     /// Before anything came.
     pub fn fresh() -> Self {
-        Self { at: Point::default(), gap: Some(GapReason::InitialSync), ever_consistent: false, good: None }
+        Self { at: Point::default(), gap: Some(GapReason::InitialSync), ever_consistent: false, good: None, height: 0 }
     }
 
     /// As an applied mark has it.
@@ -51,7 +60,7 @@ impl StreamState {
             0 => Some(GapReason::from_number(slot.gap_reason).unwrap_or(GapReason::InitialSync)),
             _ => None,
         };
-        Self { at, gap, ever_consistent, good: ever_consistent.then_some(good) }
+        Self { at, gap, ever_consistent, good: ever_consistent.then_some(good), height: slot.height.get() }
     }
 
     /// Writes it into an applied mark.
@@ -66,6 +75,7 @@ impl StreamState {
         slot.good_position = good.position.into();
         slot.good_incarnation = good.incarnation;
         slot.good_time_ns = good.time_ns.into();
+        slot.height = self.height.into();
     }
 
     /// Whether the replicas equal the volumes here.
@@ -77,6 +87,7 @@ impl StreamState {
     pub fn pass(&mut self, effect: &Effect) {
         match *effect {
             Effect::Data { end, time_ns } => {
+                self.height += end - self.at.position;
                 self.at.position = end;
                 self.at.time_ns = time_ns.unwrap_or(self.at.time_ns);
             }
@@ -89,6 +100,7 @@ impl StreamState {
 
     fn pass_mark(&mut self, mark: &Mark) {
         self.at = Point { incarnation: mark.incarnation, position: mark.position, time_ns: mark.time_ns };
+        self.height = (self.height + MARK_HEIGHT).max(mark.height_min);
         match mark.kind {
             MarkKind::Begin | MarkKind::GapBegin => self.gap = mark.reason,
             MarkKind::GapEnd => {
@@ -238,7 +250,7 @@ mod tests {
 
     fn mark(kind: MarkKind, incarnation: u8, position: u64) -> Mark {
         let reason = (kind != MarkKind::GapEnd).then_some(GapReason::RingFull);
-        Mark { kind, reason, incarnation: [incarnation; 16], position, time_ns: 5, epoch: 1 }
+        Mark { kind, reason, incarnation: [incarnation; 16], position, time_ns: 5, epoch: 1, height_min: 0 }
     }
 
     #[test]

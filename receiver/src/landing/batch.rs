@@ -2,7 +2,7 @@
 
 use crate::apply::work::Action;
 use bytes::BytesMut;
-use varve_common::format::{ENTRY_HEADER_BYTES, ENTRY_MAGIC, EntryHeader, Mark, MarkKind};
+use varve_common::format::{BLOCK_BYTES, ENTRY_HEADER_BYTES, ENTRY_MAGIC, EntryHeader, Mark, MarkKind};
 use varve_common::wire::messages::Incarnation;
 use varve_common::wire::{Codec, FrameKind};
 
@@ -99,6 +99,28 @@ pub fn total_bytes(body_bytes: usize) -> usize {
 }
 
 impl Batch {
+    /// Nothing but a mark that the receiver lands itself.
+    pub fn of_mark(mark: &Mark) -> Self {
+        let body = mark.encode();
+        let entry_bytes = total_bytes(body.len());
+        let mut bytes = BytesMut::zeroed(entry_bytes.next_multiple_of(BLOCK_BYTES));
+        bytes[ENTRY_HEADER_BYTES..ENTRY_HEADER_BYTES + body.len()].copy_from_slice(&body);
+        let crc = crc32fast::hash(&body);
+        let entry = Entry {
+            at: 0,
+            kind: FrameKind::Mark,
+            codec: Codec::Plain,
+            incarnation: mark.incarnation,
+            position: mark.position,
+            body_bytes: body.len(),
+            plain_bytes: body.len(),
+            plain_crc: crc,
+            body_crc: crc,
+            effect: Effect::Mark(*mark),
+        };
+        Self { bytes, entry_bytes, items: vec![Item::Entry(entry)] }
+    }
+
     /// The entries.
     pub fn entries(&self) -> impl Iterator<Item = &Entry> {
         self.items.iter().filter_map(|item| match item {

@@ -37,7 +37,8 @@ impl Lander {
         }
     }
 
-    fn land(&mut self, mut batch: Batch) -> Result<(), Failure> {
+    /// Makes a batch durable and hands it on.
+    pub fn land(&mut self, mut batch: Batch) -> Result<(), Failure> {
         let stored = batch.entry_bytes;
         let place = match stored {
             0 => None,

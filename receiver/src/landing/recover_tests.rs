@@ -28,7 +28,7 @@ fn batch(state: &mut StreamState, sizes: &[usize]) -> Batch {
         let (kind, effect) = if *size == 0 {
             let kind = if state.begun() { MarkKind::GapBegin } else { MarkKind::Begin };
             let reason = Some(GapReason::RingFull);
-            let mark = Mark { kind, reason, incarnation: INCARNATION, position, time_ns: 1, epoch: 1 };
+            let mark = Mark { kind, reason, incarnation: INCARNATION, position, time_ns: 1, epoch: 1, height_min: 0 };
             body.extend_from_slice(&mark.encode());
             (FrameKind::Mark, Effect::Mark(mark))
         } else {

@@ -414,6 +414,9 @@ fn check_mark(
         let text = format!("a mark of epoch {} in a session of epoch {}", mark.epoch, rules.epoch);
         return Err(refuse(RefusedReason::Epoch, text, "restart the agent"));
     }
+    if mark.height_min != 0 {
+        return Err(protocol("a mark with a height: only the receiver gives those"));
+    }
     if mark.kind != MarkKind::Begin && (!begun || mark.position != state.at.position) {
         return Err(hole(format!(
             "the stream ends at position {} and a {:?} mark came for position {}",

@@ -15,7 +15,7 @@ fn rules() -> Rules {
 
 fn begun_at(position: u64) -> StreamState {
     let at = Point { incarnation: INCARNATION, position, time_ns: 0 };
-    StreamState { at, gap: Some(GapReason::InitialSync), ever_consistent: false, good: None }
+    StreamState { at, gap: Some(GapReason::InitialSync), ever_consistent: false, good: None, height: 0 }
 }
 
 fn intake(position: u64) -> (Intake, mpsc::UnboundedReceiver<Answered>) {
@@ -53,7 +53,8 @@ fn frame(kind: u8, size: usize, position: u64) -> (Vec<u8>, Option<Vec<u8>>, u64
         }
         5 => {
             let (kind, reason) = (MarkKind::GapBegin, Some(GapReason::RingFull));
-            let mark = Mark { kind, reason, incarnation: INCARNATION, position, time_ns: 1, epoch: 3 }.encode();
+            let mark =
+                Mark { kind, reason, incarnation: INCARNATION, position, time_ns: 1, epoch: 3, height_min: 0 }.encode();
             (wire(Frame::plain(FrameKind::Mark, position, &mark), &mark), Some(mark.to_vec()), position)
         }
         _ => {
@@ -182,7 +183,8 @@ fn images_wait_within_their_bound() {
 fn a_compressed_mark_is_refused() {
     let (mut intake, _answers) = intake(64);
     let (kind, reason) = (MarkKind::GapBegin, Some(GapReason::RingFull));
-    let mark = Mark { kind, reason, incarnation: INCARNATION, position: 64, time_ns: 1, epoch: 3 }.encode();
+    let mark =
+        Mark { kind, reason, incarnation: INCARNATION, position: 64, time_ns: 1, epoch: 3, height_min: 0 }.encode();
     let body = lz4_flex::block::compress(&mark);
     let mut frame = Frame::plain(FrameKind::Mark, 64, &mark);
     (frame.codec, frame.body_bytes) = (Codec::Lz4, body.len());

@@ -65,6 +65,7 @@ impl Source {
             position: self.position,
             time_ns: 1_700_000_000_000_000_000,
             epoch: self.epoch,
+            height_min: 0,
         };
         let body = mark.encode();
         let bytes = wire(&Frame::plain(FrameKind::Mark, self.position, &body), &body);

@@ -71,7 +71,7 @@ fn open_and_go_on() {
 
 fn begin(position: u64) -> Mark {
     let reason = Some(GapReason::NewRing);
-    Mark { kind: MarkKind::Begin, reason, incarnation: RING, position, time_ns: 5, epoch: 1 }
+    Mark { kind: MarkKind::Begin, reason, incarnation: RING, position, time_ns: 5, epoch: 1, height_min: 0 }
 }
 
 fn segment(slot: usize, sequence: u64, content: &[u8]) {

@@ -41,7 +41,7 @@ const TURN_BYTES: u64 = 4 << 20;
 /// Pause between looks at the ring while writes come in.
 const POLL_MIN: Duration = Duration::from_millis(1);
 /// Longest pause: what an idle group costs (70 looks a second, below 0.5 % of a core) and what its first write waits.
-const POLL_MAX: Duration = Duration::from_millis(15);
+const POLL_MAX: Duration = Duration::from_millis(20);
 /// Between two canaries.
 const CANARY_EVERY: Duration = Duration::from_secs(1);
 /// Between two reports to the receiver.

@@ -134,6 +134,7 @@ impl Worker {
             position: session.sent,
             time_ns: clock::wall_ns(),
             epoch: self.shared.facts().epoch,
+            height_min: 0,
         };
         self.push_control(state, session, FrameKind::Mark, mark.encode().to_vec()).await
     }

@@ -1,8 +1,13 @@
 //! The control socket: what `varve` asks of a receiver.
+//!
+//! - `history`: points, views, rollback, restore, retention, scrub
+
+mod history;
 
 use crate::daemon::Daemon;
 use crate::group::registry::ForgetError;
 use crate::status;
+use crate::view::views::Wish;
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -48,6 +53,81 @@ async fn answer(daemon: &Arc<Daemon>, peer: &mut LocalPeer, request: ReceiverReq
             send(peer, outcome).await
         }
         ReceiverRequest::Forget { group } => send(peer, forget(daemon, &group).await).await,
+        other => answer_history(daemon, peer, other).await,
+    }
+}
+
+async fn answer_history(daemon: &Arc<Daemon>, peer: &mut LocalPeer, request: ReceiverRequest) -> Result<(), Error> {
+    match request {
+        ReceiverRequest::Points { group, from_ns, to_ns } => {
+            send(peer, history::points(daemon, group, from_ns, to_ns).await).await
+        }
+        ReceiverRequest::ViewOpen { group, at, writable, export, listen } => {
+            let wish = Wish { at, writable, export, listen };
+            send(peer, history::view_open(daemon, group, wish).await).await
+        }
+        ReceiverRequest::ViewList => send(peer, Ok(history::view_list(daemon))).await,
+        ReceiverRequest::ViewClose { id, force } => send(peer, history::view_close(daemon, id, force).await).await,
+        ReceiverRequest::Rollback { group, at, dry_run } => {
+            let mut progress = ProgressOut::new(peer);
+            let outcome = history::rollback(daemon, &group, at, dry_run, &mut progress).await;
+            send(peer, outcome).await
+        }
+        ReceiverRequest::RollbackRelease { group } => send(peer, history::release(daemon, &group).await).await,
+        ReceiverRequest::Restore { group, at, volume, to, dry_run, force } => {
+            let wish = history::RestoreWish { group, at, volume, to, dry_run, force };
+            let mut progress = ProgressOut::new(peer);
+            let outcome = history::restore(daemon, wish, &mut progress).await;
+            send(peer, outcome).await
+        }
+        ReceiverRequest::Retention { group, age_seconds, bytes, dry_run } => {
+            send(peer, history::retention(daemon, &group, age_seconds, bytes, dry_run).await).await
+        }
+        ReceiverRequest::Scrub { group, bytes_per_second } => {
+            let mut progress = ProgressOut::new(peer);
+            let outcome = history::scrub(daemon, &group, bytes_per_second, &mut progress).await;
+            send(peer, outcome).await
+        }
+        ReceiverRequest::Keep { group, bookmark, keep } => {
+            send(peer, history::keep(daemon, group, bookmark, keep).await).await
+        }
+        other => {
+            let why = format!("{other:?} is none of the history's");
+            send::<()>(peer, Err(Problem::failed("not understood", why, "run the same version on both ends"))).await
+        }
+    }
+}
+
+/// Where progress is told to.
+#[derive(Debug)]
+pub struct ProgressOut<'a> {
+    peer: &'a mut LocalPeer,
+    last: (Instant, u64),
+    gone: bool,
+}
+
+impl<'a> ProgressOut<'a> {
+    fn new(peer: &'a mut LocalPeer) -> Self {
+        Self { peer, last: (Instant::now(), 0), gone: false }
+    }
+
+    /// Nobody listens any more.
+    pub fn has_gone(&self) -> bool {
+        self.gone
+    }
+
+    async fn send(&mut self, done_bytes: u64, total_bytes: u64) {
+        let seconds = self.last.0.elapsed().as_secs_f64().max(1e-3);
+        let rate = done_bytes.saturating_sub(self.last.1) as f64 / seconds;
+        self.last = (Instant::now(), done_bytes);
+        let left = total_bytes.saturating_sub(done_bytes) as f64;
+        let progress = Progress {
+            done_bytes,
+            total_bytes,
+            bytes_per_second: rate,
+            seconds_left: (rate > 0.0).then(|| left / rate),
+        };
+        self.gone |= self.peer.send(&Reply::<()>::Progress(progress)).await.is_err();
     }
 }
 
@@ -73,7 +153,7 @@ fn problem(what: &str, error: &Error) -> Problem {
 }
 
 fn show_status(daemon: &Daemon, group: Option<&str>) -> Result<StatusReply, Problem> {
-    let groups = status::groups(&daemon.registry, group);
+    let groups = status::groups(daemon, group);
     if let Some(name) = group.filter(|_| groups.is_empty()) {
         return Err(no_group(name));
     }
@@ -141,6 +221,15 @@ async fn revoke(daemon: &Arc<Daemon>, name: String) -> Result<(), Problem> {
 
 async fn forget(daemon: &Arc<Daemon>, name: &str) -> Result<(), Problem> {
     let slot = daemon.registry.group(name).ok_or_else(|| no_group(name))?;
+    let views = daemon.views.count(name);
+    if views > 0 {
+        let next = "'varve view list', then 'varve view close ID'";
+        return Err(Problem::refused(
+            format!("'{name}' was not forgotten"),
+            format!("{views} views of it are open"),
+            next,
+        ));
+    }
     match daemon.registry.forget(&slot).await {
         Ok(replicas) => {
             let kept: Vec<String> = replicas.iter().map(|path| path.display().to_string()).collect();

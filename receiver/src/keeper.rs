@@ -1,0 +1,167 @@
+//! Looks after every group's history: merges indexes, lets old layers expire, keeps the disk from filling up.
+
+use crate::group::registry::{Registry, Slot};
+use crate::limits::{DISK_FREE_BYTES_MIN, FREE_BYTES_FLOOR, KEEPER_INTERVAL};
+use std::path::Path;
+use std::sync::Arc;
+use varve_common::control::{Retention, show_time};
+use varve_timeline::catalogue::LayerInfo;
+use varve_timeline::chronicle::Event;
+use varve_timeline::error::HistoryError;
+use varve_timeline::timeline::Timeline;
+
+const NS_PER_SECOND: u64 = 1_000_000_000;
+/// Stamps of images lie between heights of the stream.
+const HEIGHT_STEP: u64 = 8;
+
+/// Works until the registry stops.
+pub fn run(registry: &Arc<Registry>) {
+    while !registry.is_stopping() {
+        for slot in registry.groups() {
+            if registry.is_stopping() {
+                return;
+            }
+            if let Err(error) = look_after(registry, &slot) {
+                tracing::error!(group = slot.name, %error, "the history could not be looked after; it is tried again");
+            }
+        }
+        std::thread::sleep(KEEPER_INTERVAL);
+    }
+}
+
+fn look_after(registry: &Registry, slot: &Slot) -> Result<(), HistoryError> {
+    let Some(timeline) = slot.board().timeline.clone() else { return Ok(()) };
+    while timeline.merge_one(|| !registry.is_stopping())? {}
+    let policy = slot.board().meta.as_ref().map(|meta| meta.retention).unwrap_or_default();
+    while let Some(why) = due(&timeline, &policy) {
+        if !expire(slot, &timeline, why)? {
+            break;
+        }
+    }
+    let dir = registry.group_dir(&slot.name);
+    make_room(slot, &timeline, &dir)
+}
+
+/// Why the oldest layer is to go, if it is.
+fn due(timeline: &Timeline, policy: &Retention) -> Option<&'static str> {
+    let layers = timeline.layers();
+    (doomed(&layers, policy, timeline.applied().time_ns, timeline.sizes().bytes()) > 0).then_some("retention")
+}
+
+/// How many of the oldest layers retention lets go. Ages are of the source's clock: if the source is silent, its last points
+/// do not grow old. The newest layer always stays.
+pub fn doomed(layers: &[LayerInfo], policy: &Retention, newest_ns: u64, bytes: u64) -> usize {
+    let closed = layers.iter().take(layers.len().saturating_sub(1)).take_while(|layer| !layer.open);
+    let (mut count, mut left) = (0, bytes);
+    for layer in closed {
+        let oldest_ns = policy.age_seconds.map(|age| newest_ns.saturating_sub(age.saturating_mul(NS_PER_SECOND)));
+        let old = oldest_ns.is_some_and(|oldest| layer.last_time_ns < oldest);
+        let much = policy.bytes.is_some_and(|most| left > most);
+        if !old && !much {
+            break;
+        }
+        count += 1;
+        left = left.saturating_sub(layer.bytes);
+    }
+    count
+}
+
+/// Lets the oldest layer go; whether it did. What is lost is said before it is gone.
+fn expire(slot: &Slot, timeline: &Timeline, why: &str) -> Result<bool, HistoryError> {
+    let kept = timeline.chronicle().kept().map(|bookmark| bookmark.height).min();
+    let Some(oldest) = timeline.droppable(kept) else { return Ok(false) };
+    let height = oldest.last_height.next_multiple_of(HEIGHT_STEP);
+    timeline.tell(&[Event::Expired { height, time_ns: oldest.last_time_ns }])?;
+    let Some(gone) = timeline.drop_oldest(kept)? else { return Ok(false) };
+    let (from, to) = (show_time(gone.first_time_ns), show_time(gone.last_time_ns));
+    tracing::info!(group = slot.name, why, from, to, bytes = gone.bytes, "the oldest points have expired");
+    Ok(true)
+}
+
+/// Free bytes where `dir` is, and how many there should be at least.
+pub fn free_space(dir: &Path) -> Option<(u64, u64)> {
+    let stat = nix::sys::statvfs::statvfs(dir).ok()?;
+    let unit = stat.fragment_size();
+    let floor = FREE_BYTES_FLOOR.min(stat.blocks() * unit / 20);
+    Some((stat.blocks_available() * unit, floor.max(DISK_FREE_BYTES_MIN)))
+}
+
+/// On a disk that is nearly full the oldest layers go early; if that does not help, nothing more is taken in.
+fn make_room(slot: &Slot, timeline: &Timeline, dir: &Path) -> Result<(), HistoryError> {
+    let mut early = 0;
+    loop {
+        let Some((free, floor)) = free_space(dir) else { return Ok(()) };
+        if free >= floor {
+            if early == 0 {
+                slot.board().notice = None;
+            }
+            return Ok(());
+        }
+        if expire(slot, timeline, "the disk is nearly full")? {
+            early += 1;
+            let text = format!(
+                "the window is shorter than retention says: {free} bytes are free on the disk, {floor} are kept free"
+            );
+            tracing::warn!(group = slot.name, free, floor, "old points expired early to keep the disk from filling up");
+            slot.board().notice = Some(text);
+            continue;
+        }
+        let text = format!("{free} bytes are free on the disk, {floor} are kept free, and nothing may expire");
+        if free < floor / 2 && slot.board().asks.is_some() {
+            tracing::error!(group = slot.name, free, floor, "the disk is nearly full: nothing more is taken in");
+            slot.end_session();
+        }
+        slot.board().notice = Some(text);
+        return Ok(());
+    }
+}
+
+/// Bytes of history that are only there for the point at `height`: retention would let them go, and no older point is held.
+/// `held`: the other points that are.
+pub fn bytes_held_by(timeline: &Timeline, policy: &Retention, height: u64, held: &[u64]) -> u64 {
+    let layers = timeline.layers();
+    let doomed = doomed(&layers, policy, timeline.applied().time_ns, timeline.sizes().bytes());
+    let needed = |layer: &&LayerInfo| layer.last_height > height;
+    let by_others = |layer: &LayerInfo| held.iter().any(|other| layer.last_height > *other);
+    layers[..doomed].iter().filter(needed).filter(|layer| !by_others(layer)).map(|layer| layer.bytes).sum()
+}
+
+/// Bytes of history from the point at `height` on: what keeping it keeps.
+pub fn bytes_from(timeline: &Timeline, height: u64) -> u64 {
+    timeline.layers().iter().filter(|layer| layer.last_height > height).map(|layer| layer.bytes).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layer(number: u32, last_time_s: u64, bytes: u64, open: bool) -> LayerInfo {
+        LayerInfo {
+            number,
+            first_height: u64::from(number) * 100,
+            last_height: u64::from(number) * 100 + 99,
+            first_time_ns: last_time_s * NS_PER_SECOND,
+            last_time_ns: last_time_s * NS_PER_SECOND,
+            bytes,
+            records: 1,
+            open,
+        }
+    }
+
+    #[test]
+    fn the_oldest_go_by_age_and_by_bytes_and_the_newest_stays() {
+        let layers: Vec<_> = (1..=5).map(|n| layer(n, u64::from(n) * 10, 1000, n == 5)).collect();
+        let now = 50 * NS_PER_SECOND;
+        let doomed = |age_seconds, bytes| doomed(&layers, &Retention { age_seconds, bytes }, now, 5000);
+        assert_eq!(doomed(None, None), 0, "no limit");
+        assert_eq!(doomed(Some(30), None), 1, "20 s is not older than 30 s ago");
+        assert_eq!(doomed(Some(0), None), 4, "all but the open one");
+        assert_eq!(doomed(None, Some(3000)), 2);
+        assert_eq!(doomed(None, Some(3001)), 2);
+        assert_eq!(doomed(None, Some(0)), 4);
+        assert_eq!(doomed(Some(1000), Some(4999)), 1);
+        let closed: Vec<_> = (1..=3).map(|n| layer(n, 1, 10, false)).collect();
+        let policy = Retention { age_seconds: Some(0), bytes: None };
+        assert_eq!(super::doomed(&closed, &policy, now, 30), 2, "the newest stays");
+    }
+}

@@ -1,0 +1,212 @@
+//! Which points there are: heights and times of the stream's records, as the layers tell them.
+
+use crate::chronicle::{HeightTime, PointError, Times};
+use crate::error::HistoryError;
+use crate::layer::ChunkInfo;
+use crate::timeline::Timeline;
+use varve_common::control::{DensityStatus, PointsReply, show_time};
+use varve_common::point::{LocatedPoint, PointSpec};
+
+/// A record's end: what can be recovered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecordPoint {
+    /// The height after it.
+    pub height: u64,
+    /// When it was made, at the source.
+    pub time_ns: u64,
+}
+
+/// How many points lie in a stretch of time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Density {
+    /// From this time,
+    pub from_ns: u64,
+    /// to this one.
+    pub to_ns: u64,
+    /// Points.
+    pub points: u64,
+    /// Bytes of their before-images and what belongs to them, as stored.
+    pub bytes: u64,
+}
+
+impl Density {
+    fn show(&self) -> DensityStatus {
+        DensityStatus {
+            from: show_time(self.from_ns),
+            to: show_time(self.to_ns),
+            points: self.points,
+            bytes: self.bytes,
+        }
+    }
+}
+
+/// A layer that cannot be read has no points to offer: the log says which.
+fn found(point: Result<Option<RecordPoint>, HistoryError>) -> Option<HeightTime> {
+    let point = point.unwrap_or_else(|error| {
+        tracing::error!(%error, "the points of a layer cannot be read");
+        None
+    });
+    point.map(|point| (point.height, point.time_ns))
+}
+
+impl Times for Timeline {
+    fn at_or_before(&self, time_ns: u64) -> Option<HeightTime> {
+        found(self.at_or_before_time(time_ns))
+    }
+
+    fn after(&self, time_ns: u64) -> Option<HeightTime> {
+        found(self.after_time(time_ns))
+    }
+
+    fn at_height(&self, height: u64) -> Option<HeightTime> {
+        found(self.at_or_before_height(height))
+    }
+}
+
+impl Timeline {
+    /// The exact point that `spec` means among those that the replicas have reached. `now_ns`: the time here, for ages.
+    ///
+    /// # Errors
+    /// There is none, with what is next to it.
+    pub fn locate(&self, spec: &PointSpec, now_ns: u64) -> Result<LocatedPoint, PointError> {
+        let applied = self.applied();
+        let newest = (applied.height, applied.time_ns);
+        self.chronicle().locate(spec, now_ns, self, self.begin().unwrap_or(0), newest)
+    }
+
+    /// What `varve points` shows, but for what points cost. `parts`: how many stretches the density is shown in.
+    ///
+    /// # Errors
+    /// If a layer cannot be read.
+    pub fn report(
+        &self,
+        group: &str,
+        from_ns: Option<u64>,
+        to_ns: Option<u64>,
+        parts: usize,
+    ) -> Result<PointsReply, HistoryError> {
+        let applied = self.applied();
+        let newest = (applied.height, applied.time_ns);
+        let chronicle = self.chronicle();
+        let mut reply = chronicle.report(group, (from_ns, to_ns), self, self.begin().unwrap_or(0), newest);
+        let oldest = self.layers().first().map_or(applied.time_ns, |layer| layer.first_time_ns);
+        let from = from_ns.unwrap_or(0).max(oldest);
+        let to = to_ns.unwrap_or(u64::MAX).min(applied.time_ns.saturating_add(1));
+        for density in self.density(from, to, parts)? {
+            reply.points += density.points;
+            reply.bytes += density.bytes;
+            reply.density.push(density.show());
+        }
+        Ok(reply)
+    }
+
+    /// The newest record not after `time_ns`; `None`: history begins later.
+    ///
+    /// # Errors
+    /// If a layer cannot be read.
+    pub fn at_or_before_time(&self, time_ns: u64) -> Result<Option<RecordPoint>, HistoryError> {
+        self.last(|point| point.time_ns <= time_ns, |chunk| chunk.first_time_ns <= time_ns)
+    }
+
+    /// The newest record that ends at `height` or before.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn at_or_before_height(&self, height: u64) -> Result<Option<RecordPoint>, HistoryError> {
+        self.last(|point| point.height <= height, |chunk| chunk.first_height < height)
+    }
+
+    /// The oldest record after `time_ns`.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn after_time(&self, time_ns: u64) -> Result<Option<RecordPoint>, HistoryError> {
+        self.first(|point| point.time_ns > time_ns, |chunk| chunk.last_time_ns > time_ns)
+    }
+
+    /// The oldest record that ends after `height`.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn after_height(&self, height: u64) -> Result<Option<RecordPoint>, HistoryError> {
+        self.first(|point| point.height > height, |chunk| chunk.complete_to > height)
+    }
+
+    /// The last point for which `wanted` holds. `wanted` and `chunk_has` hold up to some place and not behind it; a chunk
+    /// for which `chunk_has` does not hold has no such point.
+    fn last(
+        &self,
+        wanted: impl Fn(&RecordPoint) -> bool,
+        chunk_has: impl Fn(&ChunkInfo) -> bool,
+    ) -> Result<Option<RecordPoint>, HistoryError> {
+        for layer in self.layers().iter().rev() {
+            let chunks = self.chunks(layer.number)?;
+            let end = chunks.partition_point(&chunk_has);
+            for chunk in chunks[..end].iter().rev().filter(|chunk| chunk.points > 0) {
+                let points = self.points_of(layer.number, chunk)?;
+                if let Some(found) = points[..points.partition_point(&wanted)].last() {
+                    return Ok(Some(*found));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn first(
+        &self,
+        wanted: impl Fn(&RecordPoint) -> bool,
+        chunk_has: impl Fn(&ChunkInfo) -> bool,
+    ) -> Result<Option<RecordPoint>, HistoryError> {
+        for layer in self.layers() {
+            let chunks = self.chunks(layer.number)?;
+            if !chunks.last().is_some_and(&chunk_has) {
+                continue;
+            }
+            let begin = chunks.partition_point(|chunk| !chunk_has(chunk));
+            for chunk in chunks[begin..].iter().filter(|chunk| chunk.points > 0) {
+                let points = self.points_of(layer.number, chunk)?;
+                if let Some(found) = points.get(points.partition_point(|point| !wanted(point))) {
+                    return Ok(Some(*found));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn points_of(&self, layer: u32, chunk: &ChunkInfo) -> Result<Vec<RecordPoint>, HistoryError> {
+        let points = self.layer(layer)?.points(chunk)?;
+        Ok(points.iter().map(|point| RecordPoint { height: point.height, time_ns: point.time_ns }).collect())
+    }
+
+    /// Points between two times in `parts` stretches of equal length, as exactly as chunks tell.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn density(&self, from_ns: u64, to_ns: u64, parts: usize) -> Result<Vec<Density>, HistoryError> {
+        if to_ns <= from_ns || parts == 0 {
+            return Ok(Vec::new());
+        }
+        let step = ((to_ns - from_ns) / parts as u64).max(1);
+        let mut all: Vec<Density> = (0..parts as u64)
+            .map(|part| Density {
+                from_ns: from_ns + part * step,
+                to_ns: (from_ns + (part + 1) * step).min(to_ns),
+                points: 0,
+                bytes: 0,
+            })
+            .collect();
+        for layer in self.layers() {
+            if layer.last_time_ns < from_ns || layer.first_time_ns > to_ns {
+                continue;
+            }
+            for chunk in
+                self.chunks(layer.number)?.iter().filter(|chunk| (from_ns..=to_ns).contains(&chunk.last_time_ns))
+            {
+                let part = ((chunk.last_time_ns - from_ns) / step).min(parts as u64 - 1);
+                all[part as usize].points += u64::from(chunk.points);
+                all[part as usize].bytes += u64::from(chunk.bytes);
+            }
+        }
+        Ok(all)
+    }
+}

@@ -1,0 +1,298 @@
+//! The one writer of a timeline: owned by the applier.
+
+use crate::catalogue::LayerInfo;
+use crate::chronicle::{Event, StreamFacts};
+use crate::entry::{Address, Entry};
+use crate::error::HistoryError;
+use crate::layer::{Before, Chunk, OpenLayer, Recovered};
+use crate::limits::{CHUNK_POINTS_MAX, GRANULE_SECTORS, LAYER_AGE_MAX};
+use crate::open_index::OpenIndex;
+use crate::timeline::{Closing, OpenPart, Timeline};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Collects before-images and makes them durable. Nothing of a commit is findable before it is durable, and on return of
+/// [`Recorder::commit`] all of it is both.
+#[derive(Debug)]
+pub struct Recorder {
+    timeline: Arc<Timeline>,
+    layer: Option<Current>,
+    chunk: Option<Chunk>,
+    /// Points that no chunk has yet: (height, time).
+    points: Vec<(u64, u64)>,
+    /// All changes of the stream up to here have their before-images in a layer.
+    complete_to: u64,
+    newest_point: (u64, u64),
+    next_number: u32,
+}
+
+#[derive(Debug)]
+struct Current {
+    layer: OpenLayer,
+    /// Its highest stamp.
+    last_height: u64,
+    first_height: u64,
+    first_time_ns: u64,
+    begun: Instant,
+}
+
+impl Recorder {
+    /// Goes on where the newest layer ends. `facts`: what the applied mark says; before there is a layer, history begins
+    /// there.
+    ///
+    /// # Errors
+    /// If the newest layer or the chronicle cannot be read.
+    pub fn open(timeline: Arc<Timeline>, facts: &StreamFacts) -> Result<Self, HistoryError> {
+        timeline.settle(facts)?;
+        let mut recorder = Self {
+            timeline,
+            layer: None,
+            chunk: None,
+            points: Vec::new(),
+            complete_to: facts.height,
+            newest_point: (0, 0),
+            next_number: 1,
+        };
+        match recorder.timeline.newest_layer()? {
+            None => {}
+            Some((number, true)) => {
+                recorder.next_number = number + 1;
+                if let Some(info) = recorder.timeline.layer_info(number) {
+                    let chunks = recorder.timeline.chunks(number)?;
+                    recorder.complete_to = chunks.last().map_or(info.first_height, |chunk| chunk.complete_to);
+                    recorder.newest_point = (recorder.complete_to, info.last_time_ns);
+                }
+            }
+            Some((number, false)) => recorder.open_layer(number)?,
+        }
+        recorder.applied(facts.height, facts.time_ns);
+        Ok(recorder)
+    }
+
+    fn open_layer(&mut self, number: u32) -> Result<(), HistoryError> {
+        let (layer, found) = OpenLayer::open(&self.timeline.layers_dir(), self.timeline.group, number)?;
+        if found.torn {
+            tracing::info!(
+                layer = number,
+                "the newest layer ends with an append that was cut off: it was not used yet"
+            );
+        }
+        for damage in &found.damage {
+            let (offset, bytes) = (damage.offset, damage.bytes);
+            tracing::error!(layer = number, offset, bytes, why = damage.why, "the newest layer is damaged");
+        }
+        self.next_number = number + 1;
+        self.complete_to = found.complete_to;
+        let newest = self.newest_point_of(&layer, &found)?;
+        self.newest_point = newest;
+        let first_height = layer.reader().first_height();
+        let last_height = found.entries.iter().map(|entry| entry.height).fold(found.complete_to, u64::max);
+        let index = OpenIndex::new();
+        let reader = Arc::new(layer.reader());
+        let first_time_ns = reader.time_ns();
+        index.append(found.entries)?;
+        let current = Current { layer, last_height, first_height, first_time_ns, begun: Instant::now() };
+        let part = OpenPart { reader, index: Arc::new(index), chunks: found.chunks };
+        self.timeline.set_open(part, current.info())?;
+        let full = current.layer.is_full();
+        self.layer = Some(current);
+        // It was full already and the daemon ended before its run was there.
+        if full { self.close_layer() } else { Ok(()) }
+    }
+
+    fn newest_point_of(&self, layer: &OpenLayer, found: &Recovered) -> Result<(u64, u64), HistoryError> {
+        let Some(chunk) = found.chunks.iter().rev().find(|chunk| chunk.points > 0) else {
+            return Ok((found.complete_to, found.last_time_ns));
+        };
+        let points = layer.reader().points(chunk)?;
+        Ok(points.last().map_or((found.complete_to, found.last_time_ns), |point| (point.height, point.time_ns)))
+    }
+
+    /// The timeline that it writes.
+    pub fn timeline(&self) -> &Arc<Timeline> {
+        &self.timeline
+    }
+
+    /// Before-images of all changes of the stream up to here are durable: they need not be taken again.
+    pub fn complete_to(&self) -> u64 {
+        self.complete_to
+    }
+
+    /// Before the first layer there is no past: history begins at `height`.
+    fn begin_at(&mut self, height: u64) {
+        if self.layer.is_none() && self.next_number == 1 {
+            self.complete_to = height;
+        }
+    }
+
+    /// Records of the stream: where they end, and when they were made. Those that were seen before are passed over.
+    pub fn points(&mut self, points: &[(u64, u64)]) {
+        for (height, time_ns) in points {
+            if *height > self.newest_point.0 && self.points.len() < CHUNK_POINTS_MAX {
+                // The source's clock may have been set back: the timeline's does not go back.
+                self.newest_point = (*height, (*time_ns).max(self.newest_point.1));
+                self.points.push(self.newest_point);
+            }
+        }
+    }
+
+    /// What `height`'s change replaces: whole sectors of one granule.
+    ///
+    /// # Errors
+    /// If a chunk was full and could not be appended, or the numbers are impossible.
+    pub fn push(&mut self, address: Address, height: u64, before: Before<'_>) -> Result<(), HistoryError> {
+        if self.chunk().fits(GRANULE_SECTORS) {
+            return self.chunk().push(address, height, before);
+        }
+        self.append(self.complete_to)?;
+        self.chunk().push(address, height, before)
+    }
+
+    /// Makes everything that was pushed durable and findable. All changes of the stream up to `complete_to` were pushed, or
+    /// need not be.
+    ///
+    /// # Errors
+    /// If the disk refuses. Nothing may be written to the replicas then; the recorder is to be opened anew.
+    pub fn commit(&mut self, complete_to: u64) -> Result<(), HistoryError> {
+        let records = self.chunk.as_ref().is_some_and(|chunk| chunk.records() > 0);
+        if records || self.points.len() >= CHUNK_POINTS_MAX / 2 {
+            self.append(complete_to.max(self.complete_to))?;
+        }
+        if self.layer.as_ref().is_some_and(|current| current.layer.is_full() || current.is_old()) {
+            self.close_layer()?;
+        }
+        Ok(())
+    }
+
+    /// Makes what happened to the stream durable.
+    ///
+    /// # Errors
+    /// If the disk refuses.
+    pub fn events(&mut self, events: &[Event]) -> Result<(), HistoryError> {
+        for event in events {
+            if let Event::GapEnd { height, .. } = event {
+                self.begin_at(*height);
+            }
+        }
+        self.timeline.tell(events)
+    }
+
+    /// The replicas are there.
+    pub fn applied(&self, height: u64, time_ns: u64) {
+        self.timeline.set_applied(height, time_ns);
+    }
+
+    /// There is nothing to do for a while: an old layer is closed, memory goes.
+    ///
+    /// # Errors
+    /// If the layer cannot be closed.
+    pub fn rest(&mut self) -> Result<(), HistoryError> {
+        self.chunk = None;
+        match self.layer.as_ref().is_some_and(Current::is_old) {
+            true => self.close_layer(),
+            false => Ok(()),
+        }
+    }
+
+    fn chunk(&mut self) -> &mut Chunk {
+        self.chunk.get_or_insert_with(|| {
+            let mut chunk = Chunk::new();
+            chunk.begin(self.complete_to);
+            chunk
+        })
+    }
+
+    fn append(&mut self, complete_to: u64) -> Result<(), HistoryError> {
+        let mut current = match self.layer.take() {
+            Some(current) => current,
+            None => self.begin_layer()?,
+        };
+        self.chunk();
+        let Some(chunk) = &mut self.chunk else { return Ok(()) };
+        put_points(&mut self.points, chunk, complete_to)?;
+        let number = current.layer.number();
+        let info = *current.layer.append(chunk, complete_to)?;
+        let entries: Vec<Entry> = chunk.entries(number, info.offset).collect();
+        current.last_height = entries.iter().map(|entry| entry.height).fold(current.last_height, u64::max);
+        current.last_height = current.last_height.max(complete_to);
+        chunk.begin(complete_to);
+        self.complete_to = complete_to;
+        self.timeline.publish(entries, info, current.info())?;
+        let full = current.layer.is_full();
+        self.layer = Some(current);
+        if full { self.close_layer() } else { Ok(()) }
+    }
+
+    fn begin_layer(&mut self) -> Result<Current, HistoryError> {
+        let (number, first_height) = (self.next_number, self.complete_to);
+        let time_ns = self.points.first().map_or(self.newest_point.1, |point| point.1);
+        let dir = self.timeline.layers_dir();
+        let layer = OpenLayer::create(&dir, self.timeline.group, number, first_height, time_ns)?;
+        self.next_number += 1;
+        let reader = Arc::new(layer.reader());
+        let begun = Instant::now();
+        let current = Current { layer, last_height: first_height, first_height, first_time_ns: time_ns, begun };
+        let part = OpenPart { reader, index: Arc::default(), chunks: Vec::new() };
+        self.timeline.set_open(part, current.info())?;
+        Ok(current)
+    }
+
+    /// Ends the open layer: its index becomes a run.
+    ///
+    /// # Errors
+    /// If the run cannot be written; the layer is read again at the next start.
+    pub fn close_layer(&mut self) -> Result<(), HistoryError> {
+        let Some(current) = self.layer.take() else { return Ok(()) };
+        let info = current.info();
+        let complete_to = current.layer.complete_to();
+        let chunks = current.layer.chunks().to_vec();
+        let file = current.layer.close()?;
+        let entries = self.timeline.open_entries(info.number);
+        let closing = Closing {
+            number: info.number,
+            first_height: info.first_height,
+            complete_to,
+            first_time_ns: info.first_time_ns,
+            last_time_ns: info.last_time_ns,
+            bytes: file.bytes(),
+        };
+        self.timeline.add_closed(&closing, &entries, &chunks)
+    }
+}
+
+/// The points that lie within what the chunk completes, as far as there is room. Those that the layer is past already stay
+/// out: for want of room they were passed over before.
+fn put_points(points: &mut Vec<(u64, u64)>, chunk: &mut Chunk, complete_to: u64) -> Result<(), HistoryError> {
+    let first = chunk.first_height();
+    let mut taken = 0;
+    for (height, time_ns) in points.iter().take_while(|point| point.0 <= complete_to) {
+        if !chunk.fits(0) {
+            break;
+        }
+        taken += 1;
+        if *height > first {
+            chunk.point(*height, *time_ns)?;
+        }
+    }
+    points.drain(..taken);
+    Ok(())
+}
+
+impl Current {
+    fn is_old(&self) -> bool {
+        self.begun.elapsed() >= LAYER_AGE_MAX
+    }
+
+    fn info(&self) -> LayerInfo {
+        LayerInfo {
+            number: self.layer.number(),
+            first_height: self.first_height,
+            last_height: self.last_height,
+            first_time_ns: self.first_time_ns,
+            last_time_ns: self.layer.last_time_ns(),
+            bytes: self.layer.bytes(),
+            records: self.layer.records() as u64,
+            open: true,
+        }
+    }
+}
