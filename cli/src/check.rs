@@ -1,8 +1,9 @@
 //! Names, addresses and times as typed by people, checked before anything is done.
 
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use varve_common::config::DEFAULT_PORT;
+use varve_common::point::{PointSpec, age_of};
 use varve_common::problem::{Problem, check_name};
 use varve_net::hosts::INVITE_TTL_MAX;
 
@@ -116,6 +117,96 @@ pub(crate) fn ttl(text: &str) -> Result<Duration, Problem> {
     }
 }
 
+/// A point of a group's timeline; a time without a zone is of this host's zone.
+pub(crate) fn point(text: &str) -> Result<PointSpec, Problem> {
+    PointSpec::parse(text, &jiff::tz::TimeZone::system())
+}
+
+/// A time or an age, as nanoseconds since 1970.
+pub(crate) fn time_ns(text: &str) -> Result<u64, Problem> {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let now_ns = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+    point(text)?.time_ns(now_ns).ok_or_else(|| {
+        Problem::usage(
+            format!("'{}' is not a time", text.escape_debug()),
+            "a bookmark, a position or the newest point is a point and not a time",
+            "say '2026-11-20 14:03:22.5' (local time), 2026-11-20T14:03:22.5Z or an age such as -2h",
+        )
+    })
+}
+
+/// How long history is kept: `7d`, `36h`; `none`: no limit, which is 0.
+pub(crate) fn retention_age(text: &str) -> Result<u64, Problem> {
+    if text == "none" {
+        return Ok(0);
+    }
+    let bad = |why: &str| {
+        Problem::usage(
+            format!("'{}' is not a time that history can be kept", text.escape_debug()),
+            why,
+            "give a number and a unit, such as 36h, 7d or 4w, or none for no limit",
+        )
+    };
+    let age = age_of(text).map_err(bad)?;
+    match age.as_secs() {
+        0 => Err(bad("it is less than a second")),
+        seconds => Ok(seconds),
+    }
+}
+
+/// A limit of bytes; `none`: no limit, which is 0.
+pub(crate) fn retention_bytes(text: &str) -> Result<u64, Problem> {
+    if text == "none" { Ok(0) } else { size(text) }
+}
+
+/// A number of bytes: `100GiB`, `1.5T`, `500MB`.
+pub(crate) fn size(text: &str) -> Result<u64, Problem> {
+    let bad = |why: &str| {
+        Problem::usage(
+            format!("'{}' is not a number of bytes", text.escape_debug()),
+            why,
+            "give a number and a unit, such as 200MiB, 100GiB or 1.5TiB",
+        )
+    };
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let factor: f64 = match unit.trim_end_matches("/s").trim_start() {
+        "B" | "" => 1.0,
+        "K" | "KiB" => 1024.0,
+        "M" | "MiB" => 1_048_576.0,
+        "G" | "GiB" => 1_073_741_824.0,
+        "T" | "TiB" => 1_099_511_627_776.0,
+        "kB" => 1e3,
+        "MB" => 1e6,
+        "GB" => 1e9,
+        "TB" => 1e12,
+        _ => return Err(bad("its unit is none of B, KiB, MiB, GiB, TiB, kB, MB, GB, TB")),
+    };
+    let number: f64 = number.parse().map_err(|_| bad("before the unit there is no number"))?;
+    let bytes = number * factor;
+    match bytes {
+        _ if bytes < 1.0 => Err(bad("it is less than a byte")),
+        _ if bytes > 1e18 => Err(bad("it is more than any disk has")),
+        _ => Ok(bytes as u64),
+    }
+}
+
+/// Where NBD is to be served, `ADDR[:PORT]`.
+pub(crate) fn nbd_listen(text: &str) -> Result<String, Problem> {
+    const NBD_PORT: u16 = 10809;
+    let bad = |why: &str| {
+        Problem::usage(
+            format!("'{}' is not an address to serve NBD at", text.escape_debug()),
+            why,
+            format!("give an IP address of this host and a port, such as 10.0.0.2:{NBD_PORT}"),
+        )
+    };
+    let inner = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+    let bare = inner.unwrap_or(text).parse::<IpAddr>().ok().map(|ip| SocketAddr::new(ip, NBD_PORT));
+    let address = text.parse().ok().or(bare).ok_or_else(|| bad("it is not an IP address with a port"))?;
+    Ok(address.to_string())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -177,5 +268,39 @@ mod tests {
         for text in ["", "h", "1", "0s", "-1h", "+1h", "1.5h", "31d", "99999999999999999999d", "1w", "1 h", "1ü"] {
             assert_eq!(ttl(text).expect_err(text).kind, ProblemKind::Usage, "{text}");
         }
+    }
+
+    #[test]
+    fn sizes() {
+        let good = [
+            ("1", 1),
+            ("512B", 512),
+            ("200MiB", 200 << 20),
+            ("200MiB/s", 200 << 20),
+            ("1.5G", 3 << 29),
+            ("1 TiB", 1 << 40),
+            ("500MB", 500_000_000),
+        ];
+        for (text, bytes) in good {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "GiB", "0", "0.1B", "-1G", "1X", "1.2.3G", "9999999TiB", "inf", "1e9"] {
+            assert_eq!(size(text).expect_err(text).kind, ProblemKind::Usage, "{text}");
+        }
+        assert_eq!(retention_bytes("none"), Ok(0));
+    }
+
+    #[test]
+    fn ages_and_addresses() {
+        for (text, seconds) in [("none", 0), ("7d", 604_800), ("4w", 2_419_200), ("1h30m", 5400)] {
+            assert_eq!(retention_age(text), Ok(seconds), "{text}");
+        }
+        for text in ["", "7", "0s", "100ms", "-7d", "x"] {
+            assert_eq!(retention_age(text).expect_err(text).kind, ProblemKind::Usage, "{text}");
+        }
+        assert_eq!(nbd_listen("10.0.0.2").as_deref(), Ok("10.0.0.2:10809"));
+        assert_eq!(nbd_listen("[::1]:5").as_deref(), Ok("[::1]:5"));
+        assert!(nbd_listen("host:5").is_err());
+        assert!(time_ns("bookmark:b").is_err() && time_ns("-5m").is_ok());
     }
 }

@@ -1,5 +1,7 @@
 //! Numbers and causes as people read them.
 
+use varve_common::control::PointReply;
+
 const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
 
 /// `512 B`, `20.0 GiB`.
@@ -49,6 +51,46 @@ pub(crate) fn time(rfc3339: &str) -> String {
         Ok(time) => time.strftime("%Y-%m-%d %H:%M:%S%.3fZ").to_string(),
         Err(_) => rfc3339.to_owned(),
     }
+}
+
+/// RFC 3339 as it is but for the `T`: all digits, because with fewer it may name another point.
+pub(crate) fn exact_time(rfc3339: &str) -> String {
+    match rfc3339.split_once('T') {
+        Some((date, time)) => format!("{date} {time}"),
+        None => rfc3339.to_owned(),
+    }
+}
+
+/// Between two times.
+pub(crate) fn span(from: &str, to: &str) -> Option<String> {
+    let (from, to): (jiff::Timestamp, jiff::Timestamp) = (from.parse().ok()?, to.parse().ok()?);
+    Some(seconds(to.duration_since(from).as_secs_f64()))
+}
+
+/// Seconds to the millisecond where that matters.
+pub(crate) fn fine_seconds(span: f64) -> String {
+    if (0.0..60.0).contains(&span) && span.is_finite() {
+        let text = format!("{span:.3}");
+        return format!("{} s", text.trim_end_matches('0').trim_end_matches('.'));
+    }
+    seconds(span)
+}
+
+/// The exact point that was taken and how far it is from what was asked.
+pub(crate) fn point(point: &PointReply) -> String {
+    let (far, asked) = (point.distance_seconds, &point.asked);
+    let span = fine_seconds(far.abs());
+    let distance = match asked.as_str() {
+        "latest" if far < 0.0 => format!("the newest, {span} older than what came last: a gap is open"),
+        "latest" => "the newest".to_owned(),
+        _ if far == 0.0 => format!("exactly '{asked}'"),
+        // Less than what is shown.
+        _ if far.abs() < 0.0005 => format!("less than 1 ms from '{asked}'"),
+        _ if far < 0.0 => format!("{span} before '{asked}'"),
+        _ => format!("{span} after '{asked}'"),
+    };
+    let (time, position) = (exact_time(&point.time), &point.position);
+    format!("{time} (position {position}, {}-consistent), {distance}", point.consistency.word())
 }
 
 /// The system's words for an error, without "(os error N)".
@@ -131,6 +173,32 @@ mod tests {
         assert_eq!(time("2026-11-20T14:03:22.512345Z"), "2026-11-20 14:03:22.512Z");
         assert_eq!(time("soon"), "soon");
         assert_eq!(sentence(&std::io::Error::from_raw_os_error(13)), "permission denied");
+    }
+
+    #[test]
+    fn points_say_how_far_they_are() {
+        let mut taken = PointReply {
+            time: "2026-11-20T14:03:22.512345678Z".into(),
+            position: "abababab:4096".into(),
+            asked: "-5m".into(),
+            distance_seconds: -0.3124,
+            ..PointReply::default()
+        };
+        let head = "2026-11-20 14:03:22.512345678Z (position abababab:4096, crash-consistent), ";
+        let cases = [
+            ("-5m", -0.3124, "0.312 s before '-5m'"),
+            ("-5m", 75.0, "1 min 15 s after '-5m'"),
+            ("-5m", 0.0000001, "less than 1 ms from '-5m'"),
+            ("bookmark:b", 0.0, "exactly 'bookmark:b'"),
+            ("latest", 0.0, "the newest"),
+            ("latest", -90.0, "the newest, 1 min 30 s older than what came last: a gap is open"),
+        ];
+        for (asked, far, text) in cases {
+            (taken.asked, taken.distance_seconds) = (asked.into(), far);
+            assert_eq!(point(&taken), format!("{head}{text}"));
+        }
+        assert_eq!(fine_seconds(2.0), "2 s");
+        assert_eq!(fine_seconds(0.0), "0 s");
     }
 
     #[test]

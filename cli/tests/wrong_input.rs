@@ -15,6 +15,16 @@ const EVERY: &[(&[&str], &str)] = &[
     (&["protect", "db", "/dev/vdb"], "agent"),
     (&["unprotect", "db", "--yes"], "agent"),
     (&["bookmark", "db", "b1"], "agent"),
+    (&["bookmark", "db", "b1", "--keep"], "receiver"),
+    (&["points", "db"], "receiver"),
+    (&["view", "open", "db", "--at", "latest"], "receiver"),
+    (&["view", "list"], "receiver"),
+    (&["view", "close", "1"], "receiver"),
+    (&["rollback", "db", "--at", "-5m", "--yes"], "receiver"),
+    (&["rollback", "db", "--release", "--yes"], "receiver"),
+    (&["restore", "db", "--at", "-5m", "--volume", "/dev/vdb", "--to", "/no/such/path"], "receiver"),
+    (&["retention", "db"], "receiver"),
+    (&["scrub", "db"], "receiver"),
 ];
 
 #[test]
@@ -284,7 +294,7 @@ fn words_that_are_not_understood() {
     root.varve(&["status", "--wacth"]).problem(2, "--wacth", "did you mean '--watch'", "varve status --help");
     root.varve(&["host", "invite"]).problem(2, "<NAME>", "varve host invite", "varve host invite --help");
     root.varve(&["join", "127.0.0.1"]).problem(2, "<TOKEN>", "varve join", "varve join --help");
-    for later in ["points", "view", "rollback", "failover", "failback"] {
+    for later in ["failover", "failback"] {
         root.varve(&[later]).problem(2, later, "usage", "varve --help");
     }
     let said = root.varve(&["frobnicate", "--json"]);
@@ -302,5 +312,33 @@ fn help_and_version_are_not_errors() {
         let said = root.varve(args);
         assert_eq!((said.code, said.err.as_str()), (0, ""), "{args:?}");
         assert!(!said.out.is_empty());
+    }
+}
+
+/// Nothing is asked of a daemon before every word is understood: there is none here.
+#[test]
+fn words_of_the_timeline_that_are_wrong() {
+    let root = Root::recovery();
+    let cases: &[(&[&str], &str, &str)] = &[
+        (&["view", "open", "db", "--at", "5m"], "'5m' is not a point", "'-' must stand before it"),
+        (&["view", "open", "db", "--at", "2026-13-01 00:00"], "is not a point", "looks like a time"),
+        (&["view", "open", "db", "--at", "-5m", "--export", "iscsi"], "'iscsi'", "device"),
+        (&["view", "open", "db", "--at", "-5m", "--listen", "10.0.0.2"], "--listen does not fit", "has no address"),
+        (&["view", "open", "db", "--at", "-5m", "--export", "nbd", "--listen", "x"], "'x'", "not an IP address"),
+        (&["view", "open", "db"], "--at", "the usage is"),
+        (&["view", "close", "x"], "'x'", "the usage is"),
+        (&["rollback", "db"], "--at", "the usage is"),
+        (&["rollback", "db", "--at", "pos:zz:1"], "is not a point", "hexadecimal"),
+        (&["rollback", "../db", "--at", "-5m"], "cannot name a group", "a name has"),
+        (&["restore", "db", "--at", "-5m", "--volume", "0"], "--to", "the usage is"),
+        (&["retention", "db", "--age", "7"], "'7'", "no unit"),
+        (&["retention", "db", "--bytes", "7x"], "'7x'", "its unit"),
+        (&["scrub", "db", "--rate", "0"], "'0'", "less than a byte"),
+        (&["points", "db", "--from", "latest"], "'latest' is not a time", "a point and not a time"),
+        (&["bookmark", "db", "b", "--keep", "--release"], "--keep", "the usage is"),
+        (&["bookmark", "db", "a b", "--keep"], "cannot name a bookmark", "a name has"),
+    ];
+    for (args, what, why) in cases {
+        root.varve(args).problem(2, what, why, "");
     }
 }

@@ -156,6 +156,9 @@ pub enum ReceiverRequest {
         age_seconds: Option<u64>,
         /// The oldest points expire when history has more bytes; 0: whatever its size.
         bytes: Option<u64>,
+        /// Only find out what would expire.
+        #[serde(default)]
+        dry_run: bool,
     },
     /// Read all of a group's history and check it. Answers: [`Reply::Progress`] and at last [`ScrubReply`].
     Scrub {
@@ -657,7 +660,7 @@ pub struct RestoreReply {
 pub struct RetentionReply {
     /// The group's name.
     pub group: String,
-    /// What holds now.
+    /// What holds (would hold) now.
     pub retention: Retention,
     /// The window before anything expires because of it.
     pub window: Window,
@@ -669,6 +672,9 @@ pub struct RetentionReply {
     pub expiring_to: Option<String>,
     /// Bytes that are only there for kept bookmarks and open views.
     pub held_bytes: u64,
+    /// Nothing was changed.
+    #[serde(default)]
+    pub dry_run: bool,
 }
 
 /// Answer to `scrub`.

@@ -1,16 +1,20 @@
-//! `varve bookmark`: names the present point of a group.
+//! `varve bookmark`: names the present point of a group; on the recovery host keeps a named point or lets it go.
 
 use crate::check;
-use crate::client::{PATIENT, ask_agent};
+use crate::client::{PATIENT, ask_agent, ask_receiver};
 use crate::context::{Context, DONE, Outcome};
 use crate::words;
-use varve_common::control::{AgentRequest, BookmarkReply};
+use varve_common::control::{AgentRequest, BookmarkReply, KeepReply, ReceiverRequest};
 use varve_common::problem::{Problem, check_name};
 
-const EXAMPLE: &str = "Example:
-  varve bookmark db before-upgrade";
+const EXAMPLE: &str = "Example, production host:
+  varve bookmark db before-upgrade
+Example, recovery host:
+  varve bookmark db before-upgrade --keep
+  varve bookmark db before-upgrade --release";
 
-/// Sets a bookmark at an exact place in the order of the group's writes.
+/// Sets a bookmark at an exact place in the order of the group's writes. With --keep or --release it is about a bookmark
+/// that is there, and asks this recovery host: a kept one does not expire.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLE)]
 pub(crate) struct Args {
@@ -19,16 +23,28 @@ pub(crate) struct Args {
     /// The bookmark's name
     name: String,
     /// What the point promises: crash (as after a power cut), fs and app
-    #[arg(long, default_value = "crash", value_name = "crash|fs|app")]
+    #[arg(long, default_value = "crash", value_name = "crash|fs|app", conflicts_with_all = ["keep", "release"])]
     consistency: String,
+    /// Pin the point against expiry; says how many bytes that costs
+    #[arg(long, conflicts_with = "release")]
+    keep: bool,
+    /// Let the point expire like any other
+    #[arg(long)]
+    release: bool,
 }
 
 pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
     check::group(&args.group)?;
     check_name("bookmark", &args.name)?;
+    let (group, name) = (args.group.clone(), args.name.clone());
+    if args.keep || args.release {
+        let request = ReceiverRequest::Keep { group, bookmark: name, keep: args.keep };
+        let reply: KeepReply = ask_receiver(context, &request, PATIENT)?;
+        context.answer(&reply, kept_text);
+        return Ok(DONE);
+    }
     check_consistency(&args.consistency)?;
-    let request = AgentRequest::Bookmark { group: args.group.clone(), name: args.name.clone() };
-    let reply: BookmarkReply = ask_agent(context, &request, PATIENT)?;
+    let reply: BookmarkReply = ask_agent(context, &AgentRequest::Bookmark { group, name }, PATIENT)?;
     context.answer(&reply, text_of);
     Ok(DONE)
 }
@@ -59,4 +75,13 @@ fn text_of(reply: &BookmarkReply) -> String {
         reply.position,
         reply.consistency,
     )
+}
+
+fn kept_text(reply: &KeepReply) -> String {
+    let head = format!("bookmark '{}' of group '{}' at {}", reply.name, reply.group, words::exact_time(&reply.time));
+    let bytes = words::bytes(reply.bytes);
+    match reply.kept {
+        true => format!("{head} is kept\n  {bytes} of history stay because of it, and more as it gets older\n"),
+        false => format!("{head} is no longer kept\n  {bytes} of history may expire now\n"),
+    }
 }

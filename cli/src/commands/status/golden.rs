@@ -2,7 +2,7 @@
 
 use super::picture::{DaemonProblem, Picture};
 use super::table::render;
-use varve_common::control::{DaemonStatus, GapStatus, GroupStatus, ResyncStatus, VolumeStatus, Window};
+use varve_common::control::{DaemonStatus, GapStatus, GroupStatus, HistoryStatus, ResyncStatus, VolumeStatus, Window};
 use varve_common::problem::Problem;
 use varve_common::state::{Data, GapReason, Link, Role};
 use varve_common::wire::messages::Verify;
@@ -49,6 +49,7 @@ fn group(data: Data) -> GroupStatus {
         resync: None,
         verify: None,
         ring: None,
+        history: None,
         counters: Default::default(),
     }
 }
@@ -59,6 +60,27 @@ fn of(group: GroupStatus) -> String {
 
 const HEAD: &str = "agent  0.1.0  receiver 10.0.0.2:7443, known there as 'db1', memory 32.0 MiB\n\n";
 const VOLUME: &str = "  volume  /dev/vdb (20.0 GiB) -> /srv/db-0.img\n";
+
+#[test]
+fn a_history() {
+    let history = HistoryStatus {
+        layers: 25,
+        bytes: 12 << 30,
+        records: 1_234_567,
+        views: 1,
+        bookmarks: 3,
+        kept: 1,
+        notice: Some("the disk is nearly full, old points expire early".into()),
+        ..HistoryStatus::default()
+    };
+    let window = Window { from: Some("2026-11-18T10:03:22.5Z".into()), to: Some("2026-11-20T14:03:22.512345Z".into()) };
+    let text = of(GroupStatus { role: Role::Replica, window, history: Some(history), ..group(Data::Protected) });
+    let expected = "  points  2026-11-18 10:03:22.500Z to 2026-11-20 14:03:22.512Z (2 d 4 h)
+  past    12.0 GiB in 25 layers, 1234567 before-images, 1 view open, 3 bookmarks (1 kept)
+  past    the disk is nearly full, old points expire early
+";
+    assert!(text.contains(expected), "{text}");
+}
 
 #[test]
 fn protected() {

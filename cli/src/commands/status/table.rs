@@ -3,7 +3,7 @@
 use super::advice;
 use super::picture::{DaemonProblem, Picture, key};
 use crate::words;
-use varve_common::control::{DaemonStatus, GroupStatus};
+use varve_common::control::{DaemonStatus, GroupStatus, HistoryStatus};
 use varve_common::state::Data;
 use varve_common::wire::messages::Verify;
 
@@ -116,6 +116,11 @@ fn details(group: &GroupStatus, rate: Option<f64>) -> Vec<String> {
     rows.extend(sync_text(group, rate).map(|text| ("sync", text)));
     rows.extend(group.verify.as_ref().map(|verify| ("verify", verify_text(verify))));
     rows.extend(gaps_text(group).map(|text| ("gaps", text)));
+    rows.extend(window_text(group).map(|text| ("points", text)));
+    if let Some(history) = &group.history {
+        rows.push(("past", history_text(history)));
+        rows.extend(history.notice.clone().map(|notice| ("past", notice)));
+    }
     if group.epoch > 1 {
         rows.push(("epoch", group.epoch.to_string()));
     }
@@ -152,6 +157,38 @@ fn verify_text(verify: &Verify) -> String {
     };
     if verify.differing_bytes > 0 && verify.repair {
         text.push_str(" and are sent again");
+    }
+    text
+}
+
+/// Only if there is more than one.
+fn window_text(group: &GroupStatus) -> Option<String> {
+    let (from, to) = (group.window.from.as_ref()?, group.window.to.as_ref()?);
+    if from == to {
+        return None;
+    }
+    let span = words::span(from, to).map(|span| format!(" ({span})")).unwrap_or_default();
+    Some(format!("{} to {}{span}", words::time(from), words::time(to)))
+}
+
+fn history_text(history: &HistoryStatus) -> String {
+    let mut text = format!(
+        "{} in {}, {}",
+        words::bytes(history.bytes),
+        words::count(history.layers as usize, "layer"),
+        words::count(history.records as usize, "before-image")
+    );
+    if history.views > 0 {
+        text.push_str(&format!(", {} open", words::count(history.views as usize, "view")));
+    }
+    if history.bookmarks > 0 {
+        text.push_str(&format!(", {}", words::count(history.bookmarks as usize, "bookmark")));
+    }
+    if history.kept > 0 {
+        text.push_str(&format!(" ({} kept)", history.kept));
+    }
+    if history.damaged > 0 {
+        text.push_str(&format!(", damaged in {}", words::count(history.damaged as usize, "place")));
     }
     text
 }
