@@ -45,13 +45,19 @@ fn leftovers(dir: &Path) -> Vec<String> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let mut left: Vec<_> = mounts.lines().filter(|l| l.contains(dir.to_str().unwrap())).map(str::to_owned).collect();
     for entry in fs::read_dir("/sys/block").unwrap() {
+        // The name of the file has the directory in it, as a number.
         let file = fs::read_to_string(entry.unwrap().path().join("loop/backing_file")).unwrap_or_default();
-        if file.starts_with(dir.to_str().unwrap()) {
+        if file.trim_end().ends_with(&file_name(&dir.join("attached"))) {
             left.push(file);
         }
     }
     left.extend(fs::read_dir(dir.join("attached")).into_iter().flatten().map(|e| format!("{e:?}")));
     left
+}
+
+fn file_name(dir: &Path) -> String {
+    let mix = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+    format!("varve-disk-{:016x}", dir.to_str().unwrap().as_bytes().iter().fold(0xcbf2_9ce4_8422_2325, mix))
 }
 
 fn noise(len: usize, seed: u64) -> Vec<u8> {
@@ -160,7 +166,7 @@ fn holes_are_seen_by_seek() {
     disk.write_at(&[1; 8192], 64 << 10).unwrap();
     disk.write_at(&[1; 4096], (1 << 20) - 4096).unwrap();
     let mut attached = attach(disk.clone(), &place.dir(), "one", true).unwrap();
-    let through = FileDisk::open(attached.mount_dir().join("disk"), true).unwrap();
+    let through = FileDisk::open(attached.file(), true).unwrap();
     let mut at = 0;
     while at < 1 << 20 {
         let expected = disk.stretch(at, (1 << 20) - at).unwrap();
@@ -184,7 +190,7 @@ fn read_only_is_read_only_all_the_way() {
         f.sync_all()
     });
     assert!(written.is_err());
-    assert!(File::options().write(true).open(attached.mount_dir().join("disk")).is_err());
+    assert!(File::options().write(true).open(attached.file()).is_err());
     attached.detach().unwrap();
 }
 
@@ -230,6 +236,9 @@ fn dropping_a_used_device_hangs_nobody() {
             f.sync_all()
         });
     assert!(written.is_err(), "the disk is gone");
+    let cleaned = clean(&place.dir()).unwrap();
+    assert!(cleaned.removed.is_empty() && cleaned.left.len() == 1, "{cleaned:?}");
+    assert!(cleaned.left[0].contains(mount.0.to_str().unwrap()), "{cleaned:?}");
     drop(mount);
     assert!(begin.elapsed() < Duration::from_secs(10));
     // The last mount is gone in the background.
@@ -375,8 +384,21 @@ fn child_that_is_killed() {
 
 #[test]
 fn a_killed_daemon_hangs_nobody_and_is_cleaned_up() {
+    killed(Command::new(std::env::current_exe().unwrap()), 2);
+}
+
+#[test]
+fn a_killed_daemon_with_its_own_mounts_is_cleaned_up() {
+    // Its mounts die with it; the loop device stays and has no path any more.
+    let mut unshare = Command::new("unshare");
+    unshare.args(["--mount", "--propagation", "private"]).arg(std::env::current_exe().unwrap());
+    killed(unshare, 1);
+}
+
+/// `removed` counts what is cleaned up: the loop device, and the mount where it outlives the daemon.
+fn killed(mut program: Command, removed: usize) {
     let place = Place::new();
-    let mut child = Command::new(std::env::current_exe().unwrap())
+    let mut child = program
         .args(["--exact", "child_that_is_killed", "--nocapture"])
         .env(CHILD_DIR, place.dir())
         .stdout(Stdio::piped())
@@ -395,9 +417,9 @@ fn a_killed_daemon_hangs_nobody_and_is_cleaned_up() {
     child.wait().unwrap();
     assert_eq!(waiting.join().unwrap(), Some(libc::EIO));
     assert_eq!(read_direct(&device, 8192, 4096).unwrap_err().errno(), Some(libc::EIO));
-    assert_eq!(leftovers(place.0.path()).len(), 3, "a mount, a loop device, a directory");
+    assert_eq!(leftovers(place.0.path()).len(), removed + 1, "and a directory");
     let cleaned = clean(&place.dir()).unwrap();
-    assert_eq!((cleaned.removed.len(), cleaned.left.len()), (2, 0), "{cleaned:?}");
+    assert_eq!((cleaned.removed.len(), cleaned.left.len()), (removed, 0), "{cleaned:?}");
     assert_eq!(leftovers(place.0.path()), Vec::<String>::new());
     assert_eq!(clean(&place.dir()).unwrap(), Default::default());
 }

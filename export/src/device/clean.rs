@@ -35,12 +35,14 @@ pub fn clean(dir: &Path) -> Result<Cleaned, ExportError> {
     let failed = |what: &str, e: &io::Error| ExportError::io(what, e, "is /proc and /sys mounted?");
     let mounts = mount::ours_below(&dir).map_err(|e| failed("cannot read the mounts", &e))?;
     let dead = |place: &Path| !alive.contains(place);
-    // First, so that nothing below waits for an answer: the connection is dead or dies here. Loop devices are found by
-    // their file's path, so the mounts go last.
+    // First, so that nothing below waits for an answer: the connection is dead or dies here. What lives is told by the
+    // paths of the loop devices' files, which end with their mounts, so the mounts go last.
     for place in mounts.iter().filter(|place| dead(place)) {
         mount::abort(place);
     }
-    for (device, file) in losetup::below(&dir).map_err(|e| failed("cannot list the loop devices", &e))? {
+    for (device, file) in
+        losetup::over(&mount::file_name(&dir)).map_err(|e| failed("cannot list the loop devices", &e))?
+    {
         if file.parent().is_some_and(dead) {
             remove_loop(&device, &file, &mut cleaned);
         }

@@ -18,8 +18,6 @@ use varve_io::{AlignedBuf, PAGE_BYTES};
 use crate::disk::Disk;
 use crate::limits::{FUSE_BACKGROUND_MAX, FUSE_REQUEST_BYTES_MAX};
 
-/// The file's name in its mount.
-pub(super) const FILE: &str = "disk";
 const ROOT_INODE: INodeNo = INodeNo(1);
 const FILE_INODE: INodeNo = INodeNo(2);
 /// Nothing about the file ever changes, so the kernel need not ask again.
@@ -27,12 +25,14 @@ const FOR_EVER: Duration = Duration::from_secs(3600);
 
 pub(super) struct OneFile {
     disk: Arc<dyn Disk>,
+    name: String,
     read_only: bool,
 }
 
 impl OneFile {
-    pub(super) fn new(disk: Arc<dyn Disk>, read_only: bool) -> Self {
-        Self { disk, read_only }
+    /// `name` is the file's in its mount.
+    pub(super) fn new(disk: Arc<dyn Disk>, name: String, read_only: bool) -> Self {
+        Self { disk, name, read_only }
     }
 
     fn attr(&self, ino: INodeNo) -> Option<FileAttr> {
@@ -147,7 +147,7 @@ impl Filesystem for OneFile {
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         match self.attr(FILE_INODE) {
-            Some(attr) if parent == ROOT_INODE && name == FILE => reply.entry(&FOR_EVER, &attr, Generation(0)),
+            Some(attr) if parent == ROOT_INODE && *name == *self.name => reply.entry(&FOR_EVER, &attr, Generation(0)),
             _ => reply.error(Errno::ENOENT),
         }
     }
@@ -262,7 +262,7 @@ impl Filesystem for OneFile {
         let entries = [
             (ROOT_INODE, FileType::Directory, "."),
             (ROOT_INODE, FileType::Directory, ".."),
-            (FILE_INODE, FileType::RegularFile, FILE),
+            (FILE_INODE, FileType::RegularFile, self.name.as_str()),
         ];
         for (next, (ino, kind, name)) in (1u64..).zip(entries).skip(usize::try_from(offset).unwrap_or(usize::MAX)) {
             if reply.add(ino, next, kind, name) {

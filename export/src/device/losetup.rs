@@ -49,13 +49,13 @@ pub(super) fn is_direct(device: &Path) -> bool {
     path.and_then(|path| fs::read_to_string(path).ok()).is_some_and(|text| text.trim() == "1")
 }
 
-/// All loop devices whose file is below `dir`, with that file.
-pub(super) fn below(dir: &Path) -> io::Result<Vec<(PathBuf, PathBuf)>> {
+/// All loop devices whose file has that name, with the file's path.
+pub(super) fn over(file_name: &str) -> io::Result<Vec<(PathBuf, PathBuf)>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(SYS_BLOCK)? {
         let name = entry?.file_name();
         let Some(name) = name.to_str().filter(|name| name.starts_with("loop")) else { continue };
-        if let Some(file) = backing_of(name).filter(|file| file.starts_with(dir)) {
+        if let Some(file) = backing_of(name).filter(|file| file.ends_with(file_name)) {
             found.push((Path::new("/dev").join(name), file));
         }
     }

@@ -1,7 +1,7 @@
 //! A disk as a local block device: a FUSE file under a loop device.
 //!
 //! ```text
-//! reader → /dev/loopN → loop (direct I/O) → FUSE file DIR/NAME/disk → threads of this process → Disk
+//! reader → /dev/loopN → loop (direct I/O) → FUSE file DIR/NAME/varve-disk-* → threads of this process → Disk
 //! ```
 //!
 //! It works on every kernel that has FUSE and loop devices, without modules of others. ublk would save the way through
@@ -62,7 +62,7 @@ pub fn attach(disk: Arc<dyn Disk>, dir: &Path, name: &str, read_only: bool) -> R
     let dir = private_dir(dir)?;
     let place = Place::make(dir.join(name))?;
     let served = Served::start(disk, &place.0, name, read_only)?;
-    let device = losetup::set_up(&served.file(), read_only)?;
+    let device = losetup::set_up(served.file(), read_only)?;
     if !losetup::is_direct(&device) {
         tracing::warn!(device = %device.display(), "the loop device reads through the page cache; it will be slow");
     }
@@ -79,6 +79,11 @@ impl Attached {
     /// The directory that the FUSE file is mounted on.
     pub fn mount_dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// The FUSE file under the loop device: for tests, and for whoever wants to seek its holes.
+    pub fn file(&self) -> &Path {
+        self.served.file()
     }
 
     /// How it is attached, for the operator.
@@ -110,8 +115,7 @@ impl Attached {
             losetup::take_down(&self.device)?;
             self.told = true;
         }
-        let file = self.served.file();
-        wait(|| losetup::backing_file(&self.device).as_ref() != Some(&file))
+        wait(|| losetup::backing_file(&self.device).as_deref() != Some(self.served.file()))
             .then_some(())
             .ok_or_else(|| self.used("a program has it open; it goes away when that closes it".to_owned()))?;
         // The kernel lets go of the file a moment after the device is gone.
@@ -149,7 +153,7 @@ impl Drop for Attached {
             return;
         }
         tracing::warn!(device = %self.device.display(), "the device goes away while it is used; its users get EIO");
-        let ours = losetup::backing_file(&self.device).as_ref() == Some(&self.served.file());
+        let ours = losetup::backing_file(&self.device).as_deref() == Some(self.served.file());
         if !self.told
             && ours
             && let Err(e) = losetup::take_down(&self.device)

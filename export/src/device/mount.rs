@@ -10,7 +10,7 @@ use std::thread::{self, JoinHandle};
 use fuser::{Config, Session, SessionACL};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use super::fuse::{FILE, OneFile};
+use super::fuse::OneFile;
 use crate::disk::Disk;
 use crate::error::{ExportError, ExportErrorKind};
 use crate::limits::{FUSE_REQUEST_BYTES_MAX, FUSE_THREADS};
@@ -24,6 +24,7 @@ const MOUNTS: &str = "/proc/self/mountinfo";
 #[derive(Debug)]
 pub(super) struct Served {
     dir: PathBuf,
+    file: PathBuf,
     session: Option<JoinHandle<io::Result<()>>>,
 }
 
@@ -32,22 +33,24 @@ impl Served {
     pub(super) fn start(disk: Arc<dyn Disk>, dir: &Path, name: &str, read_only: bool) -> Result<Self, ExportError> {
         let device = open_fuse()?;
         mount_fuse(&device, dir, name, read_only)?;
-        let mut served = Self { dir: dir.to_owned(), session: None };
+        let file = file_name(dir.parent().unwrap_or(dir));
+        let mut served = Self { dir: dir.to_owned(), file: dir.join(&file), session: None };
         let mut config = Config::default();
         config.n_threads = Some(FUSE_THREADS);
         // A descriptor for each thread: replies do not meet at one lock.
         config.clone_fd = true;
         let failed = |e| ExportError::io(format!("cannot serve {}", dir.display()), &e, "see the kernel's log");
-        let session = Session::from_fd(OneFile::new(disk, read_only), OwnedFd::from(device), SessionACL::Owner, config)
-            .map_err(failed)?;
+        let session =
+            Session::from_fd(OneFile::new(disk, file, read_only), OwnedFd::from(device), SessionACL::Owner, config)
+                .map_err(failed)?;
         let builder = thread::Builder::new().name(format!("fuse-{name}"));
         served.session = Some(builder.spawn(move || session.run()).map_err(failed)?);
         Ok(served)
     }
 
     /// The file that is the disk.
-    pub(super) fn file(&self) -> PathBuf {
-        self.dir.join(FILE)
+    pub(super) fn file(&self) -> &Path {
+        &self.file
     }
 
     /// Unmounts if nobody uses it, and ends the threads.
@@ -78,6 +81,16 @@ impl Drop for Served {
             self.abort();
         }
     }
+}
+
+/// The name of the file in every mount below `dir`, which is without symbolic links. A loop device that outlives its
+/// mount (a daemon with a mount namespace of its own was killed; a mount was taken away from under a user) shows
+/// nothing but this name, so it tells whose it was.
+pub(super) fn file_name(dir: &Path) -> String {
+    // FNV-1a: the same in every version, unlike the standard library's.
+    let mix = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+    let hash = dir.as_os_str().as_encoded_bytes().iter().fold(0xcbf2_9ce4_8422_2325, mix);
+    format!("varve-disk-{hash:016x}")
 }
 
 fn open_fuse() -> Result<File, ExportError> {
