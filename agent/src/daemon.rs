@@ -464,6 +464,7 @@ impl Failed {
             durable: None,
             applied: None,
             window: Window::default(),
+            history: None,
             gaps: Vec::new(),
             volumes: self
                 .file

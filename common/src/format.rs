@@ -324,6 +324,8 @@ pub struct AppliedSlot {
     pub good_time_ns: U64,
     /// The timeline's height at `position`: bytes of the stream and 8 for each mark, over all incarnations.
     pub height: U64,
+    /// What every change up to this height replaced is in the history: if a layer ends earlier, it has lost something.
+    pub history: U64,
     /// `header_crc` of the newest applied entry: the next one's `previous_crc`.
     pub chain: U32,
     /// CRC-32 of the bytes before.
@@ -337,7 +339,7 @@ const SEGMENT_OFFSET_MAX: u64 = 2 << 30;
 
 /// See [`AppliedSlot::magic`].
 pub const APPLIED_MAGIC: [u8; 8] = *b"VARVEAPP";
-const _: () = assert!(size_of::<AppliedSlot>() == 136);
+const _: () = assert!(size_of::<AppliedSlot>() == 144);
 const _: () = assert!(core::mem::offset_of!(AppliedSlot, version) == 8);
 
 impl AppliedSlot {
@@ -361,6 +363,7 @@ impl AppliedSlot {
             good_incarnation: [0; 16],
             good_time_ns: 0.into(),
             height: 0.into(),
+            history: 0.into(),
             chain: 0.into(),
             crc: 0.into(),
         }

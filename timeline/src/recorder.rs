@@ -38,11 +38,12 @@ struct Current {
 
 impl Recorder {
     /// Goes on where the newest layer ends. `facts`: what the applied mark says; before there is a layer, history begins
-    /// there.
+    /// there. `history`: the layers were complete to this height when the mark was written; if they are not any more, the
+    /// points that need what is lost are told to be, and a new layer is begun.
     ///
     /// # Errors
     /// If the newest layer or the chronicle cannot be read.
-    pub fn open(timeline: Arc<Timeline>, facts: &StreamFacts) -> Result<Self, HistoryError> {
+    pub fn open(timeline: Arc<Timeline>, facts: &StreamFacts, history: u64) -> Result<Self, HistoryError> {
         timeline.settle(facts)?;
         let mut recorder = Self {
             timeline,
@@ -65,6 +66,9 @@ impl Recorder {
             }
             Some((number, false)) => recorder.open_layer(number)?,
         }
+        if recorder.next_number > 1 && recorder.complete_to < history {
+            recorder.lost_end(history)?;
+        }
         recorder.applied(facts.height, facts.time_ns);
         Ok(recorder)
     }
@@ -80,6 +84,9 @@ impl Recorder {
         for damage in &found.damage {
             let (offset, bytes) = (damage.offset, damage.bytes);
             tracing::error!(layer = number, offset, bytes, why = damage.why, "the newest layer is damaged");
+            let (from, to) = (self.timeline.begin().unwrap_or(0), damage.whole_from.unwrap_or(found.complete_to));
+            let what = format!("layer {number} is damaged at byte {offset}: {}", damage.why);
+            self.timeline.tell(&[Event::Damaged { from, to, what }])?;
         }
         self.next_number = number + 1;
         self.complete_to = found.complete_to;
@@ -98,6 +105,18 @@ impl Recorder {
         self.layer = Some(current);
         // It was full already and the daemon ended before its run was there.
         if full { self.close_layer() } else { Ok(()) }
+    }
+
+    /// The newest layer does not reach as far as it did: what was torn off looks like an append that was never finished, but
+    /// the replicas were changed after it.
+    fn lost_end(&mut self, history: u64) -> Result<(), HistoryError> {
+        let (found, from) = (self.complete_to, self.timeline.begin().unwrap_or(0));
+        tracing::error!(found, history, "the newest layer has lost its end: points that need it are lost");
+        let what = format!("layer {} has lost its end", self.next_number - 1);
+        self.timeline.tell(&[Event::Damaged { from, to: history, what }])?;
+        self.close_layer()?;
+        self.complete_to = history;
+        Ok(())
     }
 
     fn newest_point_of(&self, layer: &OpenLayer, found: &Recovered) -> Result<(u64, u64), HistoryError> {

@@ -139,7 +139,9 @@ impl Timeline {
             crashsafe::remove_durable(path)?;
         }
         let chronicle = open_chronicle(dir, group)?;
-        let state = State { catalogue: loaded.catalogue, runs: loaded.runs, open: None };
+        let mut catalogue = loaded.catalogue;
+        catalogue.set_begin(chronicle.chronicle().oldest().0);
+        let state = State { catalogue, runs: loaded.runs, open: None };
         let timeline = Arc::new(Self {
             dir: dir.to_path_buf(),
             group,
@@ -402,8 +404,7 @@ impl Timeline {
     pub fn pin(self: &Arc<Self>, height: u64) -> Result<Pin, HistoryError> {
         let state = self.read();
         let mut pins = lock(&self.pins);
-        let oldest = state.catalogue.layers().next().map_or(0, |oldest| oldest.first_height);
-        let begin = oldest.max(lock(&self.chronicle).chronicle().oldest().0);
+        let begin = state.catalogue.begin().max(lock(&self.chronicle).chronicle().oldest().0);
         if height < begin {
             return Err(HistoryError::Expired { begin });
         }
@@ -418,7 +419,9 @@ impl Timeline {
 
     /// The height at which history begins; `None`: there is none yet.
     pub fn begin(&self) -> Option<u64> {
-        self.read().catalogue.layers().next().map(|layer| layer.first_height)
+        let state = self.read();
+        let some = state.catalogue.layers().len() > 0;
+        some.then(|| state.catalogue.begin())
     }
 
     /// All layers, the oldest first.

@@ -261,6 +261,7 @@ impl GroupShared {
             durable: position(durable),
             applied: position(self.applied.load(Ordering::Acquire)),
             window: Window { from: newest.clone(), to: newest },
+            history: None,
             gaps: facts.gaps,
             volumes: self
                 .volumes

@@ -312,6 +312,7 @@ impl Applier {
         slot.segment = place.segment.into();
         slot.offset = place.offset.into();
         slot.chain = self.cursor.chain().into();
+        slot.history = self.history.complete_to().into();
         if slot != *self.mark.slot() {
             self.mark.write(slot)?;
         }

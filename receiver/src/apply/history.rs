@@ -86,6 +86,11 @@ impl History {
         }
     }
 
+    /// What every change up to this height replaced is kept.
+    pub fn complete_to(&self) -> u64 {
+        self.recorder.complete_to()
+    }
+
     /// What it records to.
     pub fn timeline(&self) -> &Arc<Timeline> {
         self.recorder.timeline()

@@ -155,7 +155,7 @@ impl Files {
             epoch: meta.epoch,
             gap: applied.gap,
         };
-        let recorder = Recorder::open(timeline, &facts).map_err(|e| history_failed(&e))?;
+        let recorder = Recorder::open(timeline, &facts, slot.history.get()).map_err(|e| history_failed(&e))?;
         Ok(Self { log, mark, applied, recovered, recorder })
     }
 

@@ -234,7 +234,7 @@ impl ChronicleFile {
                 events.push(Event::GapEnd { height, time_ns });
             }
             // Every mark that opens a gap moves the position against the height: one that is lost shows here.
-            None if moved && newest + 1 < height => {
+            None if moved && newest.saturating_add(1) < height => {
                 events.push(Event::damaged(newest + 1, height, "the end of the chronicle"));
             }
             _ => {}
