@@ -74,12 +74,19 @@ fn backing_of(name: &str) -> Option<PathBuf> {
 }
 
 fn losetup() -> Command {
-    let mut command = Command::new("losetup");
-    // A daemon's PATH may lack it.
-    let path = std::env::var("PATH").unwrap_or_default();
-    command.env("PATH", format!("{path}:/usr/sbin:/sbin")).env("LC_ALL", "C");
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut command = Command::new(program());
+    command.env("LC_ALL", "C").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
+}
+
+/// Where losetup is. A daemon's PATH may lack it. And it is looked for here, not in the child: with a path that has a
+/// directory the child is started without copying the page tables of a process that may hold gigabytes.
+fn program() -> PathBuf {
+    const NAME: &str = "losetup";
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let usual = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from);
+    let places = usual.into_iter().chain(std::env::split_paths(&path));
+    places.map(|dir| dir.join(NAME)).find(|file| file.is_file()).unwrap_or_else(|| PathBuf::from(NAME))
 }
 
 /// Runs it with a deadline: a disk that does not answer must not hold its caller for ever.

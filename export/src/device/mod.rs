@@ -11,6 +11,9 @@
 //! **Nothing hangs.** The threads of a session never touch their own mount: everything that enters it from this process
 //! (losetup, unmounting) happens in the thread of the caller. If this process dies, the kernel closes its `/dev/fuse` and every
 //! request, waiting or new, fails with EIO; the dead mount and its loop device stay until [`clean`] finds them.
+//!
+//! Not solved: a *writable* device with much dirty memory on a machine that is out of memory. The threads here may then
+//! wait for memory that is freed only by writing to this device. The kernel's remedy is `PR_SET_IO_FLUSHER`.
 
 mod clean;
 mod fuse;
