@@ -5,7 +5,7 @@
 //!        → session: reader ─► up to 16 requests, each on a blocking thread ─► writer (replies in any order)
 //! ```
 //!
-//! [`wire`], [`negotiation`] and [`request`] are the protocol: no sockets, no clock, fuzzed. [`server`] and [`session`]
+//! [`wire`], [`negotiation`] and [`request`] are the protocol: no sockets, no clock, fuzzed. [`server`] and `session`
 //! are the sockets. The protocol is that of <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>:
 //! fixed newstyle, structured replies, `base:allocation`; extended headers are not offered.
 
