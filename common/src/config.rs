@@ -48,6 +48,8 @@ pub struct ReceiverFile {
     pub landing_segment_mib: Option<u32>,
     /// Most MiB that one group's landing log may hold before the agent has to wait, at least four segments.
     pub landing_max_mib: Option<u32>,
+    /// Size at which a layer of history is closed in MiB, 1 to 512.
+    pub history_layer_mib: Option<u32>,
 }
 
 /// What the receiver runs with.
@@ -61,6 +63,8 @@ pub struct ReceiverConfig {
     pub landing_segment_bytes: u64,
     /// Most bytes of one group's landing log.
     pub landing_bytes_max: u64,
+    /// A layer of history is closed when it has this many bytes.
+    pub history_layer_bytes: u64,
 }
 
 /// The port unless the operator says otherwise.
@@ -69,6 +73,7 @@ const DEFAULT_RING_MIB: u32 = 64;
 const DEFAULT_LAGGING: Duration = Duration::from_secs(10);
 const DEFAULT_SEGMENT_MIB: u32 = 64;
 const DEFAULT_LANDING_MIB: u32 = 1024;
+const DEFAULT_LAYER_MIB: u32 = 512;
 
 fn parse<T: for<'de> Deserialize<'de>>(name: &str, text: &str) -> Result<T, Problem> {
     toml::from_str(text).map_err(|error| {
@@ -122,11 +127,16 @@ impl ReceiverConfig {
         if most < 4 * segment {
             return Err(out_of_range(name, "landing_max_mib", "at least four times landing_segment_mib"));
         }
+        let layer = file.history_layer_mib.unwrap_or(DEFAULT_LAYER_MIB);
+        if !(1..=DEFAULT_LAYER_MIB).contains(&layer) {
+            return Err(out_of_range(name, "history_layer_mib", "a number from 1 to 512"));
+        }
         Ok(Self {
             listen,
             name: file.name.unwrap_or_else(|| "receiver".to_owned()),
             landing_segment_bytes: u64::from(segment) << 20,
             landing_bytes_max: u64::from(most) << 20,
+            history_layer_bytes: u64::from(layer) << 20,
         })
     }
 }
@@ -148,8 +158,10 @@ mod tests {
         assert!(AgentConfig::parse("a", "lagging_seconds = 0").is_err());
         assert!(ReceiverConfig::parse("r", "listen = \"7443\"").is_err());
         assert!(ReceiverConfig::parse("r", "landing_max_mib = 65").is_err());
+        assert!(ReceiverConfig::parse("r", "history_layer_mib = 0").is_err());
+        assert!(ReceiverConfig::parse("r", "history_layer_mib = 513").is_err());
         let defaults = ReceiverConfig::parse("r", "").expect("all keys are optional");
-        assert_eq!(defaults.listen.port(), DEFAULT_PORT);
+        assert_eq!((defaults.listen.port(), defaults.history_layer_bytes), (DEFAULT_PORT, 512 << 20));
         assert_eq!(AgentConfig::parse("a", "").expect("defaults").ring_bytes, 64 << 20);
     }
 }

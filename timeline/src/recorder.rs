@@ -101,7 +101,7 @@ impl Recorder {
         let current = Current { layer, last_height, first_height, first_time_ns, begun: Instant::now() };
         let part = OpenPart { reader, index: Arc::new(index), chunks: found.chunks };
         self.timeline.set_open(part, current.info())?;
-        let full = current.layer.is_full();
+        let full = current.is_full(&self.timeline);
         self.layer = Some(current);
         // It was full already and the daemon ended before its run was there.
         if full { self.close_layer() } else { Ok(()) }
@@ -177,7 +177,7 @@ impl Recorder {
         if records || self.points.len() >= CHUNK_POINTS_MAX / 2 {
             self.append(complete_to.max(self.complete_to))?;
         }
-        if self.layer.as_ref().is_some_and(|current| current.layer.is_full() || current.is_old()) {
+        if self.layer.as_ref().is_some_and(|current| current.is_full(&self.timeline) || current.is_old()) {
             self.close_layer()?;
         }
         Ok(())
@@ -237,7 +237,7 @@ impl Recorder {
         chunk.begin(complete_to);
         self.complete_to = complete_to;
         self.timeline.publish(entries, info, current.info())?;
-        let full = current.layer.is_full();
+        let full = current.is_full(&self.timeline);
         self.layer = Some(current);
         if full { self.close_layer() } else { Ok(()) }
     }
@@ -298,6 +298,10 @@ fn put_points(points: &mut Vec<(u64, u64)>, chunk: &mut Chunk, complete_to: u64)
 }
 
 impl Current {
+    fn is_full(&self, timeline: &Timeline) -> bool {
+        self.layer.is_full() || self.layer.bytes() >= timeline.layer_bytes()
+    }
+
     fn is_old(&self) -> bool {
         self.begun.elapsed() >= LAYER_AGE_MAX
     }

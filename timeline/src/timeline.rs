@@ -9,7 +9,7 @@ use crate::chronicle::{Chronicle, ChronicleFile, Event, StreamFacts};
 use crate::entry::Entry;
 use crate::error::HistoryError;
 use crate::layer::{self, ChunkInfo, LayerFile};
-use crate::limits::{LAYER_FILES_OPEN_MAX, VERSIONS};
+use crate::limits::{LAYER_BYTES, LAYER_FILES_OPEN_MAX, VERSIONS};
 use crate::open_index::OpenIndex;
 use crate::resolve::{self, Part, Plan};
 use crate::run::{Run, RunHead, RunKey, RunWriter};
@@ -45,6 +45,7 @@ pub struct Timeline {
     pins: Mutex<BTreeMap<u64, usize>>,
     files: Cache<u32, Arc<LayerFile>>,
     chronicle: Mutex<ChronicleFile>,
+    layer_bytes: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -153,6 +154,7 @@ impl Timeline {
             pins: Mutex::default(),
             files: Cache::new(LAYER_FILES_OPEN_MAX),
             chronicle: Mutex::new(chronicle),
+            layer_bytes: AtomicU64::new(LAYER_BYTES),
         });
         let newest = numbers.last().copied();
         for number in loaded.unindexed.into_iter().filter(|number| Some(*number) != newest) {
@@ -161,6 +163,15 @@ impl Timeline {
             }
         }
         Ok(timeline)
+    }
+
+    /// Layers are closed when they have this many bytes instead of [`LAYER_BYTES`], if that is less.
+    pub fn set_layer_bytes(&self, bytes: u64) {
+        self.layer_bytes.store(bytes.min(LAYER_BYTES), Ordering::Relaxed);
+    }
+
+    pub(crate) fn layer_bytes(&self) -> u64 {
+        self.layer_bytes.load(Ordering::Relaxed)
     }
 
     pub(crate) fn layers_dir(&self) -> PathBuf {

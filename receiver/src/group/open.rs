@@ -147,6 +147,7 @@ impl Files {
                 Timeline::open(&dir.join(HISTORY_NAME), meta.id(), cache).map_err(|e| history_failed(&e))?
             }
         };
+        timeline.set_layer_bytes(config.history_layer_bytes);
         let facts = StreamFacts {
             height: applied.height,
             time_ns: applied.at.time_ns,
