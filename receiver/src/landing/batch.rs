@@ -103,7 +103,7 @@ impl Batch {
     pub fn of_mark(mark: &Mark) -> Self {
         let body = mark.encode();
         let entry_bytes = total_bytes(body.len());
-        let mut bytes = BytesMut::zeroed(entry_bytes.next_multiple_of(BLOCK_BYTES));
+        let mut bytes = super::arena::block();
         bytes[ENTRY_HEADER_BYTES..ENTRY_HEADER_BYTES + body.len()].copy_from_slice(&body);
         let crc = crc32fast::hash(&body);
         let entry = Entry {
@@ -135,3 +135,5 @@ impl Batch {
         self.entries().any(begins)
     }
 }
+
+const _: () = assert!(ENTRY_HEADER_BYTES + size_of::<varve_common::format::MarkBody>() <= BLOCK_BYTES);
