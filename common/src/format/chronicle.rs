@@ -120,7 +120,7 @@ impl Event {
     /// Whether it can be written: what a slot cannot hold, or no reader would take, is not.
     pub fn is_possible(&self) -> bool {
         match self {
-            Self::Begin { incarnation, position, .. } => *incarnation != [0; 16] && position.is_multiple_of(8),
+            Self::Begin { incarnation, .. } => *incarnation != [0; 16],
             Self::GapBegin { .. } | Self::GapEnd { .. } | Self::Expired { .. } => true,
             Self::Bookmark { name, .. } | Self::Keep { name } | Self::Release { name } => {
                 check_name("bookmark", name).is_ok()

@@ -155,13 +155,13 @@ impl ChronicleFile {
             let broken = std::io::Error::other("a write failed before; it has to be opened again");
             return Err(IoError::new("append to", &self.path, broken).into());
         }
-        self.check_keeps(events)?;
+        self.check(events)?;
         let mut appended = Appended::default();
         let mut new = Vec::new();
         for event in events {
             if !event.is_possible() {
-                // Names come from the other side. One that cannot be is not worth a group.
-                tracing::warn!(path = %self.path.display(), ?event, "not written: it cannot be");
+                // Only the name of a bookmark comes from the other side, unchecked.
+                tracing::warn!(path = %self.path.display(), ?event, "not written: it cannot be a bookmark's name");
                 continue;
             }
             match self.chronicle.apply(event) {
@@ -181,7 +181,14 @@ impl ChronicleFile {
     }
 
     /// Before anything is changed.
-    fn check_keeps(&self, events: &[Event]) -> Result<(), HistoryError> {
+    fn check(&self, events: &[Event]) -> Result<(), HistoryError> {
+        let named =
+            |event: &&Event| matches!(event, Event::Bookmark { .. } | Event::Keep { .. } | Event::Release { .. });
+        if let Some(event) = events.iter().find(|event| !event.is_possible() && !named(event)) {
+            // Passing over the begin of a gap would make points up.
+            let what = format!("an event that cannot be: {event:?}");
+            return Err(HistoryError::Damaged { path: self.path.clone(), offset: self.bytes(), what });
+        }
         let is_new = |event: &&Event| match event {
             Event::Keep { name } => self.chronicle.bookmark(name).is_none_or(|bookmark| !bookmark.kept),
             _ => false,

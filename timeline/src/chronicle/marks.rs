@@ -326,14 +326,20 @@ impl Marks {
         // All marks at that height stay as they are, and one before stands for the rest.
         let first = newest_below.map_or(0, |height| self.marks.partition_point(|mark| mark.height < height));
         let mut events = Vec::with_capacity(self.marks.len() - first + 2);
+        let begin = |height, time_ns, place: Place| {
+            let Place { incarnation, position, epoch } = place;
+            Event::Begin { height, time_ns, incarnation, position, epoch }
+        };
         if let Some(mark) = first.checked_sub(1).map(|index| &self.marks[index]) {
             let (height, time_ns) = (mark.height, mark.time_ns);
             events.push(match mark.gap {
                 Some(gap) => Event::GapBegin { height, time_ns: gap.began_ns, reason: gap.reason },
                 None => Event::GapEnd { height, time_ns },
             });
-            if let Some(Place { incarnation, position, epoch }) = mark.place {
-                events.push(Event::Begin { height, time_ns, incarnation, position, epoch });
+            events.extend(mark.place.map(|place| begin(height, time_ns, place)));
+            // The position of the next marks must not run on from there if it did not.
+            if let Some(next) = self.marks.get(first).filter(|_| mark.still) {
+                events.extend(next.place.map(|place| begin(next.height, next.time_ns, place)));
             }
         }
         events.extend(self.marks[first..].iter().map(|mark| mark.event.clone()));
