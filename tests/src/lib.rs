@@ -29,7 +29,7 @@ pub use database::{Pgbench, Postgres};
 pub use device::{LoopDevice, LoopOptions, logical_sector_bytes, size_bytes};
 pub use fio::{Fio, FioResult, FioRun};
 pub use installation::{Installation, Pair, Role, free_port};
-pub use judge::{assert_same, compare_devices};
+pub use judge::{assert_same, compare_devices, digest_device};
 pub use mount::{Filesystem, FullTmpfs, Mount};
 pub use scratch::Scratch;
 pub use seed::Seed;
