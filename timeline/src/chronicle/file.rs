@@ -8,6 +8,7 @@ use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use varve_common::format::FormatError;
 use varve_common::format::chronicle::{BATCH_SLOTS_MAX, ChronicleHeader, ChronicleSlot, Event, NO_END, SLOT_BYTES};
 use varve_common::state::GapReason;
@@ -46,7 +47,7 @@ pub struct StreamFacts {
     pub gap: Option<GapReason>,
 }
 
-/// An open chronicle. One owner appends; others may be given clones of [`ChronicleFile::chronicle`].
+/// An open chronicle. One owner appends; others are given [`ChronicleFile::shared`].
 #[derive(Debug)]
 pub struct ChronicleFile {
     path: PathBuf,
@@ -54,7 +55,7 @@ pub struct ChronicleFile {
     header: ChronicleHeader,
     /// Slots behind the header.
     slots: u64,
-    chronicle: Chronicle,
+    chronicle: Arc<Chronicle>,
     /// Slots are lost, and it matters below this height: until it has expired the file is not rewritten, because what
     /// is derived from the lost ones' places would be lost as well.
     lost_below: Option<u64>,
@@ -80,7 +81,7 @@ impl ChronicleFile {
         this.replay(&recovered);
         notes.extend(recovered.notes);
         if mended {
-            this.put(&header.as_bytes()[..], 0)?;
+            this.put(header.as_bytes(), 0)?;
         }
         if recovered.cut > 0 {
             this.file.set_len((this.slots + 1) * SLOT).map_err(|e| IoError::new("cut", path, e))?;
@@ -106,7 +107,7 @@ impl ChronicleFile {
     }
 
     fn new(path: &Path, file: File, header: ChronicleHeader) -> Self {
-        let chronicle = Chronicle::default();
+        let chronicle = Arc::default();
         Self { path: path.to_owned(), file, header, slots: 0, chronicle, lost_below: None, broken: false }
     }
 
@@ -115,7 +116,7 @@ impl ChronicleFile {
         for (number, event) in recovered.events.iter().enumerate() {
             match event {
                 Some(event) => {
-                    self.chronicle.apply(event);
+                    Arc::make_mut(&mut self.chronicle).apply(event);
                     if let (true, Event::Begin { height, .. }) = (lost, event) {
                         // From here on positions are known again.
                         lost = false;
@@ -127,8 +128,8 @@ impl ChronicleFile {
                     // It may have been the begin of a gap: until the next end of one nothing is certain.
                     let from = self.chronicle.newest_height().saturating_add(1);
                     let what = format!("slot {number} of the chronicle");
-                    self.chronicle.apply(&Event::damaged(from, NO_END, &what));
-                    self.chronicle.marks.lose_place();
+                    Arc::make_mut(&mut self.chronicle).apply(&Event::damaged(from, NO_END, &what));
+                    Arc::make_mut(&mut self.chronicle).marks.lose_place();
                 }
             }
         }
@@ -141,6 +142,11 @@ impl ChronicleFile {
     /// What it says.
     pub fn chronicle(&self) -> &Chronicle {
         &self.chronicle
+    }
+
+    /// What it says now, for a reader that does not hold the file: later events do not change it.
+    pub fn shared(&self) -> Arc<Chronicle> {
+        self.chronicle.clone()
     }
 
     /// Its bytes on disk.
@@ -164,7 +170,7 @@ impl ChronicleFile {
                 tracing::warn!(path = %self.path.display(), ?event, "not written: it cannot be a bookmark's name");
                 continue;
             }
-            match self.chronicle.apply(event) {
+            match Arc::make_mut(&mut self.chronicle).apply(event) {
                 Applied::Known => continue,
                 Applied::New => {}
                 Applied::Diverged => appended.diverged = true,

@@ -258,6 +258,16 @@ impl Look<'_> {
         if height == self.newest.0 { self.newest } else { (height, self.timed(height).1) }
     }
 
+    /// The oldest point not below `height` that a time gives: damage may end between two records.
+    fn named_from(&self, height: u64) -> Option<HeightTime> {
+        let at = self.at_or_above(height)?;
+        if at.0 == self.newest.0 || self.nearest(at.0).is_some_and(|nearest| nearest.0 == at.0) {
+            return Some(at);
+        }
+        let next = self.times.after(at.1).filter(|next| next.0 >= at.0 && self.chronicle.is_point(next.0))?;
+        (next.0 <= self.newest.0).then_some(next)
+    }
+
     fn first(&self) -> PointError {
         match self.at_or_above(self.oldest) {
             Some(first) => PointError::BeforeWindow { first },
@@ -286,7 +296,7 @@ impl Look<'_> {
         }
         if let Some(damage) = self.chronicle.damage_at(height) {
             let before = damage.from.checked_sub(1).and_then(|height| self.at_or_below(height));
-            let after = Some(damage.to).filter(|to| *to != NO_END).and_then(|to| self.at_or_above(to));
+            let after = Some(damage.to).filter(|to| *to != NO_END).and_then(|to| self.named_from(to));
             return Err(PointError::Damaged { what: damage.what.clone(), before, after });
         }
         Ok(self.exact(height))

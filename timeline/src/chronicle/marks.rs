@@ -190,11 +190,9 @@ impl Marks {
     /// Incarnations whose hex digits begin with `prefix`.
     pub(super) fn incarnations(&self, prefix: &str) -> Vec<Incarnation> {
         let mut found: Vec<Incarnation> = Vec::new();
-        for mark in &self.marks {
-            if let Some(place) = mark.place.filter(|place| !found.contains(&place.incarnation)) {
-                if hex(&place.incarnation).starts_with(prefix) {
-                    found.push(place.incarnation);
-                }
+        for place in self.marks.iter().filter_map(|mark| mark.place) {
+            if !found.contains(&place.incarnation) && hex(&place.incarnation).starts_with(prefix) {
+                found.push(place.incarnation);
             }
         }
         found

@@ -336,3 +336,128 @@ proptest! {
         }
     }
 }
+
+/// A table of what is asked and answered: a gap from 2000 to 3000, a damaged stretch from 4000 to 4500, nothing before 800.
+#[test]
+fn points_and_refusals() {
+    let second = 1_000_000_000;
+    let begin = |height, incarnation, position| Event::Begin {
+        height,
+        time_ns: height * second,
+        incarnation,
+        position,
+        epoch: 1,
+    };
+    let bookmark = |height, name: &str| {
+        let consistency = Consistency::App;
+        Event::Bookmark { height, time_ns: height * second, name: name.into(), consistency }
+    };
+    let chronicle = chronicle_of(&[
+        begin(8, [0xab; 16], 64),
+        Event::GapEnd { height: 800, time_ns: 800 * second },
+        bookmark(1000, "before-upgrade"),
+        Event::GapBegin { height: 2000, time_ns: 2000 * second, reason: GapReason::RingFull },
+        begin(2008, [0xab; 16], 2056),
+        bookmark(2400, "in-gap"),
+        Event::GapEnd { height: 3000, time_ns: 3000 * second },
+        Event::damaged(4000, 4500, "layer 3"),
+        begin(8000, [0xac; 16], 0),
+    ]);
+    let times = Every(second);
+    let ask = |text: &str| {
+        let number = |text: &str| text.parse::<u64>().expect("a number");
+        let spec = match text.split_at(1) {
+            ("@", seconds) => PointSpec::Time(number(seconds) * second),
+            ("-", seconds) => PointSpec::Age(std::time::Duration::from_secs(number(seconds))),
+            ("b", _) => PointSpec::Bookmark(text[9..].to_owned()),
+            ("p", _) => {
+                let (prefix, offset) = text[4..].split_once(':').expect("a position");
+                PointSpec::Position { incarnation_prefix: prefix.to_owned(), offset: number(offset) }
+            }
+            _ => PointSpec::Latest,
+        };
+        let found = chronicle.locate(&spec, 5000 * second, &times, 0, (6000, 6000 * second));
+        found.map(|point| (point.height, point.distance_ns / second as i64)).map_err(|e| e.problem("db", text))
+    };
+    let good = [
+        ("latest", 6000, 0),
+        ("bookmark:before-upgrade", 1000, 0),
+        ("@1001", 1000, -1),
+        ("@2000", 2000, 0),
+        ("@3000", 3000, 0),
+        ("@315532800", 6000, 6000 - 315_532_800),
+        ("pos:abab:1056", 1000, 0),
+        ("pos:abababab:3048", 3000, 0),
+        // On both sides of the mark: the state before it.
+        ("pos:abababab:2056", 2000, 0),
+    ];
+    for (text, height, distance) in good {
+        assert_eq!(ask(text), Ok((height, distance)), "{text}");
+    }
+    let refused = [
+        (
+            "@2400",
+            3,
+            "the ring was full",
+            "before: --at 1970-01-01T00:33:20Z; the nearest after: --at 1970-01-01T00:50:00Z",
+        ),
+        ("bookmark:in-gap", 3, "lies in a gap", "--at 1970-01-01T00:33:20Z"),
+        (
+            "-1000",
+            3,
+            "damaged: layer 3",
+            "the nearest before: --at 1970-01-01T01:06:32Z; the nearest after: --at 1970-01-01T01:15:04Z",
+        ),
+        ("pos:abababab:2064", 3, "lies in a gap", "--at"),
+        ("@1", 3, "first sync has not finished", "--at 1970-01-01T00:13:20Z"),
+        ("bookmark:before-upgrad", 5, "no bookmark", "close names: before-upgrade"),
+        ("pos:dddd:8", 5, "has this incarnation", "newest position: pos:abababab:6048"),
+        ("pos:abababab:999999", 5, "no such offset", "newest position: pos:abababab:6048"),
+        ("pos:acacacac:8", 5, "no such offset", "newest position"),
+    ];
+    for (text, code, why, next) in refused {
+        match ask(text) {
+            Ok(found) => panic!("{text}: {found:?}"),
+            Err(problem) => {
+                assert_eq!(problem.kind.exit_code(), code, "{text}: {problem:?}");
+                assert!(problem.why.contains(why) && problem.next.contains(next), "{text}: {problem:?}");
+                assert!(problem.what.contains(text), "{problem:?}");
+            }
+        }
+    }
+    let height_of = |prefix| chronicle.height_of(prefix, 8);
+    assert!(matches!(height_of("a"), Err(PointError::Ambiguous { incarnations }) if incarnations.len() == 2));
+    assert_eq!(chronicle.consistency(1000), Consistency::App);
+    assert_eq!(chronicle.consistency(1008), Consistency::Crash);
+
+    let report = chronicle.report("db", (None, None), &times, 0, (6000, 6000 * second));
+    assert_eq!(report.window.from.as_deref(), Some("1970-01-01T00:13:20Z"));
+    assert_eq!(report.window.to.as_deref(), Some("1970-01-01T01:40:00Z"));
+    let recoverable: Vec<bool> = report.bookmarks.iter().map(|bookmark| bookmark.recoverable).collect();
+    assert_eq!(recoverable, [true, false]);
+    assert_eq!(
+        report.gaps.iter().map(|gap| gap.reason).collect::<Vec<_>>(),
+        [GapReason::InitialSync, GapReason::RingFull]
+    );
+    let damage = (report.damaged[0].from.as_deref(), report.damaged[0].to.as_deref());
+    assert_eq!(damage, (Some("1970-01-01T01:06:32Z"), Some("1970-01-01T01:14:56Z")));
+    let late = chronicle.report("db", (Some(3500 * second), None), &times, 0, (6000, 6000 * second));
+    assert!(late.gaps.is_empty() && late.bookmarks.is_empty() && late.damaged.len() == 1);
+}
+
+/// A record at every multiple of 8, its height in units of time for a time.
+struct Every(u64);
+
+impl Times for Every {
+    fn at_or_before(&self, time_ns: u64) -> Option<HeightTime> {
+        self.at_height(time_ns / self.0)
+    }
+
+    fn after(&self, time_ns: u64) -> Option<HeightTime> {
+        self.at_height(time_ns / self.0 + 8)
+    }
+
+    fn at_height(&self, height: u64) -> Option<HeightTime> {
+        Some((height / 8 * 8, height / 8 * 8 * self.0))
+    }
+}
