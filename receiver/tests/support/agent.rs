@@ -108,6 +108,18 @@ impl Agent {
         timeout(limit, self.read()).await.ok().map(|got| got.unwrap_or(Got::End))
     }
 
+    /// The next frame, however long it takes.
+    pub async fn next_ever(&mut self) -> Got {
+        self.read().await.unwrap_or(Got::End)
+    }
+
+    /// The sending half alone, and an agent that only reads.
+    pub async fn split(mut self) -> (SendStream, Self) {
+        let other = self.connection.open_uni().await.expect("the connection lives");
+        let send = std::mem::replace(&mut self.send, other);
+        (send, self)
+    }
+
     async fn read(&mut self) -> Option<Got> {
         let mut head = [0; FRAME_HEADER_BYTES];
         self.recv.read_exact(&mut head).await.ok()?;

@@ -3,6 +3,10 @@
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 pub mod agent;
+pub mod host;
+pub mod looker;
+pub mod nbd;
+pub mod past;
 pub mod stream;
 
 use std::path::{Path, PathBuf};
@@ -104,6 +108,13 @@ impl Receiver {
         }
     }
 
+    /// Forgets a process that has ended by itself.
+    pub fn reap(&mut self) {
+        if self.child.is_some() {
+            self.wait();
+        }
+    }
+
     pub fn is_running(&mut self) -> bool {
         self.child.as_mut().is_some_and(|child| child.try_wait().unwrap().is_none())
     }
@@ -134,6 +145,16 @@ impl Receiver {
 
     pub fn address(&self) -> String {
         self.try_status().unwrap().daemons[0].address.clone().unwrap()
+    }
+
+    /// `None`: it does not answer.
+    pub fn try_address(&self) -> Option<String> {
+        self.try_status()?.daemons[0].address.clone()
+    }
+
+    /// `None`: it does not answer, or has no such group.
+    pub fn try_group(&self, name: &str) -> Option<GroupStatus> {
+        self.group(name)
     }
 
     pub fn group(&self, name: &str) -> Option<GroupStatus> {
