@@ -476,6 +476,7 @@ impl Failed {
             resync: None,
             verify: None,
             ring: None,
+            journal: None,
             counters: BTreeMap::new(),
         }
     }

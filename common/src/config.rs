@@ -19,6 +19,8 @@ pub struct AgentFile {
     pub lagging_seconds: Option<f64>,
     /// Compress frames where it pays.
     pub compression: Option<bool>,
+    /// Most MiB that one group's journal may take on disk: 0 (no journal), or 64 to 4194304.
+    pub journal_max_mib: Option<u32>,
 }
 
 /// What the agent runs with.
@@ -34,6 +36,8 @@ pub struct AgentConfig {
     pub lagging_after: Duration,
     /// Compress frames where it pays.
     pub compression: bool,
+    /// Most bytes of one group's journal; 0: there is none.
+    pub journal_bytes_max: u64,
 }
 
 /// `receiver.toml`.
@@ -70,6 +74,7 @@ pub struct ReceiverConfig {
 /// The port unless the operator says otherwise.
 pub const DEFAULT_PORT: u16 = 7443;
 const DEFAULT_RING_MIB: u32 = 64;
+const DEFAULT_JOURNAL_MIB: u32 = 4096;
 const DEFAULT_LAGGING: Duration = Duration::from_secs(10);
 const DEFAULT_SEGMENT_MIB: u32 = 64;
 const DEFAULT_LANDING_MIB: u32 = 1024;
@@ -101,12 +106,17 @@ impl AgentConfig {
         if !(0.1..=86_400.0).contains(&lagging) {
             return Err(out_of_range(name, "lagging_seconds", "a number from 0.1 to 86400"));
         }
+        let journal = file.journal_max_mib.unwrap_or(DEFAULT_JOURNAL_MIB);
+        if journal != 0 && !(64..=4 << 20).contains(&journal) {
+            return Err(out_of_range(name, "journal_max_mib", "0 (no journal) or a number from 64 to 4194304"));
+        }
         Ok(Self {
             receiver: file.receiver,
             name: file.name,
             ring_bytes: ring_bytes as u32,
             lagging_after: Duration::from_secs_f64(lagging),
             compression: file.compression.unwrap_or(true),
+            journal_bytes_max: u64::from(journal) << 20,
         })
     }
 }
@@ -156,6 +166,8 @@ mod tests {
         assert!(AgentConfig::parse("a", "ring_mib = 48").is_err(), "not a power of two");
         assert!(AgentConfig::parse("a", "ring_mib = 2048").is_err());
         assert!(AgentConfig::parse("a", "lagging_seconds = 0").is_err());
+        assert!(AgentConfig::parse("a", "journal_max_mib = 63").is_err());
+        assert_eq!(AgentConfig::parse("a", "journal_max_mib = 0").expect("none").journal_bytes_max, 0);
         assert!(ReceiverConfig::parse("r", "listen = \"7443\"").is_err());
         assert!(ReceiverConfig::parse("r", "landing_max_mib = 65").is_err());
         assert!(ReceiverConfig::parse("r", "history_layer_mib = 0").is_err());

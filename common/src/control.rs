@@ -279,6 +279,9 @@ pub struct GroupStatus {
     pub verify: Option<Verify>,
     /// Bytes of the ring in use and in all (agent).
     pub ring: Option<RingStatus>,
+    /// The journal (agent, if it has one).
+    #[serde(default)]
+    pub journal: Option<JournalStatus>,
     /// The history (receiver).
     #[serde(default)]
     pub history: Option<HistoryStatus>,
@@ -333,6 +336,17 @@ pub struct RingStatus {
     pub used_bytes: u64,
     /// Its size.
     pub total_bytes: u64,
+}
+
+/// See [`GroupStatus::journal`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JournalStatus {
+    /// Bytes of the stream in it that are not durable at the receiver.
+    pub used_bytes: u64,
+    /// Most bytes that it may take on disk.
+    pub total_bytes: u64,
+    /// Why nothing goes into it, if it was given up or has no room.
+    pub error: Option<String>,
 }
 
 /// See [`GroupStatus::history`].

@@ -18,6 +18,7 @@
 //! follow.
 
 pub mod directory;
+pub mod journal;
 pub mod layer;
 pub mod run;
 

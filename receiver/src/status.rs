@@ -67,6 +67,7 @@ pub fn group(slot: &Slot, views: u64) -> GroupStatus {
             .map(|(done_bytes, total_bytes)| ResyncStatus { done_bytes, total_bytes }),
         verify: board.report.as_ref().and_then(|(report, _)| report.verify.clone()),
         ring: None,
+        journal: None,
         counters: slot.counters.snapshot(),
     }
 }

@@ -276,6 +276,7 @@ impl GroupShared {
             resync: resync.map(|(done_bytes, total_bytes)| ResyncStatus { done_bytes, total_bytes }),
             verify: facts.verify,
             ring: Some(RingStatus { used_bytes: producer - consumer, total_bytes: self.source.stream().capacity() }),
+            journal: None,
             counters: self.counter_table(),
         }
     }

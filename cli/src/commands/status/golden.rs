@@ -49,6 +49,7 @@ fn group(data: Data) -> GroupStatus {
         resync: None,
         verify: None,
         ring: None,
+        journal: None,
         history: None,
         counters: Default::default(),
     }
