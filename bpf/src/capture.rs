@@ -2,8 +2,8 @@
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
@@ -16,6 +16,7 @@ use crate::error::{CaptureError, CaptureErrorKind};
 use crate::group::{Group, VolumeSpec};
 use crate::layout::*;
 use crate::memory::{Table, program_statistics};
+use crate::pins::{self, Pins, sign};
 use crate::skeleton::VarveSkelBuilder;
 use crate::slots::Slots;
 use crate::tend::Stuck;
@@ -41,9 +42,46 @@ pub struct ProgramCost {
 /// How many of the attached programs watch completions: two pairs.
 const COMPLETION_PROGRAMS: usize = 4;
 
-/// The loaded and proved capture programs. Dropping it ends capture when its last group is gone, too.
+/// Where the capture that runs came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// Loaded now, and pinned.
+    New,
+    /// Pins of an earlier agent, of the version named: its groups can be taken over.
+    TakenOver(String),
+    /// There were pins that could not be gone on with, for the reason named. They are gone.
+    Replaced(String),
+    /// Loaded now, and it ends with this process, for the reason named.
+    Unpinned(String),
+}
+
+impl std::fmt::Display for Origin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::New => write!(f, "new"),
+            Self::TakenOver(software) => write!(f, "taken over from varve {software}"),
+            Self::Replaced(why) => write!(f, "replaced what was pinned: {why}"),
+            Self::Unpinned(why) => write!(f, "not pinned: {why}"),
+        }
+    }
+}
+
+/// The loaded and proved capture programs. Dropping it ends capture when its last group is gone, too, unless it is
+/// pinned: then capture goes on until [`Capture::unpin`].
 pub struct Capture {
     shared: Arc<Shared>,
+    origin: Origin,
+}
+
+/// What the kernel holds for us, new or found in pins.
+pub(crate) struct Objects {
+    /// In the order of [`pins::MAPS`].
+    pub(crate) maps: Vec<MapHandle>,
+    /// In the order of [`pins::PROGRAMS`].
+    pub(crate) programs: Vec<ProgramHandle>,
+    pub(crate) mark: ProgramHandle,
+    /// The attachments of the programs: closing them detaches, unless they are pinned.
+    pub(crate) links: Vec<OwnedFd>,
 }
 
 pub(crate) struct Shared {
@@ -51,6 +89,7 @@ pub(crate) struct Shared {
     pub(crate) volumes: Table<VolumeEntry>,
     pub(crate) groups: Table<GroupEntry>,
     pub(crate) inflight: Table<AtomicU64>,
+    pub(crate) ledger: Table<LedgerEntry>,
     config: Table<ConfigEntry>,
     pub(crate) rings: MapHandle,
     pub(crate) dirty: MapHandle,
@@ -60,59 +99,80 @@ pub(crate) struct Shared {
     stuck: Mutex<Stuck>,
     /// The attached programs; those that capture come last.
     programs: Vec<ProgramHandle>,
-    /// The attachments: closing them detaches.
-    _links: Vec<OwnedFd>,
+    links: Mutex<Vec<OwnedFd>>,
+    pins: Option<Pins>,
+    /// Cleared when the pins are taken away.
+    pinned: AtomicBool,
     barrier_map: MapHandle,
 }
 
 impl Capture {
-    /// Loads the programs, finds and proves the way from pages to data, and attaches.
+    /// Loads the programs, finds and proves the way from pages to data, and attaches. Capture ends with this process.
     ///
     /// # Errors
     /// `Unsupported`, `Permission` or `Calibration` with a hint; nothing stays behind.
     pub fn load(options: &CaptureOptions) -> Result<Capture, CaptureError> {
+        Self::start(options, None)
+    }
+
+    /// The same, with everything pinned in the directory `pins` of a bpffs (mounted there if need be), so that capture
+    /// goes on without this process. What an earlier process pinned there is taken over if it is proved to be whole, of
+    /// this boot, of a layout that we know, and to read pages as we found and proved it now; else it is replaced.
+    /// [`Capture::origin`] says which.
+    ///
+    /// # Errors
+    /// As [`Capture::load`]; what was pinned before stays then, and goes on capturing.
+    pub fn open(options: &CaptureOptions, pins: &Path) -> Result<Capture, CaptureError> {
+        Self::start(options, Some(pins))
+    }
+
+    fn start(options: &CaptureOptions, dir: Option<&Path>) -> Result<Capture, CaptureError> {
         doctor::refuse_unsupported()?;
         libbpf_speaks_through_tracing();
+        let pins = dir.map(Pins::prepare);
         let mut object = MaybeUninit::uninit();
         let skeleton = VarveSkelBuilder::default()
             .open(&mut object)
             .map_err(|e| CaptureError::kernel("open the capture programs", e))?;
         let skeleton = skeleton.load().map_err(load_error)?;
+        let (maps, programs) = (&skeleton.maps, &skeleton.progs);
+        let config: Table<ConfigEntry> = table(&maps.bss, 1)?;
+        calibrate(
+            &options.probe,
+            &config,
+            &map_handle(&maps.probe)?,
+            &programs.calibrate,
+            &program_handle(&programs.peek)?,
+        )?;
 
-        let maps = &skeleton.maps;
-        let handle = |map: &libbpf_rs::MapMut<'_>| {
-            MapHandle::try_from(map).map_err(|e| CaptureError::kernel("keep a map of the capture programs", e))
-        };
-        let program = |program: &libbpf_rs::ProgramMut<'_>| {
-            ProgramHandle::try_from(program).map_err(|e| CaptureError::kernel("keep a capture program", e))
-        };
-        let config = table(&maps.bss, 1)?;
+        let mut origin = Origin::New;
+        if let Some(Ok(pins)) = pins.as_ref().filter(|pins| pins.as_ref().is_ok_and(Pins::has_set)) {
+            match Self::take_over(pins, &config[0]) {
+                Ok(capture) => return Ok(capture),
+                Err(why) => origin = Origin::Replaced(why),
+            }
+        }
 
-        let programs = &skeleton.progs;
-        calibrate(&options.probe, &config, &handle(&maps.probe)?, &programs.calibrate, &program(&programs.peek)?)?;
-
-        assert_eq!(maps.bios.value_size() as usize, TRACKED_BYTES);
-        assert_eq!(maps.mark_arguments.value_size() as usize, MARK_BYTES);
-        assert_eq!(maps.probe.value_size() as usize, PROBE_BYTES);
-        let barrier_map = dirty_map(1)?;
-        let mut shared = Shared {
-            disks: table(&maps.disks, DISKS_MAX)?,
-            volumes: table(&maps.volumes, VOLUMES_MAX)?,
-            groups: table(&maps.groups, GROUPS_MAX)?,
-            inflight: table(&maps.inflight, INFLIGHT_SLOTS)?,
-            config,
-            rings: handle(&maps.rings)?,
-            dirty: handle(&maps.dirty)?,
-            bios: handle(&maps.bios)?,
-            mark: Mutex::new((handle(&maps.mark_arguments)?, program(&programs.mark)?)),
-            slots: Mutex::default(),
-            stuck: Mutex::default(),
+        let mut objects = Objects {
+            maps: vec![
+                map_handle(&maps.disks)?,
+                map_handle(&maps.volumes)?,
+                map_handle(&maps.groups)?,
+                map_handle(&maps.inflight)?,
+                map_handle(&maps.bss)?,
+                map_handle(&maps.rings)?,
+                map_handle(&maps.dirty)?,
+                map_handle(&maps.bios)?,
+                map_handle(&maps.mark_arguments)?,
+                shared_map("varve_ledger", size_of::<LedgerEntry>(), GROUPS_MAX)?,
+                shared_map("varve_identity", size_of::<IdentityEntry>(), 1)?,
+            ],
             programs: Vec::new(),
-            _links: Vec::new(),
-            barrier_map,
+            mark: program_handle(&programs.mark)?,
+            links: Vec::new(),
         };
-        // Completions first: a write that is captured must not complete unseen.
-        // And of each pair, the second one after the first: they run in this order.
+        sign(&table(&objects.maps[10], 1)?[0])?;
+        // In the order of `pins::PROGRAMS`, see there.
         for watched in [
             &programs.request_done,
             &programs.request_again,
@@ -123,14 +183,98 @@ impl Capture {
             &programs.capture_front,
             &programs.capture,
         ] {
-            shared.programs.push(program(watched)?);
+            objects.programs.push(program_handle(watched)?);
             let link = watched
                 .attach()
                 .map_err(|e| CaptureError::kernel(format!("attach {}", watched.name().to_string_lossy()), e))?;
-            shared._links.push(keep(&link)?);
+            objects.links.push(keep(&link)?);
         }
-        info!("capture programs loaded, proved and attached");
-        Ok(Capture { shared: Arc::new(shared) })
+        let kept = pins.map(|pins| pins.and_then(|pins| pins.keep(&objects).map(|()| pins)));
+        let pins = match kept {
+            Some(Ok(pins)) => Some(pins),
+            Some(Err(error)) => {
+                origin = Origin::Unpinned(explain(&error));
+                None
+            }
+            None => {
+                origin = Origin::Unpinned("that was not asked for".into());
+                None
+            }
+        };
+        let shared = Shared::over(objects, pins)?;
+        info!(%origin, "capture programs loaded, proved and attached");
+        Ok(Capture { shared: Arc::new(shared), origin })
+    }
+
+    /// Goes on with what is pinned; the error says which check failed. `proved` is what was found and proved now.
+    fn take_over(pins: &Pins, proved: &ConfigEntry) -> Result<Self, String> {
+        let (objects, software) = pins.open()?;
+        let shared = Shared::over(objects, Some(pins.clone())).map_err(|e| explain(&e))?;
+        let constants = |config: &ConfigEntry| {
+            [&config.page_base, &config.data_base, &config.ratio].map(|word| word.load(Ordering::Acquire))
+        };
+        if constants(shared.config()) != constants(proved) {
+            return Err("its way from a page to its data is not the one that was proved now".into());
+        }
+        shared.recover().map_err(|e| explain(&e))?;
+        let origin = Origin::TakenOver(software);
+        info!(%origin, "pinned capture goes on");
+        Ok(Capture { shared: Arc::new(shared), origin })
+    }
+
+    /// Where it came from.
+    pub fn origin(&self) -> &Origin {
+        &self.origin
+    }
+
+    /// Whether it goes on without this process.
+    pub fn is_pinned(&self) -> bool {
+        self.shared.is_pinned()
+    }
+
+    /// The names of the groups that an earlier process left in the pins and nobody has taken over yet.
+    pub fn kept(&self) -> Vec<String> {
+        let slots = self.shared.slots();
+        slots.kept().map(|slot| self.shared.ledger[slot as usize].name()).collect()
+    }
+
+    /// Starts to capture the volumes into one new ring, of a group that an agent may go on with later, once it has left
+    /// a note ([`Group::set_note`]).
+    ///
+    /// # Errors
+    /// As [`Capture::add_group`].
+    pub fn add_named_group(
+        &self,
+        name: &str,
+        incarnation: [u8; 16],
+        ring_bytes: u32,
+        volumes: &[VolumeSpec],
+    ) -> Result<Group, CaptureError> {
+        Group::new(self.shared.clone(), name, incarnation, ring_bytes, volumes)
+    }
+
+    /// Goes on with a group that an earlier process left in the pins, if it captures these very volumes. `None`: there
+    /// is no such group. The error says which check failed; the group is still there then.
+    pub fn take_over_group(&self, name: &str, volumes: &[VolumeSpec]) -> Option<Result<Group, String>> {
+        Group::take_over(self.shared.clone(), name, volumes)
+    }
+
+    /// Ends the capture of a group that an earlier process left in the pins; whether there was one.
+    pub fn give_up(&self, name: &str) -> bool {
+        self.shared.give_up(name)
+    }
+
+    /// Takes the pins away and ends capture, of groups that still exist, too.
+    ///
+    /// # Errors
+    /// `Kernel` if the pins cannot be removed.
+    pub fn unpin(&self) -> Result<(), CaptureError> {
+        self.shared.pinned.store(false, Ordering::Release);
+        if let Some(pins) = &self.shared.pins {
+            pins.remove()?;
+        }
+        self.shared.links.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        Ok(())
     }
 
     /// Starts to capture the volumes into one new ring of `ring_bytes`.
@@ -138,7 +282,7 @@ impl Capture {
     /// # Errors
     /// `Invalid` for a bad size or extent, `Unsupported` for a device that cannot be captured, `Limit`, `Kernel`.
     pub fn add_group(&self, ring_bytes: u32, volumes: &[VolumeSpec]) -> Result<Group, CaptureError> {
-        Group::new(self.shared.clone(), ring_bytes, volumes)
+        Group::new(self.shared.clone(), "", [0; 16], ring_bytes, volumes)
     }
 
     /// How often the kernel skipped a capturing program because it interrupted itself on its CPU. Any rise is loss:
@@ -209,6 +353,19 @@ pub(crate) fn keep(link: &Link) -> Result<OwnedFd, CaptureError> {
     link.as_fd().try_clone_to_owned().map_err(|e| CaptureError::kernel("keep an attachment", e))
 }
 
+fn map_handle(map: &libbpf_rs::MapMut<'_>) -> Result<MapHandle, CaptureError> {
+    MapHandle::try_from(map).map_err(|e| CaptureError::kernel("keep a map of the capture programs", e))
+}
+
+fn program_handle(program: &libbpf_rs::ProgramMut<'_>) -> Result<ProgramHandle, CaptureError> {
+    ProgramHandle::try_from(program).map_err(|e| CaptureError::kernel("keep a capture program", e))
+}
+
+fn explain(error: &CaptureError) -> String {
+    let source = std::error::Error::source(error).map_or(String::new(), |source| format!(": {source}"));
+    format!("{error}{source}")
+}
+
 /// libbpf prints to standard error by default; what it says belongs to our log, and errors come back as values anyway.
 fn libbpf_speaks_through_tracing() {
     libbpf_rs::set_print(Some((PrintLevel::Info, |level, text| match level {
@@ -240,18 +397,59 @@ fn load_error(error: libbpf_rs::Error) -> CaptureError {
     CaptureError::kernel("load the capture programs", error)
 }
 
-/// A bitmap of `words` 64-bit words.
-pub(crate) fn dirty_map(words: u32) -> Result<MapHandle, CaptureError> {
+/// An array that is mapped.
+fn mapped_array(name: &str, value_bytes: usize, entries: usize, flags: u32) -> Result<MapHandle, CaptureError> {
     let options = libbpf_sys::bpf_map_create_opts {
         sz: size_of::<libbpf_sys::bpf_map_create_opts>() as libbpf_sys::size_t,
-        map_flags: libbpf_sys::BPF_F_MMAPABLE | libbpf_sys::BPF_F_INNER_MAP,
+        map_flags: libbpf_sys::BPF_F_MMAPABLE | flags,
         ..Default::default()
     };
-    MapHandle::create(MapType::Array, Some("varve_dirty"), 4, 8, words, &options)
-        .map_err(|e| CaptureError::kernel(format!("make a bitmap of {words} words"), e))
+    MapHandle::create(MapType::Array, Some(name), 4, value_bytes as u32, entries as u32, &options)
+        .map_err(|e| CaptureError::kernel(format!("make the map {name} of {entries} times {value_bytes} bytes"), e))
+}
+
+/// A table that only agents use, in memory that can be pinned.
+fn shared_map(name: &str, value_bytes: usize, entries: usize) -> Result<MapHandle, CaptureError> {
+    mapped_array(name, value_bytes, entries, 0)
+}
+
+/// A bitmap of `words` 64-bit words.
+pub(crate) fn dirty_map(words: u32) -> Result<MapHandle, CaptureError> {
+    mapped_array("varve_dirty", 8, words as usize, libbpf_sys::BPF_F_INNER_MAP)
 }
 
 impl Shared {
+    fn over(objects: Objects, pins: Option<Pins>) -> Result<Self, CaptureError> {
+        let Objects { maps, programs, mark, links } = objects;
+        let maps: [MapHandle; pins::MAPS.len()] = maps.try_into().expect("as many maps as names");
+        let [disks, volumes, groups, inflight, config, rings, dirty, bios, mark_arguments, ledger, _identity] = maps;
+        assert_eq!(bios.value_size() as usize, TRACKED_BYTES);
+        assert_eq!(mark_arguments.value_size() as usize, MARK_BYTES);
+        Ok(Self {
+            disks: table(&disks, DISKS_MAX)?,
+            volumes: table(&volumes, VOLUMES_MAX)?,
+            groups: table(&groups, GROUPS_MAX)?,
+            inflight: table(&inflight, INFLIGHT_SLOTS)?,
+            ledger: table(&ledger, GROUPS_MAX)?,
+            config: table(&config, 1)?,
+            rings,
+            dirty,
+            bios,
+            mark: Mutex::new((mark_arguments, mark)),
+            slots: Mutex::default(),
+            stuck: Mutex::default(),
+            programs,
+            links: Mutex::new(links),
+            pinned: AtomicBool::new(pins.is_some()),
+            pins,
+            barrier_map: dirty_map(1)?,
+        })
+    }
+
+    pub(crate) fn is_pinned(&self) -> bool {
+        self.pinned.load(Ordering::Acquire)
+    }
+
     pub(crate) fn config(&self) -> &ConfigEntry {
         &self.config[0]
     }

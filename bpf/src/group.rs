@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -13,9 +13,12 @@ use varve_common::record::{BOOKMARK_BYTES_MAX, RecordKind};
 use crate::capture::{Shared, dirty_map};
 use crate::error::{CaptureError, CaptureErrorKind};
 use crate::layout::*;
+use crate::ledger::Note;
 use crate::memory::{PAGE_BYTES, Table};
+use crate::pins::disk_identity;
+use crate::recover::inner_map;
 use crate::ring::Ring;
-use crate::slots::Watched;
+use crate::slots::{Slots, Watched};
 use crate::track::{VolumeCounters, VolumeTrack};
 
 /// After activation, no answer of the disk before this counts: a bio may be between our programs and its accounting.
@@ -41,23 +44,26 @@ pub struct VolumeSpec {
 /// The sum of the group's volumes' counters.
 pub type GroupCounters = VolumeCounters;
 
-/// A group of volumes being captured. Dropping it ends their capture.
+/// A group of volumes being captured. Dropping it ends their capture, unless it is pinned and has a note: then only
+/// [`Group::end`] does.
 pub struct Group {
     shared: Arc<Shared>,
+    ended: AtomicBool,
     slot: u32,
     ring: Ring,
     tracks: Vec<VolumeTrack>,
-    settle: Mutex<Settle>,
-}
-
-struct Settle {
-    since: Instant,
-    /// `late_unknown` of each volume as of the last look.
-    late_unknown: Vec<u64>,
+    /// Since when the disks are asked whether they are idle.
+    settle: Mutex<Instant>,
 }
 
 impl Group {
-    pub(crate) fn new(shared: Arc<Shared>, ring_bytes: u32, specs: &[VolumeSpec]) -> Result<Self, CaptureError> {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        name: &str,
+        incarnation: [u8; 16],
+        ring_bytes: u32,
+        specs: &[VolumeSpec],
+    ) -> Result<Self, CaptureError> {
         check_ring(ring_bytes)?;
         if specs.is_empty() || specs.len() > usize::from(u16::MAX) {
             return Err(CaptureError::invalid(
@@ -74,13 +80,15 @@ impl Group {
         let mut slots = shared.slots();
         shared.drain(&mut slots);
         let slot = slots.take_group()?;
+        shared.ledger[slot as usize].begin(name, incarnation, specs.len() as u32);
         drop(slots);
         // From here on dropping `group` undoes what is done, also on an early return.
         let mut group = Self {
             slot,
+            ended: AtomicBool::new(false),
             ring,
             tracks: Vec::with_capacity(specs.len()),
-            settle: Mutex::new(Settle { since: Instant::now(), late_unknown: Vec::new() }),
+            settle: Mutex::new(Instant::now()),
             shared,
         };
         let control = &group.shared.groups[slot as usize];
@@ -93,13 +101,39 @@ impl Group {
         for track in &group.tracks {
             track.entry().flags.store(VOLUME_ACTIVE | VOLUME_SETTLING, Ordering::Release);
         }
-        let counts = group.tracks.iter().map(|track| track.counters().late_unknown).collect();
-        group.settle = Mutex::new(Settle { since: Instant::now(), late_unknown: counts });
+        group.settle = Mutex::new(Instant::now());
         Ok(group)
     }
 
+    /// See [`crate::Capture::take_over_group`].
+    ///
+    /// What the process before had taken from the bitmaps to send and not finished becomes dirty again. A write from
+    /// before the activation may still be in flight: that the disk is idle is looked for anew.
+    pub(crate) fn take_over(shared: Arc<Shared>, name: &str, specs: &[VolumeSpec]) -> Option<Result<Self, String>> {
+        let mut slots = shared.slots();
+        let slot = shared.find_kept(&slots, name)?;
+        let volumes = shared.volumes_of(&slots, slot);
+        let checked = shared.check_kept(&slots, slot, &volumes, specs);
+        let ring = match checked.and_then(|()| shared.kept_ring(slot)) {
+            Ok(ring) => ring,
+            Err(why) => return Some(Err(why)),
+        };
+        slots.take_over_group(slot);
+        let watched = volumes.iter().filter_map(|&(_, index)| Some((index, slots.watched_at(index)?)));
+        let track = |(index, watched): (u32, &Watched)| {
+            VolumeTrack::new(shared.clone(), index, watched.spec.clone(), watched.bits.clone())
+        };
+        let tracks: Vec<VolumeTrack> = watched.map(track).collect();
+        drop(slots);
+        for track in &tracks {
+            track.take_back();
+        }
+        let settle = Mutex::new(Instant::now());
+        Some(Ok(Self { slot, ended: AtomicBool::new(false), ring, tracks, settle, shared }))
+    }
+
     fn add_volume(&mut self, number: u32, spec: &VolumeSpec) -> Result<(), CaptureError> {
-        let words = spec.bytes.div_ceil(crate::REGION_BYTES).div_ceil(64);
+        let words = bitmap_words(spec.bytes);
         let map = dirty_map(words as u32)?;
         let bits = Table::new(&map, words as usize).map_err(|e| CaptureError::kernel("map a bitmap", e))?;
         let bits = Arc::new(bits);
@@ -111,6 +145,7 @@ impl Group {
         entry.number.store(number, Ordering::Relaxed);
         entry.start.store(spec.start_bytes / 512, Ordering::Relaxed);
         entry.sectors.store(spec.bytes / 512, Ordering::Relaxed);
+        entry.identity.store(disk_identity(spec.disk), Ordering::Relaxed);
         for counter in [
             &entry.records,
             &entry.bytes,
@@ -123,6 +158,7 @@ impl Group {
             &entry.late_unknown,
             &entry.passthrough,
             &entry.untracked,
+            &entry.late_unknown_seen,
         ] {
             counter.store(0, Ordering::Relaxed);
         }
@@ -135,6 +171,51 @@ impl Group {
         drop(slots);
         self.tracks.push(VolumeTrack::new(self.shared.clone(), index, spec.clone(), bits));
         Ok(())
+    }
+
+    /// Ends the capture of the volumes. What is in the ring can still be read.
+    pub fn end(&self) {
+        if self.ended.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let volumes: Vec<(u32, VolumeSpec)> = self.tracks.iter().map(|t| (t.index(), t.spec().clone())).collect();
+        let mut slots = self.shared.slots();
+        self.shared.end_group(&mut slots, self.slot, &volumes);
+    }
+
+    /// What names the ring.
+    pub fn incarnation(&self) -> [u8; 16] {
+        self.shared.ledger[self.slot as usize].incarnation()
+    }
+
+    /// Whether capture goes on without this process.
+    pub fn is_pinned(&self) -> bool {
+        self.shared.is_pinned()
+    }
+
+    /// Leaves a note for the next process, in place of the last one. From the first one on it can go on with the group.
+    pub fn set_note(&self, note: &Note) {
+        if !self.ended.load(Ordering::Acquire) {
+            self.shared.ledger[self.slot as usize].set_note(note);
+        }
+    }
+
+    /// The note.
+    pub fn note(&self) -> Note {
+        self.shared.ledger[self.slot as usize].note()
+    }
+
+    /// Whether each volume is still on the disk that it was on when its capture began: a number may name another one.
+    pub fn disks_are_the_same(&self) -> bool {
+        let same = |track: &VolumeTrack| {
+            track.entry().identity.load(Ordering::Acquire) == disk_identity(track.spec().disk)
+        };
+        self.tracks.iter().all(same)
+    }
+
+    /// What is added to the boot-time clock now, see [`Group::set_time_offset`].
+    pub fn time_offset(&self) -> u64 {
+        self.shared.groups[self.slot as usize].time_offset.load(Ordering::Acquire)
     }
 
     /// The group's ring.
@@ -215,11 +296,11 @@ impl Group {
     /// # Errors
     /// `Kernel` if the state of a disk cannot be read.
     pub fn poll_settled(&self) -> Result<bool, CaptureError> {
-        let mut settle = self.settle.lock().unwrap_or_else(PoisonError::into_inner);
-        let age = settle.since.elapsed();
+        let since = self.settle.lock().unwrap_or_else(PoisonError::into_inner);
+        let age = since.elapsed();
         let mut idle: HashMap<(u32, u32), bool> = HashMap::new();
         let mut settled = true;
-        for (i, track) in self.tracks.iter().enumerate() {
+        for track in &self.tracks {
             if track.entry().flags.load(Ordering::Acquire) & VOLUME_SETTLING != 0 {
                 let disk = track.spec().disk;
                 let idle = match idle.get(&disk) {
@@ -234,9 +315,10 @@ impl Group {
             }
             // After the flag went: what was counted before it, is there.
             let unknown = track.entry().late_unknown.load(Ordering::Acquire);
-            if unknown != settle.late_unknown[i] {
-                settle.late_unknown[i] = unknown;
+            if unknown != track.entry().late_unknown_seen.load(Ordering::Acquire) {
+                // Dirty first: whoever comes after a kill in between does it again.
                 track.set_all_dirty();
+                track.entry().late_unknown_seen.store(unknown, Ordering::Release);
             }
         }
         Ok(settled)
@@ -255,14 +337,48 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        let mut slots = self.shared.slots();
-        // Deactivates first, and returns when no program uses the ring and the bitmaps any more.
-        self.shared.retire(&mut slots, self.tracks.iter().map(|t| (t.index(), t.spec().clone())));
-        let _ = self.shared.rings.delete(&self.slot.to_ne_bytes());
-        for track in &self.tracks {
-            let _ = self.shared.dirty.delete(&track.index().to_ne_bytes());
+        let noted = self.shared.ledger[self.slot as usize].state.load(Ordering::Acquire) == LEDGER_KEPT;
+        if !(self.shared.is_pinned() && noted) {
+            self.end();
         }
-        slots.free_group(self.slot);
+    }
+}
+
+/// Words of a volume's bitmaps: the dirty regions, then as many for those taken and not finished.
+pub(crate) fn bitmap_words(bytes: u64) -> u64 {
+    2 * bytes.div_ceil(crate::REGION_BYTES).div_ceil(64)
+}
+
+impl Shared {
+    /// Whether the group in `slot` captures these very volumes.
+    fn check_kept(
+        &self,
+        slots: &Slots,
+        slot: u32,
+        volumes: &[(u32, u32)],
+        specs: &[VolumeSpec],
+    ) -> Result<(), String> {
+        let there = self.ledger[slot as usize].volumes.load(Ordering::Acquire) as usize;
+        if there != specs.len() || volumes.len() != specs.len() {
+            return Err(format!("it captures {} of {there} volumes instead of {}", volumes.len(), specs.len()));
+        }
+        for ((number, spec), &(kept_number, index)) in specs.iter().enumerate().zip(volumes) {
+            let kept = slots.watched_at(index).map(|watched| &watched.spec);
+            if kept_number as usize != number || kept != Some(spec) {
+                return Err(format!("volume {number} is {spec:?} and was {kept:?}"));
+            }
+            let (was, is) = (self.volumes[index as usize].identity.load(Ordering::Acquire), disk_identity(spec.disk));
+            if was != is {
+                let (major, minor) = spec.disk;
+                return Err(format!("{major}:{minor} is not the disk that it was (sequence number {was}, now {is})"));
+            }
+        }
+        Ok(())
+    }
+
+    fn kept_ring(&self, slot: u32) -> Result<Ring, String> {
+        let map = inner_map(&self.rings, slot).map_err(|e| e.to_string())?.ok_or("its ring is gone")?;
+        Ring::new(&map, map.max_entries()).map_err(|e| format!("its ring cannot be mapped: {e}"))
     }
 }
 
@@ -281,7 +397,7 @@ pub(crate) fn ring_map(bytes: u32) -> Result<MapHandle, CaptureError> {
     })
 }
 
-fn set_inner(outer: &MapHandle, slot: u32, inner: &MapHandle) -> Result<(), CaptureError> {
+pub(crate) fn set_inner(outer: &MapHandle, slot: u32, inner: &MapHandle) -> Result<(), CaptureError> {
     let fd = inner.as_fd().as_raw_fd();
     outer
         .update(&slot.to_ne_bytes(), &fd.to_ne_bytes(), MapFlags::ANY)

@@ -44,7 +44,9 @@ pub(crate) struct VolumeEntry {
     pub(crate) unused0: AtomicU32,
     pub(crate) start: AtomicU64,
     pub(crate) sectors: AtomicU64,
-    pub(crate) unused1: [AtomicU64; 4],
+    /// See [`crate::pins::disk_identity`].
+    pub(crate) identity: AtomicU64,
+    pub(crate) unused1: [AtomicU64; 3],
     pub(crate) records: AtomicU64,
     pub(crate) bytes: AtomicU64,
     pub(crate) dropped_records: AtomicU64,
@@ -56,7 +58,9 @@ pub(crate) struct VolumeEntry {
     pub(crate) late_unknown: AtomicU64,
     pub(crate) passthrough: AtomicU64,
     pub(crate) untracked: AtomicU64,
-    pub(crate) unused2: [AtomicU64; 5],
+    /// How much of `late_unknown` has made the volume dirty.
+    pub(crate) late_unknown_seen: AtomicU64,
+    pub(crate) unused2: [AtomicU64; 4],
 }
 
 #[repr(C)]
@@ -80,6 +84,7 @@ const _: () = assert!(size_of::<DiskEntry>() == 64);
 const _: () = assert!(size_of::<VolumeEntry>() == 192);
 const _: () = assert!(core::mem::offset_of!(VolumeEntry, records) == 64);
 const _: () = assert!(core::mem::offset_of!(VolumeEntry, start) == 16);
+const _: () = assert!(core::mem::offset_of!(VolumeEntry, identity) == 32);
 const _: () = assert!(core::mem::offset_of!(VolumeEntry, untracked) == 144);
 const _: () = assert!(core::mem::offset_of!(DiskEntry, volume) == 16);
 const _: () = assert!(core::mem::offset_of!(GroupEntry, first_drop) == 8);
@@ -98,6 +103,12 @@ unsafe impl Shared for GroupEntry {}
 // SAFETY: as above.
 #[allow(unsafe_code)]
 unsafe impl Shared for ConfigEntry {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Shared for LedgerEntry {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Shared for IdentityEntry {}
 // SAFETY: an atomic integer.
 #[allow(unsafe_code)]
 unsafe impl Shared for AtomicU64 {}
@@ -114,9 +125,58 @@ pub(crate) const MARK_BYTES: usize = 280;
 pub(crate) const PROBE_HEAD_BYTES: usize = 48;
 pub(crate) const PROBE_BYTES: usize = PROBE_HEAD_BYTES + 4096;
 
+/// Version of everything that outlives the agent in pins: the layouts in this file and of the records, what the maps
+/// are called, what the programs do with them, the agent's note. Raise it with any change after which an agent could
+/// not go on with the pins of the one before.
+pub(crate) const PIN_LAYOUT: u32 = 1;
+/// Words of the agent's note about a group.
+pub const NOTE_WORDS: usize = 24;
+pub(crate) const NAME_BYTES: usize = 64;
+
+/// Nobody's.
+pub(crate) const LEDGER_FREE: u32 = 0;
+/// Being made, or its agent has not noted anything yet: nobody can go on with it.
+pub(crate) const LEDGER_BUILDING: u32 = 1;
+/// An agent that comes later goes on with it.
+pub(crate) const LEDGER_KEPT: u32 = 2;
+/// Given up: what is left of it is to be taken away.
+pub(crate) const LEDGER_ENDING: u32 = 3;
+
+/// What agents leave for the next one about a group. No program looks at it.
+#[repr(C)]
+pub(crate) struct LedgerEntry {
+    pub(crate) state: AtomicU32,
+    pub(crate) volumes: AtomicU32,
+    pub(crate) name: [AtomicU64; NAME_BYTES / 8],
+    pub(crate) incarnation: [AtomicU64; 2],
+    /// Which of the notes holds: 0, 1.
+    pub(crate) current: AtomicU64,
+    pub(crate) notes: [[AtomicU64; NOTE_WORDS]; 2],
+    pub(crate) unused: [AtomicU64; 4],
+}
+
+/// Says what is pinned. The first four members stay where they are in every layout.
+#[repr(C)]
+pub(crate) struct IdentityEntry {
+    pub(crate) magic: AtomicU64,
+    pub(crate) layout: AtomicU32,
+    pub(crate) unused0: AtomicU32,
+    pub(crate) boot: [AtomicU64; 2],
+    pub(crate) software: [AtomicU64; 4],
+    pub(crate) unused: [AtomicU64; 24],
+}
+
+const _: () = assert!(size_of::<LedgerEntry>() == 512);
+const _: () = assert!(size_of::<IdentityEntry>() == 256);
+
 /// The device number as the programs compute it.
 pub(crate) fn disk_number((major, minor): (u32, u32)) -> u32 {
     major << 20 | minor
+}
+
+/// The other way round.
+pub(crate) fn disk_of(number: u32) -> (u32, u32) {
+    (number >> 20, number & ((1 << 20) - 1))
 }
 
 /// Where the search for a disk starts in the table.

@@ -8,6 +8,9 @@
 //! [`Capture::load`] loads and proves the programs; [`Capture::add_group`] starts to capture the volumes of a group
 //! into one ring, and so into one write order. The agent consumes [`Group::ring`] and watches each [`VolumeTrack`].
 //!
+//! With [`Capture::open`] all of this is pinned in a bpffs and goes on while nobody consumes; the next process takes it
+//! over, group by group ([`Capture::take_over_group`]).
+//!
 //! What a caller may rely on:
 //! - A write is in the ring, or its regions have their dirty bit, before the write can complete.
 //! - Read the producer's position, then see [`VolumeTrack::in_flight`] false for a region: every write to the region
@@ -20,7 +23,10 @@ pub mod doctor;
 mod error;
 mod group;
 mod layout;
+mod ledger;
 mod memory;
+mod pins;
+mod recover;
 mod ring;
 mod slots;
 mod tend;
@@ -40,9 +46,12 @@ mod skeleton {
     include!(concat!(env!("OUT_DIR"), "/varve.skel.rs"));
 }
 
-pub use capture::{Capture, CaptureOptions, ProgramCost};
+pub use capture::{Capture, CaptureOptions, Origin, ProgramCost};
 pub use error::{CaptureError, CaptureErrorKind};
 pub use group::{Group, GroupCounters, VolumeSpec};
+pub use layout::NOTE_WORDS;
+pub use ledger::Note;
+pub use pins::{disk_identity, is_pinned, unpin_all};
 pub use ring::{Entry, Ring};
 pub use track::{VolumeCounters, VolumeTrack};
 

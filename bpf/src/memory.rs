@@ -95,6 +95,15 @@ pub(crate) fn run_program(program: &impl AsFd) -> io::Result<u32> {
     Ok(options.retval)
 }
 
+/// Gives an object of the kernel a name in a bpffs, which keeps it alive.
+pub(crate) fn pin(object: &impl AsFd, path: &std::path::Path) -> io::Result<()> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: the path ends with a zero byte and lives until the call returns.
+    let result = unsafe { libbpf_sys::bpf_obj_pin(object.as_fd().as_raw_fd(), path.as_ptr()) };
+    if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(()) }
+}
+
 /// The kernel's statistics of a program.
 pub(crate) struct ProgramStatistics {
     pub(crate) run_count: u64,

@@ -5,7 +5,7 @@
 //! completions still are, and the index is free when each of its counts was seen at zero once. A device that hangs
 //! keeps its index; that is a few bytes, and honest.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -25,6 +25,8 @@ const DRAIN_WAIT: Duration = Duration::from_millis(200);
 #[derive(Default)]
 pub(crate) struct Slots {
     groups: HashSet<u32>,
+    /// Of those: left by an earlier process, and not taken over yet.
+    kept: BTreeSet<u32>,
     volumes: HashMap<u32, Option<Watched>>,
     draining: Vec<Draining>,
 }
@@ -52,6 +54,32 @@ impl Slots {
 
     pub(crate) fn free_group(&mut self, slot: u32) {
         self.groups.remove(&slot);
+        self.kept.remove(&slot);
+    }
+
+    /// Groups of an earlier process that nobody has taken over.
+    pub(crate) fn kept(&self) -> impl Iterator<Item = u32> + use<'_> {
+        self.kept.iter().copied()
+    }
+
+    /// A group that an earlier process left.
+    pub(crate) fn found_group(&mut self, slot: u32) {
+        self.groups.insert(slot);
+        self.kept.insert(slot);
+    }
+
+    /// Somebody goes on with it.
+    pub(crate) fn take_over_group(&mut self, slot: u32) {
+        self.kept.remove(&slot);
+    }
+
+    /// The index is in use already.
+    pub(crate) fn claim_volume(&mut self, index: u32) {
+        self.volumes.entry(index).or_insert(None);
+    }
+
+    pub(crate) fn watched_at(&self, index: u32) -> Option<&Watched> {
+        self.volumes.get(&index)?.as_ref()
     }
 
     pub(crate) fn take_volume(&mut self) -> Result<u32, CaptureError> {
@@ -133,7 +161,7 @@ impl Shared {
     }
 
     /// Takes the volume away from the programs. Nothing of it may be in flight.
-    fn unwatch(&self, spec: &VolumeSpec, index: u32) {
+    pub(crate) fn unwatch(&self, spec: &VolumeSpec, index: u32) {
         let dev = disk_number(spec.disk);
         self.volumes[index as usize].flags.store(0, Ordering::Release);
         self.barrier();

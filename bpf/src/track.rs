@@ -94,10 +94,45 @@ impl VolumeTrack {
         word.fetch_or(bit, Ordering::AcqRel);
     }
 
-    /// Makes a region clean; returns whether it was dirty. Do this *before* reading the region.
+    /// The word that says whether a region was taken.
+    fn taken(&self, region: u64) -> (&AtomicU64, u64) {
+        let (_, bit) = self.word(region);
+        (&self.bits[self.bits.len() / 2 + (region / 64) as usize], bit)
+    }
+
+    /// The words of the dirty regions.
+    fn dirty(&self) -> &[AtomicU64] {
+        &self.bits[..self.bits.len() / 2]
+    }
+
+    /// Makes a region clean; returns whether it was dirty. Do this *before* reading the region. It counts as taken until
+    /// [`VolumeTrack::set_finished`]: who takes the group over finds it dirty again.
     pub fn take_dirty(&self, region: u64) -> bool {
-        let (word, bit) = self.word(region);
-        word.fetch_and(!bit, Ordering::AcqRel) & bit != 0
+        // Taken first: at no moment is neither bit set.
+        let (taken, bit) = self.taken(region);
+        let before = taken.fetch_or(bit, Ordering::AcqRel);
+        let (word, _) = self.word(region);
+        let was_dirty = word.fetch_and(!bit, Ordering::AcqRel) & bit != 0;
+        if !was_dirty && before & bit == 0 {
+            taken.fetch_and(!bit, Ordering::AcqRel);
+        }
+        was_dirty
+    }
+
+    /// A region that was taken is equal in the replica, or dirty again.
+    pub fn set_finished(&self, region: u64) {
+        let (taken, bit) = self.taken(region);
+        taken.fetch_and(!bit, Ordering::AcqRel);
+    }
+
+    /// Makes every region dirty that was taken and not finished.
+    pub(crate) fn take_back(&self) {
+        let (dirty, taken) = self.bits.split_at(self.bits.len() / 2);
+        for (dirty, taken) in dirty.iter().zip(taken) {
+            // Dirty first: a process that is killed in between leaves both bits.
+            dirty.fetch_or(taken.load(Ordering::Acquire), Ordering::AcqRel);
+            taken.store(0, Ordering::Release);
+        }
     }
 
     /// The first dirty region at or after `from`.
@@ -106,7 +141,7 @@ impl VolumeTrack {
             return None;
         }
         let first = (from / 64) as usize;
-        for (i, word) in self.bits.iter().enumerate().skip(first) {
+        for (i, word) in self.dirty().iter().enumerate().skip(first) {
             let mut bits = word.load(Ordering::Acquire);
             if i == first {
                 bits &= u64::MAX << (from % 64);
@@ -120,13 +155,13 @@ impl VolumeTrack {
 
     /// How many regions are dirty.
     pub fn dirty_count(&self) -> u64 {
-        self.bits.iter().map(|word| u64::from(word.load(Ordering::Acquire).count_ones())).sum()
+        self.dirty().iter().map(|word| u64::from(word.load(Ordering::Acquire).count_ones())).sum()
     }
 
     /// Makes the whole volume dirty.
     pub fn set_all_dirty(&self) {
         let regions = self.regions();
-        for (i, word) in self.bits.iter().enumerate() {
+        for (i, word) in self.dirty().iter().enumerate() {
             let left = regions - i as u64 * 64;
             word.fetch_or(if left >= 64 { u64::MAX } else { (1 << left) - 1 }, Ordering::AcqRel);
         }

@@ -84,7 +84,8 @@ struct volume {
 	u32 unused0;
 	u64 start; /* sectors */
 	u64 sectors;
-	u64 unused1[4];
+	u64 identity; /* user space: which disk the number named when the volume was added */
+	u64 unused1[3];
 	/* lines 1 and 2: counters */
 	u64 records;
 	u64 bytes;
@@ -97,7 +98,8 @@ struct volume {
 	u64 late_unknown;
 	u64 passthrough;
 	u64 untracked;
-	u64 unused2[5];
+	u64 late_unknown_seen; /* user space: how much of late_unknown has made the volume dirty */
+	u64 unused2[4];
 };
 _Static_assert(sizeof(struct volume) == 192, "volume is three lines of cache");
 _Static_assert(__builtin_offsetof(struct volume, start) == 16, "start");
