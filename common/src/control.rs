@@ -6,6 +6,7 @@
 use crate::point::{Consistency, PointSpec};
 use crate::problem::Problem;
 use crate::state::{Data, GapReason, Link, Role};
+use crate::watch::{Flow, Severity};
 use crate::wire::messages::Verify;
 use serde::{Deserialize, Serialize};
 
@@ -167,6 +168,29 @@ pub enum ReceiverRequest {
         /// At most; `None`: the configured rate.
         bytes_per_second: Option<u64>,
     },
+    /// Run the group here. Answer: [`FailoverReply`].
+    Failover {
+        /// The group's name.
+        group: String,
+        /// Which point.
+        at: PointSpec,
+        /// Beside the replication, which goes on: what is written is gone with the test.
+        test: bool,
+        /// Only tell what would happen.
+        dry_run: bool,
+    },
+    /// There is no way back but failback. Answer: [`FailoverReply`].
+    FailoverCommit {
+        /// The group's name.
+        group: String,
+    },
+    /// Back to replication, as if nothing had happened; ends a test as well. Answer: [`FailoverReply`].
+    FailoverAbort {
+        /// The group's name.
+        group: String,
+        /// Even if a device is in use.
+        force: bool,
+    },
     /// Pin a bookmark against expiry, or let it go. Answer: [`KeepReply`].
     Keep {
         /// The group's name.
@@ -285,8 +309,44 @@ pub struct GroupStatus {
     /// The history (receiver).
     #[serde(default)]
     pub history: Option<HistoryStatus>,
+    /// What is wrong, the worst first.
+    #[serde(default)]
+    pub alerts: Vec<AlertStatus>,
+    /// What the watch sees; `None` until it has looked.
+    #[serde(default)]
+    pub watch: Option<WatchStatus>,
     /// Counters since the daemon started, by name (docs/json.md).
     pub counters: std::collections::BTreeMap<String, u64>,
+}
+
+/// See [`GroupStatus::alerts`]. docs/monitor.md lists the ids.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AlertStatus {
+    /// A stable word; newer daemons may have new ones.
+    pub id: String,
+    /// How bad it is.
+    pub severity: Severity,
+    /// What is wrong, as of now.
+    pub text: String,
+    /// When it was raised (RFC 3339).
+    pub since: String,
+    /// What to do next.
+    pub next: String,
+}
+
+/// See [`GroupStatus::watch`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WatchStatus {
+    /// Idle, flowing, lagging or stalled.
+    pub flow: Flow,
+    /// Since something was newly acknowledged (agent) or landed (receiver), or since the daemon started.
+    pub last_ack_seconds: f64,
+    /// When ring and journal are full at the rate of the last seconds; `None`: never (agent).
+    pub full_in_seconds: Option<f64>,
+    /// Free bytes where the history is (receiver).
+    pub free_bytes: Option<u64>,
+    /// When a verify last proved volume and replica equal (receiver).
+    pub verified: Option<String>,
 }
 
 /// See [`GroupStatus::window`].
@@ -336,6 +396,12 @@ pub struct RingStatus {
     pub used_bytes: u64,
     /// Its size.
     pub total_bytes: u64,
+    /// Whether capture goes on while the agent is stopped, killed or exchanged.
+    #[serde(default)]
+    pub pinned: bool,
+    /// Whether the ring is new or was taken over from an agent before, and why it could not be, in words.
+    #[serde(default)]
+    pub origin: String,
 }
 
 /// See [`GroupStatus::journal`].
@@ -370,6 +436,9 @@ pub struct HistoryStatus {
     pub damaged: u64,
     /// Limits that were set: age and bytes.
     pub retention: Retention,
+    /// What runs here.
+    #[serde(default)]
+    pub takeover: Option<TakeoverStatus>,
     /// Something to say: why the window is shorter than retention says, why nothing is taken in.
     pub notice: Option<String>,
 }
@@ -642,6 +711,56 @@ pub struct RollbackReply {
     pub dry_run: bool,
     /// Replication waits for `rollback --release`.
     pub held: bool,
+}
+
+/// Answer to `failover`, `failover commit` and `failover abort`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FailoverReply {
+    /// The group's name.
+    pub group: String,
+    /// The exact point.
+    pub point: PointReply,
+    /// The newest point that is here.
+    pub newest: PointReply,
+    /// Bytes that changed between the point and the newest: they are left out (and stay in the history).
+    pub left_out_bytes: u64,
+    /// Captured by the source and not here, as it said last: lost if the source does not come back. `None`: not known.
+    pub not_here_bytes: Option<u64>,
+    /// How long ago the source was heard of, seconds; `None`: never since the receiver started.
+    pub source_heard_seconds: Option<f64>,
+    /// Fencing token from now on.
+    pub epoch: u64,
+    /// Nothing but a test.
+    pub test: bool,
+    /// No way back but failback.
+    pub committed: bool,
+    /// It was undone.
+    pub aborted: bool,
+    /// Nothing was done.
+    pub dry_run: bool,
+    /// How long it took until the devices were there.
+    pub seconds: f64,
+    /// In the order of their numbers.
+    pub volumes: Vec<ViewVolume>,
+    /// What to know before they are mounted.
+    pub hints: Vec<String>,
+}
+
+/// A takeover as `varve status` shows it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TakeoverStatus {
+    /// When it was done.
+    pub since: String,
+    /// Time of the point that was taken.
+    pub point: String,
+    /// No way back but failback.
+    pub committed: bool,
+    /// Nothing but a test.
+    pub test: bool,
+    /// The block devices.
+    pub devices: Vec<String>,
+    /// The next sensible command.
+    pub next: String,
 }
 
 /// Answer to `restore`.

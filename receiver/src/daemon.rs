@@ -1,6 +1,7 @@
 //! Start, accept loops, stop.
 
 use crate::group::registry::Registry;
+use crate::promote::{Context, Promotions};
 use crate::view::views::{Views, run_dir};
 use crate::{control, keeper, session};
 use std::path::Path;
@@ -35,6 +36,8 @@ pub struct Daemon {
     pub registry: Arc<Registry>,
     /// Has the views.
     pub views: Views,
+    /// Has what runs here.
+    pub promotions: Promotions,
 }
 
 impl Daemon {
@@ -131,8 +134,10 @@ async fn serve(
     }
     let tls = nbd_config(&authority, hosts.clone()).map_err(|e| net_problem("NBD cannot be served", &e))?;
     let views = Views::new(run_dir(paths), Arc::new(tls));
-    let daemon = Arc::new(Daemon { name: config.name, authority, hosts, server, registry, views });
+    let promotions = Promotions::new(run_dir(paths));
+    let daemon = Arc::new(Daemon { name: config.name, authority, hosts, server, registry, views, promotions });
     daemon.registry.open_all().await;
+    resume_promotions(&daemon);
     let keeper = daemon.registry.clone();
     let keeper = std::thread::Builder::new().name("keeper".to_owned()).spawn(move || keeper::run(&keeper));
     let keeper = keeper.map_err(|e| Problem::failed("the keeper cannot start", e.to_string(), "see ulimit -u"))?;
@@ -160,12 +165,29 @@ async fn serve(
     tracing::info!("stopping");
     let (views, runtime) = (daemon.clone(), tokio::runtime::Handle::current());
     // A panic was told by the thread's own end.
-    let _ = tokio::task::spawn_blocking(move || views.views.close_all(&runtime)).await;
+    let _ = tokio::task::spawn_blocking(move || {
+        views.views.close_all(&runtime);
+        views.promotions.close_all();
+    })
+    .await;
     daemon.registry.stop().await;
     daemon.server.close().await;
     let _ = tokio::task::spawn_blocking(move || keeper.join()).await;
     tracing::info!("stopped");
     Ok(())
+}
+
+/// What ran here before the daemon ended runs here again.
+fn resume_promotions(daemon: &Arc<Daemon>) {
+    for slot in daemon.registry.groups() {
+        if slot.board().meta.as_ref().is_some_and(|meta| meta.takeover.is_some()) {
+            let daemon = daemon.clone();
+            tokio::spawn(async move {
+                let context = Context { registry: daemon.registry.clone(), slot };
+                daemon.promotions.resume(&context).await;
+            });
+        }
+    }
 }
 
 async fn alive(watchdog: &mut Option<tokio::time::Interval>) {

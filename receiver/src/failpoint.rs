@@ -33,7 +33,15 @@ pub const GROUP_BEFORE: &str = "group-before";
 /// A new group exists, nobody knows.
 pub const GROUP_AFTER: &str = "group-after";
 
-/// All of them, for tests that try each.
+/// A takeover is durable, its stream has not begun.
+pub const PROMOTE_MARKED: &str = "promote-marked";
+
+/// An abort is durable, nothing was rolled back.
+pub const PROMOTE_ABORTING: &str = "promote-aborting";
+/// An abort has rolled back, the gap is open.
+pub const PROMOTE_ROLLED: &str = "promote-rolled";
+
+/// All of them that replication passes, for tests that try each.
 pub const ALL: [&str; 14] = [
     LAND_BEFORE,
     LAND_TORN,

@@ -17,6 +17,7 @@
 //! | [`landing`] | the landing log: segments, batches, recovery |
 //! | [`apply`] | from landed entries to the replica |
 //! | [`view`], [`restore`], [`rollback`] | the past, read and brought back |
+//! | [`promote`] | running a group here |
 //! | [`keeper`] | merges, retention, free space |
 //! | [`status`], [`control`] | what `varve` sees and asks |
 //! | [`failpoint`] | places where tests end the process |
@@ -34,6 +35,7 @@ pub mod group;
 pub mod keeper;
 pub mod landing;
 pub mod limits;
+pub mod promote;
 pub mod restore;
 pub mod rollback;
 pub mod session;

@@ -84,6 +84,13 @@ pub const ROLLBACK_READ_BYTES: usize = 8 << 20;
 pub const ROLLBACK_DEPTH: u32 = 128;
 /// A restore reads and writes this much at once.
 pub const RESTORE_BYTES: usize = 1 << 20;
+/// Bytes that were written to promoted volumes of a group and are not in the replicas yet: they are read from memory. Beyond,
+/// writers wait.
+pub const PROMOTED_PENDING_BYTES_MAX: usize = 256 << 20;
+/// What is collected while the landing log is written. With one record more it is still a frame.
+pub const PROMOTED_FRAME_BYTES: usize = 512 << 10;
+/// Readers of a promoted volume whose memory is kept.
+pub const PROMOTED_READERS_MAX: usize = 8;
 /// Views open at once, of all groups.
 pub const VIEWS_MAX: usize = 64;
 /// Gaps that the status shows.
@@ -112,4 +119,8 @@ const _: () = assert!(IMAGE_BYTES_WAITING_MAX >= 2 * varve_common::wire::IMAGE_B
 const _: () = assert!(
     2 * IMAGE_BYTES_PER_SYNC as u64
         <= varve_common::limits::SYNC_REGIONS_MAX as u64 * varve_common::limits::REGION_BYTES
+);
+const _: () = assert!(
+    PROMOTED_FRAME_BYTES as u64 + varve_common::record::RECORD_BYTES_MAX + 8
+        <= varve_common::limits::FRAME_PLAIN_BYTES_MAX as u64
 );

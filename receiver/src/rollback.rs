@@ -165,7 +165,7 @@ async fn measure_again(timeline: &Arc<Timeline>, height: u64) -> Option<u64> {
 }
 
 /// Lands a mark of our own and waits until it is durable.
-async fn land(open: &OpenGroup, live: &Live, mark: Mark) -> Result<(), String> {
+pub async fn land(open: &OpenGroup, live: &Live, mark: Mark) -> Result<(), String> {
     let mut progress = live.subscribe();
     let before = progress.borrow_and_update().landed_batches;
     open.batches.send(Batch::of_mark(&mark)).map_err(|_| "the landing log is closed".to_owned())?;

@@ -15,12 +15,13 @@ use varve_timeline::chronicle::Times;
 /// All groups, or the one of this name.
 pub fn groups(daemon: &Daemon, only: Option<&str>) -> Vec<GroupStatus> {
     let wanted = |slot: &&std::sync::Arc<Slot>| only.is_none_or(|name| name == slot.name);
-    let show = |slot: &std::sync::Arc<Slot>| group(slot, daemon.views.count(&slot.name));
+    let show = |slot: &std::sync::Arc<Slot>| group(daemon, slot);
     daemon.registry.groups().iter().filter(wanted).map(show).collect()
 }
 
-/// One group, of which this many views are open.
-pub fn group(slot: &Slot, views: u64) -> GroupStatus {
+/// One group.
+pub fn group(daemon: &Daemon, slot: &Slot) -> GroupStatus {
+    let views = daemon.views.count(&slot.name);
     let board = slot.board().clone();
     let view = board.live.as_ref().map(|live| live.view());
     let report = fresh_report(&board);
@@ -44,7 +45,10 @@ pub fn group(slot: &Slot, views: u64) -> GroupStatus {
     };
     GroupStatus {
         name: slot.name.clone(),
-        role: Role::Replica,
+        role: match meta.is_some_and(|meta| meta.takeover.is_some()) {
+            true => Role::Promoted,
+            false => Role::Replica,
+        },
         link: board.link,
         data: facts.word(),
         reason: failure.or(board.refusal.clone()).or(facts.gap.map(|reason| reason.explain().to_owned())),
@@ -59,7 +63,7 @@ pub fn group(slot: &Slot, views: u64) -> GroupStatus {
             from: Some(show_time(oldest_ns(&board).unwrap_or(good.time_ns))),
             to: Some(show_time(good.time_ns)),
         }),
-        history: history(slot, &board, views),
+        history: history(daemon, slot, &board, views),
         gaps: view.as_ref().map(|view| view.gaps.iter().map(gap).collect()).unwrap_or_default(),
         volumes: meta.map(|meta| meta.volumes.iter().map(volume).collect()).unwrap_or_default(),
         resync: report
@@ -68,6 +72,8 @@ pub fn group(slot: &Slot, views: u64) -> GroupStatus {
         verify: board.report.as_ref().and_then(|(report, _)| report.verify.clone()),
         ring: None,
         journal: None,
+        alerts: Vec::new(),
+        watch: None,
         counters: slot.counters.snapshot(),
     }
 }
@@ -85,7 +91,7 @@ fn oldest_ns(board: &Board) -> Option<u64> {
     })
 }
 
-fn history(slot: &Slot, board: &Board, views: u64) -> Option<HistoryStatus> {
+fn history(daemon: &Daemon, slot: &Slot, board: &Board, views: u64) -> Option<HistoryStatus> {
     let timeline = board.timeline.as_ref()?;
     let (sizes, chronicle) = (timeline.sizes(), timeline.chronicle());
     let count = |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
@@ -106,6 +112,7 @@ fn history(slot: &Slot, board: &Board, views: u64) -> Option<HistoryStatus> {
         damaged: chronicle.damages().len() as u64,
         retention: board.meta.as_ref().map(|meta| meta.retention).unwrap_or_default(),
         notice: held.or(board.notice.clone()),
+        takeover: daemon.promotions.status(board.meta.as_ref()),
     })
 }
 

@@ -9,12 +9,17 @@ mod support;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use support::host::{Deed, Host};
-use support::looker::Looker;
-use support::seed;
+use support::host::{Deed, GROUP, Host};
+use support::looker::{Looker, Seen, parse_time};
+use support::past::{Expected, Volumes};
+use support::{LIMIT, assert_equal, seed};
 use tokio::task::block_in_place;
+use varve_common::control::{ReceiverRequest, RetentionReply, RollbackReply, ViewReply};
 use varve_common::point::PointSpec;
+use varve_common::problem::ProblemKind;
 use varve_receiver::failpoint;
 
 /// One that is longer than the applier's largest piece of zeroes, odd sectors, less than a region.
@@ -108,7 +113,7 @@ async fn through_crashes(seed: u64, lives: usize, deeds: usize, points: usize) {
         }
         looker.check_exports(&looker.any(&mut rng).unwrap(), dir.path());
     });
-    let group = host.receiver.group(support::host::GROUP).unwrap();
+    let group = host.receiver.group(GROUP).unwrap();
     eprintln!("{:?}", group.history);
     let log = host.receiver.log();
     assert!(!log.contains("lost data") && !log.contains("damaged"), "{log}");
@@ -118,4 +123,240 @@ async fn through_crashes(seed: u64, lives: usize, deeds: usize, points: usize) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_point_is_right_after_crashes() {
     through_crashes(seed(), 8, 40, 10).await;
+}
+
+/// Looks at points while data flows, with several views open, until it is told to stop. Gives how many looks were made and
+/// how many found their point expired.
+fn watch(looker: &Looker, seed: u64, stop: &AtomicBool) -> (usize, usize) {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut open: Vec<(ViewReply, usize, Volumes)> = Vec::new();
+    let (mut looks, mut expired) = (0, 0);
+    while !stop.load(Ordering::Acquire) {
+        looks += 1;
+        if open.len() < 5 {
+            let Some(at) = looker.any(&mut rng) else { continue };
+            let Expected::After(index) = looker.expected(&at) else {
+                assert!(looker.open(&at).unwrap().is_err(), "{at} is in a gap");
+                continue;
+            };
+            match looker.open(&at).expect("the daemon lives") {
+                Ok(view) => open.push((view, index, looker.image(index))),
+                Err(problem) => {
+                    // Asked again only now: the window goes on.
+                    let from = parse_time(&looker.points().window.from.expect("a window"));
+                    let time_ns = looker.past.lock().unwrap().time_ns(index);
+                    assert_eq!(problem.kind, ProblemKind::NotFound, "{at}: {problem:?}");
+                    assert!(time_ns <= from + 1000, "{at} is in the window, which begins at {from}: {problem:?}");
+                    expired += 1;
+                }
+            }
+            continue;
+        }
+        let which = rng.random_range(0..open.len());
+        let (view, index, model) = &open[which];
+        let what = format!("a view of step {index} ({}) while data flows", looker.describe(*index));
+        assert_eq!(looker.compare(view, model, &mut rng, &what, false), Seen::Right);
+        if rng.random_bool(0.3) {
+            looker.close(&open.swap_remove(which).0);
+        }
+    }
+    for (view, index, model) in &open {
+        let what = format!("a view of step {index} at the end");
+        assert_eq!(looker.compare(view, model, &mut rng, &what, false), Seen::Right);
+        looker.close(view);
+    }
+    (looks, expired)
+}
+
+/// Feeds for a while with watchers beside.
+async fn flow(host: &mut Host, looker: &Looker, seed: u64, time: Duration) -> (usize, usize) {
+    let stop = Arc::new(AtomicBool::new(false));
+    let watcher = |seed| {
+        let (looker, stop) = (looker.clone(), stop.clone());
+        tokio::task::spawn_blocking(move || watch(&looker, seed, &stop))
+    };
+    let watchers = [watcher(seed), watcher(seed ^ 7)];
+    let start = Instant::now();
+    while start.elapsed() < time && !watchers.iter().all(|watcher| watcher.is_finished()) {
+        let deed = host.any_deed();
+        assert!(host.deed(deed).await, "{}", host.receiver.log());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    stop.store(true, Ordering::Release);
+    let mut all = (0, 0);
+    for watcher in watchers {
+        let (looks, expired) = watcher.await.unwrap();
+        all = (all.0 + looks, all.1 + expired);
+    }
+    all
+}
+
+async fn while_data_flows(seed: u64, time: Duration) {
+    let mut rng = StdRng::seed_from_u64(seed ^ 2);
+    let mut host = synced(seed, "").await;
+    let looker = looker(&host);
+    assert!(host.deed(Deed::Records(40)).await && host.settle().await);
+    let first = looker.any(&mut rng).unwrap();
+    let Expected::After(index) = looker.expected(&first) else { panic!("{first}") };
+    let held = looker.open(&first).unwrap().unwrap();
+    // Held: whatever retention says, nothing of it may go.
+    let retention = |bytes| ReceiverRequest::Retention {
+        group: GROUP.into(),
+        age_seconds: None,
+        bytes: Some(bytes),
+        dry_run: false,
+    };
+    let _: RetentionReply = looker.done(&retention(12 << 20));
+    let (looks, expired) = flow(&mut host, &looker, seed, time / 2).await;
+    assert!(host.settle().await);
+    block_in_place(|| {
+        let reply: RetentionReply = looker.done(&retention(12 << 20));
+        assert!(reply.held_bytes > 0, "{reply:?}");
+        let model = looker.image(index);
+        assert_eq!(looker.compare(&held, &model, &mut rng, "the oldest view", false), Seen::Right);
+        // What is older than it may have gone, nothing younger.
+        let view = looker.open(&first).unwrap().unwrap();
+        looker.close(&view);
+        looker.close(&held);
+    });
+    let (more, gone) = flow(&mut host, &looker, seed ^ 3, time / 2).await;
+    eprintln!("{} looks, {} found their point expired", looks + more, expired + gone);
+    assert!(host.settle().await);
+    block_in_place(|| {
+        // The oldest point that is shown is one, what is before it is none, and says where to look.
+        let start = Instant::now();
+        while looker.open(&first).unwrap().map(|view| looker.close(&view)).is_ok() {
+            assert!(start.elapsed() < LIMIT, "nothing expires");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let problem = looker.open(&first).unwrap().unwrap_err();
+        assert_eq!(problem.kind, ProblemKind::NotFound, "{problem:?}");
+        let next = problem.next.split("the oldest point: --at ").nth(1).unwrap_or_else(|| panic!("{problem:?}"));
+        looker.check(&PointSpec::Time(parse_time(next.split(';').next().unwrap())), &mut rng);
+        let points = looker.points();
+        let from = parse_time(points.window.from.as_ref().unwrap());
+        for _ in 0..40 {
+            let at = looker.any(&mut rng).unwrap();
+            let Expected::After(index) = looker.expected(&at) else { continue };
+            let time_ns = looker.past.lock().unwrap().time_ns(index);
+            match looker.look(&at, index, &mut rng, false) {
+                Seen::Right => {}
+                Seen::Refused(problem) => assert!(time_ns <= from + 1000, "{at}, the window begins at {from}: {problem:?}"),
+                other => panic!("{at}: {other:?}"),
+            }
+        }
+    });
+    host.receiver.stop();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn views_stay_right_while_data_flows_and_layers_expire() {
+    while_data_flows(seed(), Duration::from_secs(8)).await;
+}
+
+/// What the chronicle says of the newest rollback: its stream, and when it began.
+fn newest_stream(looker: &Looker) -> ([u8; 16], u64, Option<u64>) {
+    let points = looker.points();
+    let stretch = points.stretches.last().unwrap();
+    let number = u128::from_str_radix(&stretch.incarnation, 16).unwrap();
+    let ended = points.rollbacks.last().map(|rollback| parse_time(&rollback.time));
+    (number.to_be_bytes(), parse_time(&stretch.from), ended)
+}
+
+/// Rolls back to `at`, which must succeed, and compares the replicas.
+fn roll_back(host: &mut Host, looker: &Looker, at: &PointSpec, index: usize) -> RollbackReply {
+    let model = Arc::new(looker.image(index));
+    let reply = looker.rollback(at).unwrap().unwrap_or_else(|problem| panic!("{at}: {problem:?}"));
+    assert!(reply.held);
+    let (stream, began, ended) = newest_stream(looker);
+    host.note_rollback(stream, began, Some((ended.unwrap(), model.clone())));
+    for (number, model) in model.iter().enumerate() {
+        let what = format!("after a rollback to {at} (step {index}), volume {number}");
+        assert_equal(&host.receiver.replica(GROUP, number)[..model.len()], model, &what);
+    }
+    reply
+}
+
+async fn back_and_forth(seed: u64, rounds: usize) {
+    let mut rng = StdRng::seed_from_u64(seed ^ 4);
+    let mut host = synced(seed, "").await;
+    let looker = looker(&host);
+    for round in 0..rounds {
+        for _ in 0..12 {
+            let deed = host.any_deed();
+            assert!(host.deed(deed).await, "{}", host.receiver.log());
+        }
+        if host.in_gap() {
+            assert!(host.deed(Deed::CloseGap).await);
+        }
+        assert!(host.deed(Deed::Records(30)).await && host.settle().await);
+        let point = |rng: &mut StdRng| loop {
+            let at = looker.any(rng).unwrap();
+            if let Expected::After(index) = looker.expected(&at) {
+                break (at, index);
+            }
+        };
+        let (at, index) = point(&mut rng);
+        let before = looker.past.lock().unwrap().len() - 1;
+        // A crash in the middle of it, then the same again.
+        let steps = ["history-before", "history-after", "apply-before", "apply-half", "apply-after", "mark-before", "land-after"];
+        let failpoint = format!("{}:{}", steps[rng.random_range(0..steps.len())], rng.random_range(1..3));
+        eprintln!("round {round}: from step {before} to step {index} ({at}), {failpoint}");
+        host.disconnect();
+        host.receiver.stop();
+        host.receiver.start(Some(&failpoint));
+        block_in_place(|| {
+            let known = newest_stream(&looker);
+            match looker.rollback(&at) {
+                None => {
+                    host.receiver.reap();
+                    host.receiver.start(None);
+                    let (stream, began, _) = newest_stream(&looker);
+                    if stream != known.0 {
+                        host.note_rollback(stream, began, None);
+                    }
+                    // What was before it is still there.
+                    look_around(&looker, &mut rng, 5, 2);
+                    let reply = roll_back(&mut host, &looker, &at, index);
+                    assert_eq!(reply.to_point.height, looker.rollback_plan(&at).to_point.height);
+                }
+                Some(Ok(_)) => {
+                    let (stream, began, ended) = newest_stream(&looker);
+                    let now = Arc::new(looker.image(index));
+                    host.note_rollback(stream, began, Some((ended.unwrap(), now)));
+                    host.receiver.kill();
+                    host.receiver.start(None);
+                }
+                Some(Err(problem)) => panic!("{problem:?}"),
+            }
+            look_around(&looker, &mut rng, 10, 4);
+            // And back to what was before.
+            let model = looker.image(before);
+            let was = looker.past.lock().unwrap().spec_of_position(before);
+            let reply = roll_back(&mut host, &looker, &was, before);
+            assert_eq!(looker.image(looker.past.lock().unwrap().len() - 1), model);
+            // That one can be undone by the words that it answers with.
+            let undo = PointSpec::Time(parse_time(&reply.from_point.time));
+            roll_back(&mut host, &looker, &undo, index);
+            let (other, elsewhere) = point(&mut rng);
+            roll_back(&mut host, &looker, &other, elsewhere);
+            look_around(&looker, &mut rng, 10, 4);
+            looker.check(&PointSpec::Latest, &mut rng);
+        });
+        // Replication goes on: the volumes are compared, and what differs is sent.
+        let _: () = looker.done(&ReceiverRequest::RollbackRelease { group: GROUP.into() });
+        host.catch_up_time();
+        assert!(host.connect().await);
+        assert!(host.deed(Deed::CloseGap).await && host.settle().await);
+        block_in_place(|| {
+            look_around(&looker, &mut rng, 5, 4);
+            looker.check(&PointSpec::Latest, &mut rng);
+        });
+    }
+    host.receiver.stop();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rollback_is_exact_and_can_be_undone() {
+    back_and_forth(seed(), 3).await;
 }

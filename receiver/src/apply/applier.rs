@@ -80,6 +80,7 @@ impl Applier {
     }
 
     fn work(&mut self, unsynced: &mut Unsynced, scratch: &mut Scratch) -> Result<(), Failure> {
+        self.take_over(&mut scratch.part)?;
         loop {
             if self.cursor.is_open() {
                 self.batch(unsynced, scratch)?;
@@ -144,6 +145,7 @@ impl Applier {
         // The memory of arenas goes back at once, not with the next batch.
         batch.clear();
         self.live.answered();
+        self.take_over(&mut scratch.part)?;
         if let Some(action) = action {
             self.act(action, unsynced, scratch)?;
         }

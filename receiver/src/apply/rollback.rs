@@ -5,13 +5,14 @@ use super::applier::Applier;
 use super::history::history_failed;
 use super::plan::{BatchPlan, Piece, Source, Stamp};
 use crate::failure::Failure;
-use crate::group::stream::IMAGE_HEIGHT;
+use crate::group::stream::{IMAGE_HEIGHT, MARK_HEIGHT};
 use crate::limits::{ROLLBACK_BYTES, ROLLBACK_DEPTH, ROLLBACK_READ_BYTES};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::oneshot;
 use varve_common::format::BLOCK_BYTES;
 use varve_io::{AlignedBuf, DirectFile, IoQueue};
+use varve_timeline::chronicle::Event;
 use varve_timeline::entry::{Entry, Stored};
 use varve_timeline::error::HistoryError;
 use varve_timeline::layer::LayerFile;
@@ -142,9 +143,12 @@ impl RecordReader<'_> {
 impl Applier {
     /// Everything in front of it is applied, a gap is open, and nobody but this thread changes anything meanwhile.
     pub(super) fn rollback(&mut self, order: &RollbackOrder, part: &mut BatchPlan) -> Result<(), Failure> {
+        self.roll_back_to(order.pin.height(), &order.done_bytes, part)
+    }
+
+    fn roll_back_to(&mut self, height: u64, done_bytes: &AtomicU64, part: &mut BatchPlan) -> Result<(), Failure> {
         let timeline = self.history.timeline().clone();
         let failed = |e: HistoryError| history_failed(&e);
-        let height = order.pin.height();
         let stamp = Stamp { height: self.cursor.state.height + IMAGE_HEIGHT };
         // What is recorded meanwhile is younger than this plan and not in it.
         let plan = timeline.plan(height).map_err(failed)?;
@@ -165,14 +169,29 @@ impl Applier {
             entries.push(entry);
             if staged >= ROLLBACK_BYTES {
                 self.put_back(&mut reader, &entries, stamp, part)?;
-                order.done_bytes.fetch_add(bytes, Ordering::Relaxed);
+                done_bytes.fetch_add(bytes, Ordering::Relaxed);
                 entries.clear();
                 (bytes, staged) = (0, 0);
             }
         }
         self.put_back(&mut reader, &entries, stamp, part)?;
-        order.done_bytes.fetch_add(bytes, Ordering::Relaxed);
+        done_bytes.fetch_add(bytes, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// If the stream has just gone over to the receiver's own and that begins at an older point: the replicas go there before
+    /// anything of the new stream is applied. Found undone after a crash, it is done again.
+    pub(super) fn take_over(&mut self, part: &mut BatchPlan) -> Result<bool, Failure> {
+        let Some(wish) = self.live.take_wish(self.cursor.state.at.incarnation) else { return Ok(false) };
+        self.roll_back_to(wish.pin.height(), &AtomicU64::new(0), part)?;
+        self.replicas.sync()?;
+        let (height, time_ns) = (self.cursor.state.height + MARK_HEIGHT, self.cursor.state.at.time_ns);
+        let (to_height, to_time_ns) = (wish.pin.height(), wish.time_ns);
+        // Below the first record's end: no point of the stream is in between.
+        self.history.events(&[Event::RolledBack { height, time_ns, to_height, to_time_ns }])?;
+        // Before anything else of the stream is applied and so leaves the memory of what is pending.
+        wish.rolled.store(true, Ordering::SeqCst);
+        Ok(true)
     }
 
     fn put_back(

@@ -1,8 +1,10 @@
 //! The control socket: what `varve` asks of a receiver.
 //!
+//! - `takeover`: failover, commit, abort
 //! - `history`: points, views, rollback, restore, retention, scrub
 
 mod history;
+mod takeover;
 
 use crate::daemon::Daemon;
 use crate::group::registry::ForgetError;
@@ -87,6 +89,13 @@ async fn answer_history(daemon: &Arc<Daemon>, peer: &mut LocalPeer, request: Rec
             let mut progress = ProgressOut::new(peer);
             let outcome = history::scrub(daemon, &group, bytes_per_second, &mut progress).await;
             send(peer, outcome).await
+        }
+        ReceiverRequest::Failover { group, at, test, dry_run } => {
+            send(peer, takeover::failover(daemon, &group, at, test, dry_run).await).await
+        }
+        ReceiverRequest::FailoverCommit { group } => send(peer, takeover::commit(daemon, &group).await).await,
+        ReceiverRequest::FailoverAbort { group, force } => {
+            send(peer, takeover::abort(daemon, &group, force).await).await
         }
         ReceiverRequest::Keep { group, bookmark, keep } => {
             send(peer, history::keep(daemon, group, bookmark, keep).await).await
@@ -229,6 +238,10 @@ async fn forget(daemon: &Arc<Daemon>, name: &str) -> Result<(), Problem> {
             format!("{views} views of it are open"),
             next,
         ));
+    }
+    if slot.board().meta.as_ref().is_some_and(|meta| meta.takeover.is_some()) {
+        let next = format!("'varve failover abort {name}' or a failback first");
+        return Err(Problem::refused(format!("'{name}' was not forgotten"), "it runs here", next));
     }
     match daemon.registry.forget(&slot).await {
         Ok(replicas) => {

@@ -4,10 +4,11 @@ use super::stream::{Point, StreamState};
 use crate::failure::Failure;
 use crate::limits::GAPS_SHOWN_MAX;
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::watch;
 use varve_common::state::GapReason;
+use varve_timeline::timeline::Pin;
 
 /// How far the threads are. The session waits for changes of it.
 #[derive(Clone, Debug, Default)]
@@ -111,6 +112,19 @@ pub struct View {
     pub gaps: VecDeque<Gap>,
 }
 
+/// The replicas are to be rolled back as soon as the stream is in this incarnation.
+#[derive(Debug)]
+pub struct RollbackWish {
+    /// The receiver's own.
+    pub incarnation: [u8; 16],
+    /// To this point, kept from expiring.
+    pub pin: Pin,
+    /// Its time.
+    pub time_ns: u64,
+    /// They are.
+    pub rolled: Arc<AtomicBool>,
+}
+
 /// See the module's text.
 #[derive(Debug)]
 pub struct Live {
@@ -118,6 +132,7 @@ pub struct Live {
     pub counters: Arc<Counters>,
     progress: watch::Sender<Progress>,
     view: Mutex<View>,
+    wish: Mutex<Option<RollbackWish>>,
 }
 
 impl Live {
@@ -129,11 +144,23 @@ impl Live {
             let from_ns = landed.good.map_or(landed.at.time_ns, |good| good.time_ns);
             view.gaps.push_back(Gap { from_ns, to_ns: None, reason });
         }
-        Self { counters, progress: watch::Sender::new(progress), view: Mutex::new(view) }
+        let (progress, view, wish) = (watch::Sender::new(progress), Mutex::new(view), Mutex::default());
+        Self { counters, progress, view, wish }
     }
 
     fn lock(&self) -> MutexGuard<'_, View> {
         self.view.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Said before the stream's `Begin` is landed (or the applier starts): so it is done before anything that follows.
+    pub fn wish_rollback(&self, wish: Option<RollbackWish>) {
+        *self.wish.lock().unwrap_or_else(PoisonError::into_inner) = wish;
+    }
+
+    /// What is to be done in this incarnation, once.
+    pub fn take_wish(&self, incarnation: [u8; 16]) -> Option<RollbackWish> {
+        let mut wish = self.wish.lock().unwrap_or_else(PoisonError::into_inner);
+        wish.take_if(|wish| wish.incarnation == incarnation)
     }
 
     /// Both states.

@@ -37,6 +37,64 @@ pub struct GroupMeta {
     /// The replicas were rolled back: no source may write to them until somebody lets it.
     #[serde(default)]
     pub held: Option<Held>,
+    /// The group runs here.
+    #[serde(default)]
+    pub takeover: Option<Takeover>,
+    /// A source of an older epoch is refused. After a failover that was aborted it is older than `epoch`.
+    #[serde(default)]
+    pub source_epoch_min: u64,
+}
+
+/// The group was taken over: its volumes are served here, and what is written to them is its stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Takeover {
+    /// Of the stream: 32 hex digits.
+    pub incarnation: String,
+    /// The point that was taken.
+    pub height: u64,
+    /// Its time at the source, nanoseconds since 1970.
+    pub time_ns: u64,
+    /// It was not the newest: the replicas are rolled back to it.
+    pub rollback: bool,
+    /// The newest point before: an abort goes back to it.
+    pub before_height: u64,
+    /// Its time.
+    pub before_time_ns: u64,
+    /// The source's stream there: after an abort it goes on where it was. 32 hex digits.
+    pub source_incarnation: String,
+    /// See above.
+    pub source_position: u64,
+    /// Whether there was no gap then.
+    pub source_consistent: bool,
+    /// The epoch that the source had.
+    pub source_epoch: u64,
+    /// When it was done here (RFC 3339).
+    pub since: String,
+    /// There is no way back but failback.
+    pub committed: bool,
+    /// It is being undone.
+    #[serde(default)]
+    pub aborting: bool,
+}
+
+impl Takeover {
+    /// The stream that is to be, and the point to which the replicas are to be rolled back at its begin, if they are.
+    pub fn target(&self) -> ([u8; 16], Option<(u64, u64)>) {
+        match self.aborting {
+            true => (unhex(&self.source_incarnation), Some((self.before_height, self.before_time_ns))),
+            false => (unhex(&self.incarnation), self.rollback.then_some((self.height, self.time_ns))),
+        }
+    }
+}
+
+/// A stream's incarnation as text.
+pub fn hex(incarnation: &[u8; 16]) -> String {
+    incarnation.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// From text; zeroes if it is none.
+pub fn unhex(text: &str) -> [u8; 16] {
+    u128::from_str_radix(text, 16).unwrap_or(0).to_be_bytes()
 }
 
 /// A rollback that holds replication.
@@ -79,15 +137,15 @@ impl GroupMeta {
     /// A new group.
     pub fn new(name: &str, owner: &str, epoch: u64, created_ns: u64, volumes: Vec<VolumeMeta>) -> Self {
         let id: [u8; 16] = rand::random();
-        let id = id.iter().map(|byte| format!("{byte:02x}")).collect();
+        let id = hex(&id);
         let (name, owner) = (name.to_owned(), owner.to_owned());
-        let (retention, held) = Default::default();
-        Self { version: FILE_VERSION, id, name, owner, epoch, created_ns, volumes, retention, held }
+        let (retention, held, takeover) = Default::default();
+        Self { version: FILE_VERSION, id, name, owner, epoch, created_ns, volumes, retention, held, takeover, source_epoch_min: epoch }
     }
 
     /// The random identity.
     pub fn id(&self) -> [u8; 16] {
-        u128::from_str_radix(&self.id, 16).unwrap_or(0).to_be_bytes()
+        unhex(&self.id)
     }
 
     /// Sizes of the volumes.

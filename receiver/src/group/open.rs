@@ -12,12 +12,14 @@ use crate::apply::replica::{Replica, Replicas};
 use crate::apply::work::{Queue, Work};
 use crate::failure::Failure;
 use crate::landing::Place;
+use crate::promote::{is_rolled, wish};
 use crate::landing::batch::Batch;
 use crate::landing::lander::Lander;
 use crate::landing::log::{Log, Writer};
 use crate::landing::reader::Reader;
 use crate::landing::recover::{Recovered, recover};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, mpsc};
 use std::thread::{Builder, JoinHandle};
 use varve_common::config::ReceiverConfig;
@@ -44,6 +46,8 @@ pub struct OpenGroup {
     pub live: Arc<Live>,
     /// What the replicas were.
     pub timeline: Arc<Timeline>,
+    /// Nothing is left to be rolled back for a takeover.
+    pub rolled: Arc<AtomicBool>,
     /// Sizes of the volumes.
     pub volumes: Arc<[u64]>,
     /// To the applier; a session that is short of memory asks it to let go of what waits.
@@ -154,7 +158,8 @@ impl Files {
             incarnation: applied.at.incarnation,
             position: applied.at.position,
             epoch: meta.epoch,
-            gap: applied.gap,
+            // A rollback of a takeover ends the gap before its mark does.
+            gap: applied.gap.filter(|_| !meta.takeover.as_ref().is_some_and(|takeover| is_rolled(&timeline, takeover))),
         };
         let recorder = Recorder::open(timeline, &facts, slot.history.get()).map_err(|e| history_failed(&e))?;
         Ok(Self { log, mark, applied, recovered, recorder })
@@ -203,6 +208,10 @@ impl Files {
         let Self { log, mark, applied, recovered, recorder } = self;
         let timeline = recorder.timeline().clone();
         let live = Arc::new(Live::new(counters.clone(), recovered.state, applied));
+        let rolled = Arc::new(AtomicBool::new(true));
+        if let Some(takeover) = &meta.takeover {
+            live.wish_rollback(wish(&timeline, takeover, &rolled).map_err(|e| history_failed(&e))?);
+        }
         let queue = Arc::new(Queue::default());
         let slot = *mark.slot();
         let place = Place { segment: slot.segment.get(), offset: slot.offset.get() };
@@ -240,6 +249,6 @@ impl Files {
             }
         };
         let volumes = meta.volume_bytes().into();
-        Ok(OpenGroup { live, timeline, volumes, queue, batches, fresh: Some(fresh), lander, applier })
+        Ok(OpenGroup { live, timeline, rolled, volumes, queue, batches, fresh: Some(fresh), lander, applier })
     }
 }

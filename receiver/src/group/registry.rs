@@ -253,6 +253,7 @@ impl Registry {
         check_space(&self.dir(&slot.name))?;
         if hello.epoch > meta.epoch {
             meta.epoch = hello.epoch;
+            meta.source_epoch_min = hello.epoch;
             meta.save(&self.dir(&slot.name)).map_err(|e| storage(&e.to_string()))?;
             slot.board().meta = Some(meta.clone());
         }
@@ -291,6 +292,14 @@ impl Registry {
         meta.held = Some(held);
         meta.save(&self.dir(&slot.name)).map_err(|e| storage(&e.to_string()))?;
         slot.board().meta = Some(meta.clone());
+        self.ensure_open(slot, &mut desk, &meta).await?;
+        Ok(desk)
+    }
+
+    /// Ends the group's session and gives the desk, with the group open.
+    pub async fn seize(&self, slot: &Arc<Slot>) -> Result<OwnedMutexGuard<Desk>, Refused> {
+        let mut desk = self.take_desk(slot).await?;
+        let meta = slot.board().meta.clone().ok_or_else(|| storage("the group is gone"))?;
         self.ensure_open(slot, &mut desk, &meta).await?;
         Ok(desk)
     }

@@ -44,11 +44,11 @@ impl Arenas {
     }
 }
 
-/// One block of zeroes, for what the receiver lands itself.
-pub fn block() -> BytesMut {
-    let mut block = align(BytesMut::with_capacity(2 * BLOCK_BYTES));
-    block.resize(BLOCK_BYTES, 0);
-    block
+/// Zeroes, for what the receiver lands itself.
+pub fn zeroes(bytes: usize) -> BytesMut {
+    let mut zeroes = align(BytesMut::with_capacity(bytes + BLOCK_BYTES));
+    zeroes.resize(bytes, 0);
+    zeroes
 }
 
 /// Moves the start to a block boundary: what is written with O_DIRECT must lie so.

@@ -103,7 +103,7 @@ impl Batch {
     pub fn of_mark(mark: &Mark) -> Self {
         let body = mark.encode();
         let entry_bytes = total_bytes(body.len());
-        let mut bytes = super::arena::block();
+        let mut bytes = super::arena::zeroes(BLOCK_BYTES);
         bytes[ENTRY_HEADER_BYTES..ENTRY_HEADER_BYTES + body.len()].copy_from_slice(&body);
         let crc = crc32fast::hash(&body);
         let entry = Entry {
@@ -117,6 +117,27 @@ impl Batch {
             plain_crc: crc,
             body_crc: crc,
             effect: Effect::Mark(*mark),
+        };
+        Self { bytes, entry_bytes, items: vec![Item::Entry(entry)] }
+    }
+
+    /// Whole records from `position` on, of a stream that the receiver writes itself.
+    pub fn of_records(incarnation: Incarnation, position: u64, records: &[u8], time_ns: u64) -> Self {
+        let entry_bytes = total_bytes(records.len());
+        let mut bytes = super::arena::zeroes(entry_bytes.next_multiple_of(BLOCK_BYTES));
+        bytes[ENTRY_HEADER_BYTES..ENTRY_HEADER_BYTES + records.len()].copy_from_slice(records);
+        let crc = crc32fast::hash(records);
+        let entry = Entry {
+            at: 0,
+            kind: FrameKind::Data,
+            codec: Codec::Plain,
+            incarnation,
+            position,
+            body_bytes: records.len(),
+            plain_bytes: records.len(),
+            plain_crc: crc,
+            body_crc: crc,
+            effect: Effect::Data { end: position + records.len() as u64, time_ns: Some(time_ns) },
         };
         Self { bytes, entry_bytes, items: vec![Item::Entry(entry)] }
     }

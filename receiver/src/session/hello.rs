@@ -34,9 +34,22 @@ pub fn check(hello: &Hello) -> Result<(), Refused> {
 
 /// Checks epoch and volumes against the group.
 pub fn check_against(meta: &GroupMeta, hello: &Hello) -> Result<(), Refused> {
-    if hello.epoch < meta.epoch {
-        let text =
-            format!("the source writes under epoch {}, the group '{}' is at {}", hello.epoch, meta.name, meta.epoch);
+    if let Some(takeover) = &meta.takeover {
+        let text = format!(
+            "the group '{}' was taken over at {}: it runs on the recovery host under epoch {}",
+            meta.name, takeover.since, meta.epoch
+        );
+        let next = match takeover.committed {
+            true => "leave this host's volumes as they are; when it shall run here again: 'varve failback' on the receiver",
+            false => "on the receiver: 'varve failover commit' or 'varve failover abort' of this group",
+        };
+        return Err(refuse(RefusedReason::Epoch, text, next));
+    }
+    if hello.epoch < meta.source_epoch_min {
+        let text = format!(
+            "the source writes under epoch {}, the group '{}' is at {}",
+            hello.epoch, meta.name, meta.source_epoch_min
+        );
         let next = "this host was fenced off by a promotion: see 'varve status' on the receiver, then 'varve failback'";
         return Err(refuse(RefusedReason::Epoch, text, next));
     }

@@ -11,6 +11,7 @@ use crate::landing::batch::{Batch, Effect, Entry, Item, total_bytes};
 use crate::limits::{CUT_COPY_BYTES_MAX, IMAGE_BYTES_WAITING_MAX, PROBES_WAITING_MAX};
 use bytes::{Buf, Bytes, BytesMut};
 use std::collections::VecDeque;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use tokio::sync::mpsc;
@@ -26,8 +27,8 @@ pub struct Rules {
     pub volumes: Arc<[u64]>,
     /// The ring that the agent holds.
     pub incarnation: Incarnation,
-    /// The epoch under which it writes.
-    pub epoch: u64,
+    /// The epochs under which it may write: that of its hello, and that of the welcome.
+    pub epochs: RangeInclusive<u64>,
 }
 
 /// What became of a chunk.
@@ -410,8 +411,8 @@ fn check_mark(
     if mark.position != frame.position || mark.incarnation != rules.incarnation {
         return Err(protocol("a mark of another position or ring than its frame"));
     }
-    if mark.epoch != rules.epoch {
-        let text = format!("a mark of epoch {} in a session of epoch {}", mark.epoch, rules.epoch);
+    if !rules.epochs.contains(&mark.epoch) {
+        let text = format!("a mark of epoch {} in a session of epoch {}", mark.epoch, rules.epochs.end());
         return Err(refuse(RefusedReason::Epoch, text, "restart the agent"));
     }
     if mark.height_min != 0 {

@@ -194,7 +194,8 @@ impl Session {
         tracing::info!(group, host, %remote, software = hello.software, newest, resumed, "session open");
         claim.slot.counters.sessions.fetch_add(1, Ordering::Relaxed);
 
-        let rules = Rules { volumes: open.volumes.clone(), incarnation: hello.incarnation, epoch: hello.epoch };
+        let epochs = hello.epoch..=claim.meta.epoch;
+        let rules = Rules { volumes: open.volumes.clone(), incarnation: hello.incarnation, epochs };
         let (to_writer, answers) = mpsc::unbounded_channel();
         let intake = Intake::new(rules, landed, resumed, to_writer, claim.slot.counters.clone());
         let acks = Arc::new(AckRule::new(hello.incarnation, resumed));

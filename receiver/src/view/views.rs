@@ -260,9 +260,14 @@ impl Base {
     }
 }
 
+/// Who uses one of the devices.
+pub fn user_of_devices(devices: &[Attached]) -> Option<String> {
+    devices.iter().find_map(Attached::in_use)
+}
+
 fn user_of(served: &Served) -> Option<String> {
     match served {
-        Served::Devices(devices) => devices.iter().find_map(Attached::in_use),
+        Served::Devices(devices) => user_of_devices(devices),
         Served::Nbd { exports, names, .. } => {
             let clients: usize = names.iter().filter_map(|name| exports.connections(name)).sum();
             (clients > 0).then(|| format!("{clients} NBD connections"))
@@ -343,7 +348,8 @@ pub fn history_problem(what: &str, error: &HistoryError) -> Problem {
     }
 }
 
-fn export_problem(error: &ExportError) -> Problem {
+/// As an operator is told.
+pub fn export_problem(error: &ExportError) -> Problem {
     let kind = match error.kind() {
         ExportErrorKind::InUse | ExportErrorKind::Exists => ProblemKind::Refused,
         ExportErrorKind::Unfit => ProblemKind::Usage,

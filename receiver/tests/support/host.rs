@@ -631,6 +631,21 @@ impl Host {
         self.marked_at = None;
     }
 
+    /// The receiver has marks of its own: a rollback began (a gap is open), or is done and the replicas are `now`.
+    pub fn note_rollback(&mut self, stream: [u8; 16], began_ns: u64, done: Option<(u64, Arc<Volumes>)>) {
+        let mut past = self.past.lock().unwrap();
+        past.streams.push(stream);
+        let stream = past.streams.len() - 1;
+        let step = |kind, time_ns| Step { stream, position: 0, time_ns, kind, plain: Vec::new(), change: None };
+        let marks = std::iter::once((Kind::Begin, began_ns)).chain(done.map(|(time_ns, now)| (Kind::GapEnd(now), time_ns)));
+        for (kind, time_ns) in marks {
+            let index = past.len();
+            past.vague.insert(index);
+            past.push(step(kind, time_ns));
+        }
+        past.durable = past.len();
+    }
+
     /// The session was refused, and how.
     pub fn refused(&self) -> Option<Refused> {
         self.link.as_ref().and_then(|link| link.heard.refused.lock().unwrap().clone())

@@ -219,9 +219,9 @@ impl Looker {
         let end = (0..past.durable).rev().find(|index| past.step(*index).is_record())?;
         let first = (0..end).find(|index| past.is_point(*index))?;
         let index = rng.random_range(first..end.max(first + 1));
-        let next = past.step(index + 1);
-        let here = past.step(index);
-        Some(match rng.random_range(0..10) {
+        let (next, here) = (past.step(index + 1), past.step(index));
+        let vague = past.vague.contains(&index) || past.vague.contains(&(index + 1)) || past.vague.contains(&end);
+        Some(match rng.random_range(0..if vague { 4 } else { 10 }) {
             0..4 => past.spec_of_position(index),
             4 if next.is_record() && next.stream == here.stream => {
                 // Inside a record: the state before it.
@@ -267,12 +267,22 @@ impl Looker {
         specs
     }
 
+    /// Once the group's files are open.
     pub fn points(&self) -> PointsReply {
+        let request = ReceiverRequest::Points { group: GROUP.into(), from_ns: None, to_ns: None };
+        let start = std::time::Instant::now();
+        while !matches!(self.ask::<PointsReply>(&request), Some(Ok(_))) && start.elapsed() < LIMIT / 6 {
+            std::thread::sleep(Duration::from_millis(20));
+        }
         self.done(&ReceiverRequest::Points { group: GROUP.into(), from_ns: None, to_ns: None })
     }
 
     pub fn rollback(&self, at: &PointSpec) -> Option<Result<RollbackReply, Problem>> {
         self.ask(&ReceiverRequest::Rollback { group: GROUP.into(), at: at.clone(), dry_run: false })
+    }
+
+    pub fn rollback_plan(&self, at: &PointSpec) -> RollbackReply {
+        self.done(&ReceiverRequest::Rollback { group: GROUP.into(), at: at.clone(), dry_run: true })
     }
 
     pub fn scrub(&self) -> ScrubReply {

@@ -80,8 +80,9 @@ pub struct Past {
     pub streams: Vec<[u8; 16]>,
     /// Steps known to be durable at the receiver.
     pub durable: usize,
-    /// Steps before this one have expired for certain.
     pub sizes: Vec<u64>,
+    /// Steps of which the time is only known to the microsecond: the receiver's own marks.
+    pub vague: std::collections::BTreeSet<usize>,
 }
 
 /// What the timeline must say.
@@ -226,7 +227,8 @@ impl Past {
             let before = index.checked_sub(1).is_some_and(|before| self.steps[before].point);
             before != self.steps[*index].point
         };
-        (0..self.steps.len()).filter(edge).collect()
+        let vague = |index: &usize| (index.saturating_sub(1)..=index + 1).any(|near| self.vague.contains(&near));
+        (0..self.steps.len()).filter(edge).filter(|index| !vague(index)).collect()
     }
 
     pub fn bookmarks(&self) -> Vec<String> {

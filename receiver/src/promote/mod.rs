@@ -1,0 +1,608 @@
+//! Running a group here: its volumes at a point as writable devices, what is written to them is the group's stream.
+//!
+//! ```text
+//! epoch and takeover in group.json (durable: no source may write from here on)
+//!   → the receiver's own stream begins (a mark in the landing log)
+//!   → devices; while the replicas are rolled back to an older point, a view of the point is under them
+//! ```
+//!
+//! Each step is durable before the next, and a receiver that starts again finds where it was and serves on. An abort rolls
+//! back to the point before, as new history, and puts the stream where the source's was.
+//!
+//! - [`writer`]: the stream
+//! - [`disk`]: a volume as a disk
+
+pub mod disk;
+pub mod writer;
+
+use crate::group::live::RollbackWish;
+use crate::group::meta::{GroupMeta, Takeover, hex, unhex};
+use crate::group::open::OpenGroup;
+use crate::group::registry::{Registry, Slot};
+use crate::rollback::land;
+use crate::view::hints;
+use crate::view::views::{Views, Wish, export_problem, find, history_problem, user_of_devices, volumes_at};
+use crate::view::volume::ViewVolume;
+use disk::PromotedVolume;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use varve_common::control::{ExportKind, FailoverReply, PointReply, TakeoverStatus, ViewVolume as VolumeReply, show_time};
+use varve_common::format::{Mark, MarkKind};
+use varve_common::point::PointSpec;
+use varve_common::problem::Problem;
+use varve_common::state::GapReason;
+use varve_export::device::{self, Attached};
+use varve_export::disk::Disk;
+use varve_io::DirectFile;
+use varve_timeline::error::HistoryError;
+use varve_timeline::timeline::Timeline;
+use writer::{Start, StreamWriter};
+
+/// The longest that the replicas may take to reach what is landed, or an abort to roll back.
+const CATCH_UP_MAX: Duration = Duration::from_secs(300);
+const POLL: Duration = Duration::from_millis(50);
+
+fn now_ns() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64
+}
+
+/// Everything that is taken over or tested.
+#[derive(Debug)]
+pub struct Promotions {
+    run_dir: PathBuf,
+    served: Mutex<BTreeMap<String, Served>>,
+    /// Views of tests, by group.
+    tests: Mutex<BTreeMap<String, u64>>,
+}
+
+/// A group that runs here.
+#[derive(Debug)]
+struct Served {
+    devices: Vec<Attached>,
+    writer: Arc<StreamWriter>,
+    rolled: Arc<AtomicBool>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What all steps of one command need.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// The groups.
+    pub registry: Arc<Registry>,
+    /// The group.
+    pub slot: Arc<Slot>,
+}
+
+impl Context {
+    fn meta(&self) -> GroupMeta {
+        self.slot.board().meta.clone().unwrap_or_else(|| GroupMeta::new(&self.slot.name, "", 0, 0, Vec::new()))
+    }
+
+    fn failed(&self, why: impl Into<String>) -> Problem {
+        let next = "see the receiver's log and 'varve status', then run the same command again";
+        Problem::failed(format!("'{}' was not taken over", self.slot.name), why, next)
+    }
+}
+
+/// What would be taken, and what would be left out.
+///
+/// # Errors
+/// For the operator.
+pub fn plan(slot: &Slot, at: &PointSpec) -> Result<FailoverReply, Problem> {
+    let (timeline, point) = find(slot, at)?;
+    let newest = timeline.locate(&PointSpec::Latest, now_ns()).map_err(|e| e.problem(&slot.name, "latest"))?;
+    let what = format!("'{}' cannot be taken over", slot.name);
+    let left_out = crate::apply::rollback::measure(&timeline, point.height).map_err(|e| history_problem(&what, &e))?;
+    let board = slot.board();
+    let landed = board.live.as_ref().map(|live| live.view().landed);
+    let report = board.report.as_ref();
+    let not_here = report.zip(landed).map(|((report, _), landed)| report.captured.saturating_sub(landed.at.position));
+    let heard = report.map(|(_, at)| at.elapsed().as_secs_f64());
+    let epoch = board.meta.as_ref().map_or(0, |meta| meta.epoch + 1);
+    Ok(FailoverReply {
+        group: slot.name.clone(),
+        point: point.reply(),
+        newest: newest.reply(),
+        left_out_bytes: if point.height < newest.height { left_out.bytes } else { 0 },
+        not_here_bytes: not_here,
+        source_heard_seconds: heard,
+        epoch,
+        test: false,
+        committed: false,
+        aborted: false,
+        dry_run: true,
+        seconds: 0.0,
+        volumes: Vec::new(),
+        hints: Vec::new(),
+    })
+}
+
+impl Promotions {
+    /// None yet. `run_dir`: of mounts and links.
+    pub fn new(run_dir: PathBuf) -> Self {
+        Self { run_dir, served: Mutex::default(), tests: Mutex::default() }
+    }
+
+    /// A test beside the replication: writable views.
+    ///
+    /// # Errors
+    /// For the operator.
+    pub fn test(&self, context: &Context, views: &Views, at: PointSpec) -> Result<FailoverReply, Problem> {
+        let begin = Instant::now();
+        let name = &context.slot.name;
+        if let Some(view) = lock(&self.tests).get(name) {
+            let why = format!("view {view} is its test");
+            let next = format!("'varve failover abort {name}' ends it");
+            return Err(Problem::refused(format!("'{name}' is being tested already"), why, next));
+        }
+        let plan = plan(&context.slot, &at)?;
+        let wish = Wish { at, writable: true, export: ExportKind::Device, listen: None };
+        let runtime = tokio::runtime::Handle::current();
+        let view = views.open(&context.slot, &context.registry.group_dir(name), &wish, &runtime)?;
+        lock(&self.tests).insert(name.clone(), view.id);
+        Ok(FailoverReply {
+            point: view.point,
+            volumes: view.volumes,
+            hints: view.hints,
+            test: true,
+            dry_run: false,
+            epoch: plan.epoch - 1,
+            seconds: begin.elapsed().as_secs_f64(),
+            ..plan
+        })
+    }
+
+    /// Takes a group over.
+    ///
+    /// # Errors
+    /// For the operator. Once the epoch has risen the same command goes on where this one ended.
+    pub async fn failover(&self, context: &Context, at: PointSpec) -> Result<FailoverReply, Problem> {
+        let begin = Instant::now();
+        let name = context.slot.name.clone();
+        if let Some(takeover) = context.meta().takeover {
+            let why = format!("it runs here since {}", takeover.since);
+            let next = format!("'varve status {name}' shows its devices; 'varve failover abort {name}' goes back");
+            return Err(Problem::refused(format!("'{name}' is taken over already"), why, next));
+        }
+        let (slot, spec) = (context.slot.clone(), at.clone());
+        let plan = blocking(move || plan(&slot, &spec)).await?;
+        let desk = context.registry.seize(&context.slot).await.map_err(|refused| context.failed(refused.text))?;
+        let Some(open) = &desk.open else { return Err(context.failed("its files are not open")) };
+        // Everything that came before the session ended counts.
+        let landed = open.live.view().landed;
+        catch_up(open, landed.height).await.map_err(|why| context.failed(why))?;
+        let slot = context.slot.clone();
+        let (_, point) = blocking(move || find(&slot, &at)).await?;
+        let newest = open.timeline.locate(&PointSpec::Latest, now_ns());
+        let newest = newest.map_err(|e| e.problem(&name, "latest"))?;
+        let rollback = point.height < landed.height;
+        let takeover = Takeover {
+            incarnation: hex(&rand::random()),
+            height: point.height,
+            time_ns: point.time_ns,
+            rollback,
+            before_height: landed.height,
+            before_time_ns: landed.at.time_ns,
+            source_incarnation: hex(&landed.at.incarnation),
+            source_position: landed.at.position,
+            source_consistent: landed.is_consistent(),
+            source_epoch: context.meta().epoch,
+            since: show_time(now_ns()),
+            committed: false,
+            aborting: false,
+        };
+        let epoch = takeover.source_epoch + 1;
+        let change = |meta: &mut GroupMeta| {
+            meta.epoch = epoch;
+            meta.source_epoch_min = epoch;
+            meta.takeover = Some(takeover.clone());
+        };
+        let changed = context.registry.change_meta(&context.slot, change).await;
+        changed.map_err(|refused| context.failed(refused.text))?;
+        crate::failpoint::hit(crate::failpoint::PROMOTE_MARKED);
+        tracing::warn!(group = name, at = show_time(point.time_ns), epoch, "taken over: no source may write any more");
+        let wished = wish(&open.timeline, &takeover, &open.rolled).map_err(|e| context.failed(e.to_string()))?;
+        open.live.wish_rollback(wished);
+        let (volumes, hints) = self.serve(context, open, &takeover, epoch).await?;
+        Ok(FailoverReply {
+            point: point.reply(),
+            newest: newest.reply(),
+            epoch,
+            dry_run: false,
+            seconds: begin.elapsed().as_secs_f64(),
+            volumes,
+            hints,
+            ..plan
+        })
+    }
+
+    /// Serves what was taken over before the daemon ended.
+    pub async fn resume(&self, context: &Context) {
+        let Some(takeover) = context.meta().takeover else { return };
+        let epoch = context.meta().epoch;
+        let name = &context.slot.name;
+        let desk = match context.registry.seize(&context.slot).await {
+            Ok(desk) => desk,
+            Err(refused) => return tracing::error!(group = name, why = refused.text, "its volumes cannot be served"),
+        };
+        let Some(open) = &desk.open else { return };
+        if takeover.aborting {
+            if let Err(problem) = self.finish_abort(context, open, &takeover).await {
+                tracing::error!(group = name, why = problem.why, "its takeover is not undone yet");
+            }
+            return;
+        }
+        match self.serve(context, open, &takeover, epoch).await {
+            Ok((volumes, _)) => {
+                let devices: Vec<_> = volumes.iter().filter_map(|volume| volume.device.clone()).collect();
+                tracing::info!(group = name, devices = devices.join(" "), "taken over before: served again");
+            }
+            Err(problem) => tracing::error!(group = name, why = problem.why, "its volumes cannot be served"),
+        }
+    }
+
+    /// Puts the stream where it belongs and makes the devices.
+    async fn serve(
+        &self,
+        context: &Context,
+        open: &OpenGroup,
+        takeover: &Takeover,
+        epoch: u64,
+    ) -> Result<(Vec<VolumeReply>, Vec<String>), Problem> {
+        let failed = |why: String| context.failed(why);
+        let incarnation = unhex(&takeover.incarnation);
+        let rolled = open.rolled.clone();
+        let mark = |kind, reason, position, time_ns| Mark {
+            kind,
+            reason,
+            incarnation,
+            position,
+            time_ns,
+            epoch,
+            height_min: 0,
+        };
+        let mut landed = open.live.view().landed;
+        if landed.at.incarnation != incarnation {
+            let time_ns = landed.at.time_ns.max(now_ns());
+            let begin = mark(MarkKind::Begin, Some(GapReason::Rollback), 0, time_ns);
+            land(open, &open.live, begin).await.map_err(failed)?;
+            landed = open.live.view().landed;
+        }
+        let gap_end = if landed.gap.is_none() {
+            None
+        } else if takeover.rollback {
+            Some(rolled.clone())
+        } else {
+            let end = mark(MarkKind::GapEnd, None, landed.at.position, landed.at.time_ns);
+            land(open, &open.live, end).await.map_err(failed)?;
+            landed = open.live.view().landed;
+            None
+        };
+        if !takeover.rollback {
+            // What the devices read is the replica from the first moment on.
+            catch_up(open, landed.height).await.map_err(failed)?;
+        }
+        let (position, height, time_ns) = (landed.at.position, landed.height, landed.at.time_ns);
+        let start = Start { incarnation, position, height, time_ns, epoch, gap_end };
+        let writer = StreamWriter::new(start, open.live.clone(), open.queue.clone(), open.timeline.clone());
+        let (runs, batches, runtime) = (writer.clone(), open.batches.clone(), tokio::runtime::Handle::current());
+        let thread = std::thread::Builder::new().name(format!("promoted-{}", context.slot.name));
+        thread.spawn(move || runs.run(&batches, &runtime)).map_err(|e| failed(e.to_string()))?;
+        let (slot, timeline) = (context.slot.clone(), open.timeline.clone());
+        let (dir, served) = (self.run_dir.clone(), writer.clone());
+        let (height, at_point) = (takeover.height, rolled.clone());
+        let attached = blocking(move || attach(&slot, &timeline, height, &served, &at_point, &dir)).await;
+        let (devices, volumes, hints) = attached.inspect_err(|_| writer.end())?;
+        lock(&self.served).insert(context.slot.name.clone(), Served { devices, writer, rolled });
+        Ok((volumes, hints))
+    }
+
+    /// From here on there is no way back but failback.
+    ///
+    /// # Errors
+    /// For the operator.
+    pub async fn commit(&self, context: &Context) -> Result<FailoverReply, Problem> {
+        let name = context.slot.name.clone();
+        let Some(takeover) = context.meta().takeover else { return Err(not_taken_over(&name)) };
+        let commit = |meta: &mut GroupMeta| {
+            if let Some(takeover) = &mut meta.takeover {
+                takeover.committed = true;
+            }
+        };
+        let changed = context.registry.change_meta(&context.slot, commit).await;
+        changed.map_err(|refused| context.failed(refused.text))?;
+        tracing::warn!(group = name, "the takeover is committed");
+        Ok(FailoverReply { committed: true, ..self.reply(context, &takeover) })
+    }
+
+    fn reply(&self, context: &Context, takeover: &Takeover) -> FailoverReply {
+        let timeline = context.slot.board().timeline.clone();
+        let position = |height| timeline.as_ref().map_or_else(String::new, |t| t.chronicle().show_position(height));
+        let point = |height, time_ns| PointReply {
+            time: varve_common::control::show_exact_time(time_ns),
+            position: position(height),
+            height,
+            ..PointReply::default()
+        };
+        FailoverReply {
+            group: context.slot.name.clone(),
+            point: point(takeover.height, takeover.time_ns),
+            newest: point(takeover.before_height, takeover.before_time_ns),
+            left_out_bytes: 0,
+            not_here_bytes: None,
+            source_heard_seconds: None,
+            epoch: context.meta().epoch,
+            test: false,
+            committed: takeover.committed,
+            aborted: false,
+            dry_run: false,
+            seconds: 0.0,
+            volumes: Vec::new(),
+            hints: Vec::new(),
+        }
+    }
+
+    /// Back to replication: what was written here becomes history, the replicas are what they were, the source may go on.
+    ///
+    /// # Errors
+    /// For the operator; the same command goes on.
+    pub async fn abort(&self, context: &Context, views: &Views, force: bool) -> Result<FailoverReply, Problem> {
+        let begin = Instant::now();
+        let name = context.slot.name.clone();
+        let test = lock(&self.tests).get(&name).copied();
+        if let Some(view) = test {
+            let runtime = tokio::runtime::Handle::current();
+            tokio::task::block_in_place(|| views.close(view, force, &runtime))?;
+            lock(&self.tests).remove(&name);
+            let takeover = Takeover { height: 0, ..nothing() };
+            return Ok(FailoverReply { test: true, aborted: true, ..self.reply(context, &takeover) });
+        }
+        let Some(takeover) = context.meta().takeover else { return Err(not_taken_over(&name)) };
+        if takeover.committed {
+            let next = format!("'varve failback {name}' brings it home with everything that was written here");
+            return Err(Problem::refused(format!("'{name}' was not aborted"), "the takeover is committed", next));
+        }
+        self.stop_serving(&name, force)?;
+        let aborting = Takeover { aborting: true, ..takeover.clone() };
+        let changed = context.registry.change_meta(&context.slot, |meta| meta.takeover = Some(aborting.clone())).await;
+        changed.map_err(|refused| context.failed(refused.text))?;
+        crate::failpoint::hit(crate::failpoint::PROMOTE_ABORTING);
+        let desk = context.registry.seize(&context.slot).await.map_err(|refused| context.failed(refused.text))?;
+        let Some(open) = &desk.open else { return Err(context.failed("its files are not open")) };
+        let landed = open.live.view().landed;
+        catch_up(open, landed.height).await.map_err(|why| context.failed(why))?;
+        let wished = wish(&open.timeline, &aborting, &open.rolled).map_err(|e| context.failed(e.to_string()))?;
+        open.live.wish_rollback(wished);
+        self.finish_abort(context, open, &aborting).await?;
+        let reply = self.reply(context, &takeover);
+        Ok(FailoverReply { aborted: true, seconds: begin.elapsed().as_secs_f64(), ..reply })
+    }
+
+    async fn finish_abort(&self, context: &Context, open: &OpenGroup, takeover: &Takeover) -> Result<(), Problem> {
+        self.go_back(context, open, takeover).await?;
+        let back = |meta: &mut GroupMeta| {
+            meta.takeover = None;
+            meta.source_epoch_min = takeover.source_epoch;
+        };
+        let changed = context.registry.change_meta(&context.slot, back).await;
+        changed.map_err(|refused| context.failed(refused.text))?;
+        tracing::warn!(group = context.slot.name, "the takeover is aborted: replication goes on");
+        Ok(())
+    }
+
+    /// The replicas as they were before, the stream where the source's was.
+    async fn go_back(&self, context: &Context, open: &OpenGroup, takeover: &Takeover) -> Result<(), Problem> {
+        let failed = |why: String| context.failed(why);
+        let landed = open.live.view().landed;
+        let incarnation = unhex(&takeover.source_incarnation);
+        let epoch = context.meta().epoch;
+        let time_ns = landed.at.time_ns.max(now_ns());
+        let mark = |kind, reason| Mark {
+            kind,
+            reason,
+            incarnation,
+            position: takeover.source_position,
+            time_ns,
+            epoch,
+            height_min: 0,
+        };
+        if landed.at.incarnation != incarnation {
+            land(open, &open.live, mark(MarkKind::Begin, Some(GapReason::Rollback))).await.map_err(failed)?;
+        }
+        open.queue.hurry();
+        let begin = Instant::now();
+        while !open.rolled.load(Ordering::SeqCst) {
+            if let Some(failure) = open.live.failure() {
+                return Err(failed(failure.text.clone()));
+            }
+            if begin.elapsed() > CATCH_UP_MAX {
+                return Err(failed("the replicas are still being rolled back".to_owned()));
+            }
+            tokio::time::sleep(POLL).await;
+        }
+        crate::failpoint::hit(crate::failpoint::PROMOTE_ROLLED);
+        if takeover.source_consistent && open.live.view().landed.gap.is_some() {
+            land(open, &open.live, mark(MarkKind::GapEnd, None)).await.map_err(failed)?;
+        }
+        catch_up(open, open.live.view().landed.height).await.map_err(failed)
+    }
+
+    /// Takes the devices away.
+    fn stop_serving(&self, name: &str, force: bool) -> Result<(), Problem> {
+        let Some(mut served) = lock(&self.served).remove(name) else { return Ok(()) };
+        let what = format!("'{name}' was not aborted");
+        let user = user_of_devices(&served.devices).filter(|_| !force);
+        if let Some(user) = user {
+            lock(&self.served).insert(name.to_owned(), served);
+            let next = "stop what uses it and unmount it, or --force: its users then get errors";
+            return Err(Problem::refused(what, format!("it is in use: {user}"), next));
+        }
+        for attached in &mut served.devices {
+            if let Err(error) = attached.detach()
+                && !force
+            {
+                lock(&self.served).insert(name.to_owned(), served);
+                return Err(Problem { what, ..export_problem(&error) });
+            }
+        }
+        served.writer.end();
+        links(&self.run_dir, name).for_each(|link| drop(std::fs::remove_file(link)));
+        Ok(())
+    }
+
+    /// The daemon ends: devices go, what was written is durable, the next start serves again.
+    pub fn close_all(&self) {
+        let names: Vec<String> = lock(&self.served).keys().cloned().collect();
+        for name in names {
+            if let Err(problem) = self.stop_serving(&name, true) {
+                tracing::warn!(group = name, why = problem.why, "a device stays behind");
+            }
+        }
+    }
+
+    /// For the status.
+    pub fn status(&self, meta: Option<&GroupMeta>) -> Option<TakeoverStatus> {
+        let meta = meta?;
+        if let Some(view) = lock(&self.tests).get(&meta.name) {
+            return Some(TakeoverStatus {
+                since: String::new(),
+                point: String::new(),
+                committed: false,
+                test: true,
+                devices: Vec::new(),
+                next: format!("view {view} is its test: 'varve failover abort {}' ends it", meta.name),
+            });
+        }
+        let takeover = meta.takeover.as_ref()?;
+        let served = lock(&self.served);
+        let devices = served.get(&meta.name).map(|served| &served.devices[..]).unwrap_or_default();
+        let rolling = served.get(&meta.name).is_some_and(|served| !served.rolled.load(Ordering::SeqCst));
+        let name = &meta.name;
+        let next = match takeover.committed {
+            true => format!("'varve failback {name}' when it shall run at the source again"),
+            false => format!("'varve failover commit {name}' to stay, 'varve failover abort {name}' to go back"),
+        };
+        Some(TakeoverStatus {
+            since: takeover.since.clone(),
+            point: show_time(takeover.time_ns),
+            committed: takeover.committed,
+            test: false,
+            devices: devices.iter().map(|device| device.path().display().to_string()).collect(),
+            next: if rolling { format!("the replicas are being rolled back; {next}") } else { next },
+        })
+    }
+}
+
+fn nothing() -> Takeover {
+    Takeover {
+        incarnation: String::new(),
+        height: 0,
+        time_ns: 0,
+        rollback: false,
+        before_height: 0,
+        before_time_ns: 0,
+        source_incarnation: String::new(),
+        source_position: 0,
+        source_consistent: false,
+        source_epoch: 0,
+        since: String::new(),
+        committed: false,
+        aborting: false,
+    }
+}
+
+fn not_taken_over(name: &str) -> Problem {
+    let next = format!("'varve status {name}' shows what it does; 'varve failover {name}' takes it over");
+    Problem::refused(format!("nothing of '{name}' to commit or abort"), "it is not taken over", next)
+}
+
+/// Whether the replicas need no rollback any more: the chronicle says so before anything of the stream is applied.
+pub fn is_rolled(timeline: &Timeline, takeover: &Takeover) -> bool {
+    let Some((to_height, _)) = takeover.target().1 else { return true };
+    // Heights only rise: what was rolled back to the same point before this takeover stands below.
+    timeline.chronicle().rollbacks().any(|(at, to)| to.0 == to_height && at.0 > takeover.before_height)
+}
+
+/// What the applier must do before it applies anything of the takeover's stream; `rolled` is told when it is done. To be
+/// wished before the applier starts, or before the stream's begin is landed.
+///
+/// # Errors
+/// If the point cannot be read any more.
+pub fn wish(
+    timeline: &Arc<Timeline>,
+    takeover: &Takeover,
+    rolled: &Arc<AtomicBool>,
+) -> Result<Option<RollbackWish>, HistoryError> {
+    let done = is_rolled(timeline, takeover);
+    rolled.store(done, Ordering::SeqCst);
+    let (incarnation, to) = takeover.target();
+    let Some((height, time_ns)) = to.filter(|_| !done) else { return Ok(None) };
+    Ok(Some(RollbackWish { incarnation, pin: timeline.pin(height)?, time_ns, rolled: rolled.clone() }))
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Problem> + Send + 'static) -> Result<T, Problem> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|e| Problem::failed("the receiver could not work on it", e.to_string(), "see the receiver's log"))?
+}
+
+async fn catch_up(open: &OpenGroup, height: u64) -> Result<(), String> {
+    open.queue.hurry();
+    let timeline = open.timeline.clone();
+    let there = tokio::task::spawn_blocking(move || timeline.wait_applied(height, CATCH_UP_MAX)).await;
+    match (there, open.live.failure()) {
+        (Ok(true), _) => Ok(()),
+        (_, Some(failure)) => Err(failure.text.clone()),
+        _ => Err("the replicas did not catch up with what is landed".to_owned()),
+    }
+}
+
+fn link(run_dir: &Path, name: &str, number: usize) -> PathBuf {
+    run_dir.join(format!("{name}-{number}"))
+}
+
+fn links(run_dir: &Path, name: &str) -> impl Iterator<Item = PathBuf> {
+    let (dir, name) = (run_dir.to_path_buf(), name.to_owned());
+    (0..varve_common::limits::VOLUMES_PER_GROUP_MAX).map(move |number| link(&dir, &name, number)).filter(|link| link.is_symlink())
+}
+
+type Devices = (Vec<Attached>, Vec<VolumeReply>, Vec<String>);
+
+/// Makes the devices, and links to them that are the same after every start.
+fn attach(
+    slot: &Slot,
+    timeline: &Arc<Timeline>,
+    height: u64,
+    writer: &Arc<StreamWriter>,
+    rolled: &Arc<AtomicBool>,
+    run_dir: &Path,
+) -> Result<Devices, Problem> {
+    let failed = |e: varve_io::IoError| Problem::failed("the replica cannot be read", e.chain(), "see the receiver's log");
+    let meta = slot.board().meta.clone();
+    let points = volumes_at(slot, timeline, height, None)?;
+    let (mut devices, mut volumes) = (Vec::new(), Vec::new());
+    let replicas = meta.map(|meta| meta.volumes).unwrap_or_default();
+    for (number, ((path, point), volume)) in points.iter().zip(replicas).enumerate() {
+        let replica = DirectFile::open_read(&volume.replica).map_err(failed)?;
+        let disk = PromotedVolume::new(writer.clone(), point.clone(), replica, number as u16, rolled.clone());
+        let bytes = disk.len();
+        let attached = device::attach(Arc::new(disk), run_dir, &format!("promoted-{}-{number}", slot.name), false);
+        let attached = attached.map_err(|e| export_problem(&e))?;
+        let link = link(run_dir, &slot.name, number);
+        let _ = std::fs::remove_file(&link);
+        if let Err(error) = std::os::unix::fs::symlink(attached.path(), &link) {
+            tracing::warn!(link = %link.display(), %error, "no link to a device of the group");
+        }
+        let device = Some(attached.path().display().to_string());
+        volumes.push(VolumeReply { path: path.clone(), bytes, device, uri: None });
+        devices.push(attached);
+    }
+    let named: Vec<(String, &ViewVolume)> = points.iter().map(|(path, point)| (path.clone(), &**point)).collect();
+    let hints = hints::of(&named, true, ExportKind::Device);
+    Ok((devices, volumes, hints))
+}
