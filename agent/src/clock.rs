@@ -37,6 +37,11 @@ impl Offset {
         Self { offset_ns: wall_ns.saturating_sub(boot_ns), boot_ns }
     }
 
+    /// Goes on from what was added before.
+    pub fn going_on(ns: u64, boot_ns: u64) -> Self {
+        Self { offset_ns: ns, boot_ns }
+    }
+
     /// What to add to the boot-time clock.
     pub fn ns(&self) -> u64 {
         self.offset_ns

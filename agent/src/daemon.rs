@@ -5,12 +5,12 @@ use crate::link::{self, LinkView, Target};
 use crate::store::{GroupFile, Store};
 use crate::volume::{self, Checked};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::sync::watch;
-use varve_bpf::{Capture, CaptureOptions};
+use varve_bpf::{Capture, CaptureError, CaptureOptions, Origin};
 use varve_common::config::AgentConfig;
 use varve_common::control::{DaemonStatus, GroupStatus, ProtectReply, StatusReply, VolumeStatus, Window};
 use varve_common::limits::{GROUPS_MAX, REGION_BYTES, VOLUMES_PER_GROUP_MAX};
@@ -88,7 +88,12 @@ impl Daemon {
 
     /// Starts the groups that were protected before.
     pub async fn start_groups(self: &Arc<Self>) -> Result<(), Problem> {
-        for (name, file) in self.store.load()? {
+        let files = self.store.load()?;
+        if files.is_empty() {
+            // What an agent left that was killed while its last group was unprotected.
+            self.give_up("").await;
+        }
+        for (name, file) in files {
             match file {
                 Ok(file) => self.start_or_remember(file).await,
                 Err(problem) => {
@@ -176,13 +181,19 @@ impl Daemon {
             return Ok(capture.clone());
         }
         let options = CaptureOptions { probe: PathBuf::from(&probe.path) };
-        let capture = tokio::task::spawn_blocking(move || Capture::load(&options)).await;
+        let (pins, store) = (self.paths.bpffs(), self.store.clone());
+        let capture = tokio::task::spawn_blocking(move || open_capture(&options, &pins, &store)).await;
         let capture = capture
             .map_err(|e| Problem::failed("the capture programs cannot be loaded", e.to_string(), "look at the log"))?
             .map_err(|error| {
                 let source = std::error::Error::source(&error).map_or(String::new(), |source| format!(": {source}"));
                 Problem::failed("the capture programs cannot be loaded", format!("{error}{source}"), error.hint())
             })?;
+        // Before a worker looks: what it compares this with may be from an agent before.
+        match capture.misses() {
+            Ok(misses) => self.misses.store(misses, Ordering::Release),
+            Err(error) => tracing::error!(%error, "cannot read how many events the kernel skipped"),
+        }
         let capture = Arc::new(capture);
         *loaded = Some(capture.clone());
         Ok(capture)
@@ -323,11 +334,36 @@ impl Daemon {
             return Err(no_group(name));
         }
         if let Some(handle) = handle {
-            handle.stop().await;
+            handle.end().await;
         }
+        // From here on it stays ended, whatever happens: a group without a file is given up at the next start.
         self.store.remove(name)?;
+        self.give_up(name).await;
         tracing::info!(group = %name, "no longer protected");
         Ok(())
+    }
+
+    /// Nothing of a group that was unprotected stays pinned; after the last one nothing at all.
+    async fn give_up(&self, name: &str) {
+        let mut loaded = self.capture.lock().await;
+        let last = self.handles().is_empty() && lock(&self.failed).is_empty();
+        let (capture, pins, name) = (loaded.clone(), self.paths.bpffs(), name.to_owned());
+        if last {
+            *loaded = None;
+        }
+        let give_up = move || match (capture, last) {
+            (Some(capture), true) => capture.unpin(),
+            (Some(capture), false) => {
+                capture.give_up(&name);
+                Ok(())
+            }
+            (None, true) => varve_bpf::unpin_all(&pins).map(drop),
+            // Given up when the pins are opened.
+            (None, false) => Ok(()),
+        };
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(give_up).await {
+            tracing::error!("pins are left behind, stop the agent and run 'varve-agent --unpin-all': {error}");
+        }
     }
 
     /// The configuration or the identity changed on disk.
@@ -413,6 +449,7 @@ impl Daemon {
                     volume::spec(&facts) != *spec || volume::refuse_uncapturable(path, &facts).is_err()
                 })
             });
+            let changed = changed || !handle.disks_are_the_same();
             if changed {
                 tracing::error!(group = %handle.file.name, "a volume changed its size or its place; the group begins anew");
                 self.begin_anew(&handle, GapReason::VolumeChanged).await;
@@ -433,12 +470,12 @@ impl Daemon {
         file.synced_once |= handle.shared.facts().ever_consistent;
         // From now on nobody may read that it is protected, however long its end takes.
         handle.shared.gap_opened(reason);
-        handle.stop().await;
+        handle.end().await;
         groups().remove(name);
         self.start_or_remember_locked(file).await;
     }
 
-    /// Ends all groups.
+    /// Ends all groups' workers. Capture goes on if it is pinned.
     pub async fn stop(&self) {
         let _changes = self.changes.lock().await;
         let groups = std::mem::take(&mut *self.groups.write().unwrap_or_else(PoisonError::into_inner));
@@ -446,6 +483,25 @@ impl Daemon {
             handle.stop().await;
         }
     }
+}
+
+/// Takes over what is pinned, or loads anew.
+fn open_capture(options: &CaptureOptions, pins: &Path, store: &Store) -> Result<Capture, CaptureError> {
+    let capture = Capture::open(options, pins)?;
+    match capture.origin() {
+        Origin::New | Origin::TakenOver(_) => {}
+        Origin::Replaced(why) => tracing::warn!("the pinned capture was replaced, all volumes are compared: {why}"),
+        Origin::Unpinned(why) => tracing::warn!("capture is not pinned, it ends with the agent: {why}"),
+    }
+    // An agent before may have been killed between the removal of a group's file and the end of its capture. If the
+    // files cannot be read now, nothing is given up.
+    if let Ok(files) = store.load() {
+        for name in capture.kept().iter().filter(|name| !files.iter().any(|(file, _)| file == *name)) {
+            tracing::info!(group = %name, "it is not protected any more, its capture ends");
+            capture.give_up(name);
+        }
+    }
+    Ok(capture)
 }
 
 impl Failed {

@@ -26,6 +26,10 @@ struct Arguments {
     /// Directory below which all paths lie.
     #[arg(long, env = "VARVE_ROOT", default_value = "/")]
     root: PathBuf,
+    /// Take all pins away and exit: capture ends for every volume, and each is compared as a whole when it is protected
+    /// again. For the removal of the package; the agent must not be running.
+    #[arg(long)]
+    unpin_all: bool,
 }
 
 fn main() -> ExitCode {
@@ -39,7 +43,10 @@ fn main() -> ExitCode {
         .enable_all()
         .build()
         .context("cannot start the runtime")
-        .and_then(|runtime| runtime.block_on(run(Paths::new(arguments.root))));
+        .and_then(|runtime| {
+            let paths = Paths::new(arguments.root);
+            if arguments.unpin_all { unpin_all(&paths) } else { runtime.block_on(run(paths)) }
+        });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -53,6 +60,18 @@ fn main() -> ExitCode {
             if usage { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
+}
+
+fn unpin_all(paths: &Paths) -> Result<()> {
+    let state = paths.agent_state();
+    // Without the directory no agent can be running.
+    let _lock = if state.exists() { Some(DirLock::acquire(&state)?) } else { None };
+    let dir = paths.bpffs();
+    match varve_bpf::unpin_all(&dir)? {
+        true => tracing::info!("nothing is captured any more, {} is removed", dir.display()),
+        false => tracing::info!("nothing was pinned in {}", dir.display()),
+    }
+    Ok(())
 }
 
 async fn run(paths: Paths) -> Result<()> {

@@ -70,6 +70,12 @@ impl Paths {
         self.root.join("run/varve")
     }
 
+    /// The directory of the agent's pins in a bpf file system: `sys/fs/bpf/varve`. Below another root than `/` the agent
+    /// mounts one on `sys/fs/bpf`.
+    pub fn bpffs(&self) -> PathBuf {
+        self.root.join("sys/fs/bpf/varve")
+    }
+
     /// The agent's socket.
     pub fn agent_socket(&self) -> PathBuf {
         self.run_dir().join("agent.sock")

@@ -34,6 +34,17 @@ impl GapState {
         Self { open: Some((reason, 0)), complete_at: 0, ever_consistent: false }
     }
 
+    /// As it was kept: the open gap's reason and its position (any without one), the position at which the last one was
+    /// complete.
+    pub fn of_parts(open: Option<GapReason>, position: u64, complete_at: u64, ever_consistent: bool) -> Self {
+        Self { open: open.map(|reason| (reason, position)), complete_at, ever_consistent }
+    }
+
+    /// To be kept: see [`GapState::of_parts`].
+    pub fn parts(&self) -> (Option<GapReason>, u64, u64) {
+        (self.open(), self.open.map_or(0, |(_, position)| position), self.complete_at)
+    }
+
     /// The open gap's reason.
     pub fn open(&self) -> Option<GapReason> {
         self.open.map(|(reason, _)| reason)

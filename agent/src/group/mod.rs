@@ -3,6 +3,7 @@
 mod compress;
 mod cut;
 mod gap;
+mod kept;
 #[cfg(test)]
 mod played;
 mod regions;
@@ -23,12 +24,13 @@ use crate::clock;
 use crate::link::LinkView;
 use crate::store::GroupFile;
 use crate::volume::Checked;
+use source::Source as _;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
-use varve_bpf::{Capture, Group, VolumeSpec};
+use varve_bpf::{Capture, Group, Origin, VolumeSpec};
 use varve_common::limits::SYNC_REGIONS_MAX;
 use varve_common::problem::Problem;
 use varve_common::wire::messages::VolumeHello;
@@ -68,9 +70,48 @@ pub struct GroupHandle {
     pub specs: Vec<VolumeSpec>,
     /// What can be seen of it.
     pub shared: Arc<GroupShared>,
+    group: Arc<Group>,
     commands: mpsc::Sender<Command>,
     stop: watch::Sender<bool>,
     task: std::sync::Mutex<Option<JoinHandle<()>>>,
+}
+
+/// Goes on with what an agent before left of the group, if it did and if that is proved to be this group; else begins
+/// anew. Says which, in words.
+fn begin_capture(name: &str, specs: &[VolumeSpec], surroundings: &Surroundings) -> Result<(Group, String), Problem> {
+    let capture = &surroundings.capture;
+    let understood = |group: Group| match group.kept() {
+        Some(_) => Ok(group),
+        None => {
+            group.end();
+            Err("the note about it is not understood".to_owned())
+        }
+    };
+    let origin = match capture.take_over_group(name, specs).map(|taken| taken.and_then(understood)) {
+        Some(Ok(group)) => {
+            let capacity = group.ring().capacity();
+            let waiting = group.ring().producer() - group.ring().consumer();
+            tracing::info!(group = %name, waiting_bytes = waiting, "capture went on, its ring is taken over");
+            if capacity != u64::from(surroundings.ring_bytes) {
+                tracing::info!(group = %name, "its ring has {capacity} bytes; another size needs a new ring");
+            }
+            return Ok((group, capture.origin().to_string()));
+        }
+        Some(Err(why)) => {
+            // What it saw is not lost: the whole volume is compared.
+            tracing::warn!(group = %name, "what was pinned cannot be gone on with, a new ring begins: {why}");
+            capture.give_up(name);
+            format!("new, because what was pinned cannot be gone on with: {why}")
+        }
+        None if matches!(capture.origin(), Origin::TakenOver(_)) => "new".to_owned(),
+        None => capture.origin().to_string(),
+    };
+    let group = capture.add_named_group(name, rand::random(), surroundings.ring_bytes, specs).map_err(|error| {
+        let source = std::error::Error::source(&error).map_or(String::new(), |source| format!(": {source}"));
+        Problem::failed(format!("group '{name}' cannot be captured"), format!("{error}{source}"), error.hint())
+    })?;
+    group.set_time_offset(clock::Offset::new(clock::wall_ns(), clock::boot_ns()).ns());
+    Ok((group, origin))
 }
 
 impl GroupHandle {
@@ -89,20 +130,22 @@ impl GroupHandle {
             volumes.iter().map(|volume| DirectFile::open_read(&volume.path)).collect();
         let files = files.map_err(|error| cannot(error.chain()))?;
         let specs: Vec<_> = volumes.iter().map(|volume| volume.spec.clone()).collect();
-        let group = surroundings.capture.add_group(surroundings.ring_bytes, &specs).map_err(|error| {
-            let source = std::error::Error::source(&error).map_or(String::new(), |source| format!(": {source}"));
-            Problem::failed(format!("group '{name}' cannot be captured"), format!("{error}{source}"), error.hint())
-        })?;
-        group.set_time_offset(clock::Offset::new(clock::wall_ns(), clock::boot_ns()).ns());
+        let (group, origin) = begin_capture(&name, &specs, surroundings)?;
         let source: Arc<Group> = Arc::new(group);
         let shared = Arc::new(GroupShared::new(
             name.clone(),
             volumes.iter().map(|volume| (volume.path.clone(), volume.spec.bytes)).collect(),
-            rand::random(),
+            source.incarnation(),
             source.clone(),
             surroundings.lagging_after,
             file.synced_once,
         ));
+        {
+            let mut facts = shared.facts();
+            facts.pinned = source.is_pinned();
+            facts.origin = origin;
+        }
+        let group = source.clone();
         let (to_worker, from_sync) = mpsc::channel(SYNC_REGIONS_MAX);
         let sync = sync::SyncThread::start(&name, source.clone(), files, surroundings.regions.clone(), to_worker)
             .map_err(|error| cannot(error.chain()))?;
@@ -130,10 +173,23 @@ impl GroupHandle {
             on_consistent: Box::new(on_consistent),
         };
         let task = tokio::spawn(worker.run());
-        Ok(Self { file, specs, shared, commands, stop, task: std::sync::Mutex::new(Some(task)) })
+        Ok(Self { file, specs, shared, group, commands, stop, task: std::sync::Mutex::new(Some(task)) })
     }
 
-    /// Ends the group's worker and its capture.
+    /// Ends the group's worker, and its capture for good: nobody goes on with it.
+    pub async fn end(&self) {
+        self.stop().await;
+        let group = self.group.clone();
+        // It waits for the kernel. A panic there was reported by the hook.
+        let _ = tokio::task::spawn_blocking(move || group.end()).await;
+    }
+
+    /// Whether its volumes are still on the disks that they were on.
+    pub fn disks_are_the_same(&self) -> bool {
+        self.group.disks_are_the_same()
+    }
+
+    /// Ends the group's worker. Capture goes on if it is pinned.
     pub async fn stop(&self) {
         // The worker may have ended by itself.
         let _ = self.stop.send(true);

@@ -1,9 +1,11 @@
 //! A worker against a played capture and a played receiver: interleavings that a real kernel shows once a month, at will.
 
+use super::kept::Kept;
 use super::shared::GroupShared;
 use super::source::{Source, Stream, Track, Troubles};
 use super::sync::SyncThread;
 use super::worker::{Command, Worker};
+use crate::clock;
 use crate::link::LinkView;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -93,6 +95,7 @@ impl Stream for PlayedStream {
 #[derive(Default)]
 pub struct PlayedTrack {
     bits: AtomicU64,
+    taken: AtomicU64,
     pub in_flight: AtomicBool,
 }
 
@@ -104,7 +107,11 @@ impl Track for PlayedTrack {
         self.bits.store((1 << REGIONS) - 1, Ordering::SeqCst);
     }
     fn take_dirty(&self, region: u64) -> bool {
+        self.taken.fetch_or(1 << region, Ordering::SeqCst);
         self.bits.fetch_and(!(1 << region), Ordering::SeqCst) & 1 << region != 0
+    }
+    fn set_finished(&self, region: u64) {
+        self.taken.fetch_and(!(1 << region), Ordering::SeqCst);
     }
     fn next_dirty(&self, from: u64) -> Option<u64> {
         (from..REGIONS).find(|region| self.bits.load(Ordering::SeqCst) & 1 << region != 0)
@@ -127,6 +134,7 @@ pub struct PlayedSource {
     pub troubles: Mutex<Troubles>,
     pub first_drop: AtomicU64,
     pub after_look: Mutex<Option<Hook>>,
+    pub note: Mutex<Option<varve_bpf::Note>>,
 }
 
 impl PlayedSource {
@@ -176,6 +184,15 @@ impl Source for PlayedSource {
         true
     }
     fn set_time_offset(&self, _: u64) {}
+    fn time_offset(&self) -> u64 {
+        clock::wall_ns().saturating_sub(clock::boot_ns())
+    }
+    fn kept(&self) -> Option<Kept> {
+        Kept::decode(self.note.lock().expect("not poisoned").as_ref()?)
+    }
+    fn keep(&self, kept: &Kept) {
+        *self.note.lock().expect("not poisoned") = Some(kept.encode());
+    }
 }
 
 /// What the played receiver was told, in order.

@@ -44,6 +44,10 @@ pub struct Facts {
     pub gaps: Vec<GapStatus>,
     /// The receiver's epoch for this group.
     pub epoch: u64,
+    /// Capture goes on without this process.
+    pub pinned: bool,
+    /// Where the ring came from, in words.
+    pub origin: String,
 }
 
 /// See the module's text.
@@ -103,12 +107,15 @@ impl GroupShared {
     ) -> Self {
         let consumer = source.stream().consumer();
         let gap = if ever_consistent { GapReason::NewRing } else { GapReason::InitialSync };
+        let kept = source.kept();
+        let ever_consistent = ever_consistent || kept.as_ref().is_some_and(|kept| kept.gap.ever_consistent());
+        let (gap, gap_since_ns) = kept.map_or((Some(gap), None), |kept| (kept.shown, kept.shown_since_ns));
         let facts = Facts {
             link: Link::Disconnected,
             link_reason: None,
             read_error: None,
-            gap: Some(gap),
-            gap_since_ns: None,
+            gap,
+            gap_since_ns,
             ever_consistent,
             sync_total: 0,
             sync_left: 0,
@@ -116,7 +123,10 @@ impl GroupShared {
             replicas: Vec::new(),
             gaps: Vec::new(),
             epoch: 1,
+            pinned: false,
+            origin: String::new(),
         };
+        let time_offset = AtomicU64::new(source.time_offset());
         Self {
             name,
             volumes,
@@ -128,7 +138,7 @@ impl GroupShared {
             source,
             facts: Mutex::new(facts),
             releasing: Mutex::new(()),
-            time_offset: AtomicU64::new(clock::Offset::new(clock::wall_ns(), clock::boot_ns()).ns()),
+            time_offset,
         }
     }
 
@@ -275,7 +285,12 @@ impl GroupShared {
                 .collect(),
             resync: resync.map(|(done_bytes, total_bytes)| ResyncStatus { done_bytes, total_bytes }),
             verify: facts.verify,
-            ring: Some(RingStatus { used_bytes: producer - consumer, total_bytes: self.source.stream().capacity() }),
+            ring: Some(RingStatus {
+                used_bytes: producer - consumer,
+                total_bytes: self.source.stream().capacity(),
+                pinned: facts.pinned,
+                origin: facts.origin,
+            }),
             journal: None,
             counters: self.counter_table(),
         }

@@ -1,5 +1,6 @@
 //! What the group's logic needs of a ring and of a volume's bitmaps: the kernel's in production, memory in tests.
 
+use super::kept::Kept;
 use varve_bpf::{Entry, Group, Ring, VolumeTrack};
 use varve_common::problem::Problem;
 use varve_common::record::RecordKind;
@@ -28,6 +29,8 @@ pub trait Track: Send + Sync {
     fn set_all_dirty(&self);
     /// Takes the mark from a region; whether there was one.
     fn take_dirty(&self, region: u64) -> bool;
+    /// A region whose mark was taken is equal in the replica, or marked again.
+    fn set_finished(&self, region: u64);
     /// First marked region from `from` on.
     fn next_dirty(&self, from: u64) -> Option<u64>;
     /// Number of marked regions.
@@ -66,6 +69,9 @@ impl Track for VolumeTrack {
     }
     fn take_dirty(&self, region: u64) -> bool {
         VolumeTrack::take_dirty(self, region)
+    }
+    fn set_finished(&self, region: u64) {
+        VolumeTrack::set_finished(self, region);
     }
     fn next_dirty(&self, from: u64) -> Option<u64> {
         VolumeTrack::next_dirty(self, from)
@@ -119,6 +125,12 @@ pub trait Source: Send + Sync {
     fn settled(&self) -> bool;
     /// Sets what is added to the boot-time clock.
     fn set_time_offset(&self, ns: u64);
+    /// What is added to it.
+    fn time_offset(&self) -> u64;
+    /// What an earlier worker of this ring left; `None`: it is new.
+    fn kept(&self) -> Option<Kept>;
+    /// Leaves it for the next one.
+    fn keep(&self, kept: &Kept);
 }
 
 impl Source for Group {
@@ -167,6 +179,15 @@ impl Source for Group {
     }
     fn set_time_offset(&self, ns: u64) {
         Group::set_time_offset(self, ns);
+    }
+    fn time_offset(&self) -> u64 {
+        Group::time_offset(self)
+    }
+    fn kept(&self) -> Option<Kept> {
+        Kept::decode(&self.note())
+    }
+    fn keep(&self, kept: &Kept) {
+        self.set_note(&kept.encode());
     }
 }
 

@@ -359,7 +359,9 @@ impl Reader {
         lock(&self.shared.tracker).forget(taken.id);
         match taken.purpose {
             Purpose::Send => {
-                self.source.track(usize::from(taken.volume)).set_dirty(taken.region);
+                let track = self.source.track(usize::from(taken.volume));
+                track.set_dirty(taken.region);
+                track.set_finished(taken.region);
                 self.shared.done();
             }
             Purpose::Compare => {

@@ -8,6 +8,7 @@ mod turn;
 use super::compress::Compression;
 use super::cut::{Met, cut, walk};
 use super::gap::GapState;
+use super::kept::Kept;
 use super::regions::{Next, Regions, image_extents, touched_blocks};
 use super::session::{self, Ended, Event};
 use super::shared::{Counters, GroupShared};
@@ -106,6 +107,8 @@ struct State {
     gap: GapState,
     troubles: Troubles,
     misses: u64,
+    /// What was left for the next worker.
+    kept: Option<Kept>,
     /// Records before were walked.
     walked: u64,
     sessions: u64,
@@ -174,22 +177,20 @@ impl Worker {
     /// Runs until the group ends.
     pub async fn run(mut self) {
         let now = Instant::now();
+        let kept = self.source.kept().unwrap_or_else(|| self.first_kept());
         let mut state = State {
-            gap: GapState::new(if self.shared.facts().ever_consistent {
-                GapReason::NewRing
-            } else {
-                GapReason::InitialSync
-            }),
-            troubles: self.source.troubles(),
-            misses: self.misses.load(Ordering::Acquire),
+            gap: kept.gap,
+            troubles: kept.troubles,
+            misses: kept.misses,
+            kept: None,
             walked: self.source.stream().consumer(),
             sessions: 0,
-            known_there: false,
+            known_there: kept.known_there,
             bookmarks: Vec::new(),
             verify: None,
             verifies: 0,
             closing: None,
-            offset: clock::Offset::new(clock::wall_ns(), clock::boot_ns()),
+            offset: clock::Offset::going_on(self.source.time_offset(), clock::boot_ns()),
             last_canary: now,
             read_failed: false,
         };
@@ -222,6 +223,42 @@ impl Worker {
         }
         for pending in state.bookmarks {
             let _ = pending.answer.send(Err(session::not_streaming(&self.shared.name)));
+        }
+    }
+
+    /// What is true of a new ring: nothing is known of the replica.
+    fn first_kept(&self) -> Kept {
+        let reason = match self.shared.facts().ever_consistent {
+            true => GapReason::NewRing,
+            false => GapReason::InitialSync,
+        };
+        Kept {
+            gap: GapState::new(reason),
+            shown: Some(reason),
+            shown_since_ns: None,
+            known_there: false,
+            troubles: self.source.troubles(),
+            misses: self.misses.load(Ordering::Acquire),
+        }
+    }
+
+    /// Leaves what the next worker must know, if it changed. To be called before anything is sent that depends on it.
+    fn keep(&self, state: &mut State) {
+        let (shown, shown_since_ns) = {
+            let facts = self.shared.facts();
+            (facts.gap, facts.gap_since_ns)
+        };
+        let kept = Kept {
+            gap: state.gap.clone(),
+            shown,
+            shown_since_ns,
+            known_there: state.known_there,
+            troubles: state.troubles,
+            misses: state.misses,
+        };
+        if state.kept.as_ref() != Some(&kept) {
+            self.source.keep(&kept);
+            state.kept = Some(kept);
         }
     }
 
@@ -282,7 +319,9 @@ impl Worker {
     fn give_back(&self, read: &RegionRead) {
         lock(&self.sync.shared().tracker).forget(read.id);
         if read.purpose == Purpose::Send {
-            self.source.track(usize::from(read.volume)).set_dirty(read.region);
+            let track = self.source.track(usize::from(read.volume));
+            track.set_dirty(read.region);
+            track.set_finished(read.region);
             self.sync.shared().done();
         }
     }
@@ -438,6 +477,7 @@ impl Worker {
         self.shared.gap_opened(reason);
         session.sent = position;
         session.remote_consistent = false;
+        self.keep(state);
         self.send_mark(state, session, MarkKind::Begin, Some(reason)).await
     }
 

@@ -111,6 +111,7 @@ impl Worker {
         lock(&self.sync.shared().tracker).forget(id);
         let Some(read) = session.regions.remove(id) else { return };
         if read.purpose == Purpose::Send {
+            self.source.track(usize::from(read.volume)).set_finished(read.region);
             self.sync.shared().done();
             self.sync.shared().nudge();
         }

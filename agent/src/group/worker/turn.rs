@@ -21,6 +21,7 @@ impl Worker {
         if state.closing.is_some_and(|position| self.shared.durable.load(Ordering::Acquire) > position) {
             self.gap_is_closed(state);
         }
+        self.keep(state);
         self.answer_bookmarks(state);
     }
 
