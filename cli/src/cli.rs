@@ -1,7 +1,7 @@
 //! The words of the command line. What each subcommand does is in its own file.
 
 use crate::commands::{
-    bookmark, doctor, forget, host_invite, host_list, host_revoke, join, points, protect, receiver_init, restore,
+    bookmark, doctor, failover, forget, host_invite, host_list, host_revoke, join, points, protect, receiver_init, restore,
     retention, rollback, scrub, status, unprotect, verify, version, view_close, view_list, view_open,
 };
 use crate::context::{Context, Outcome, report};
@@ -59,6 +59,8 @@ enum Command {
     View(View),
     /// Make the replica what it was at a point; can itself be rolled back
     Rollback(rollback::Args),
+    /// Run a group on this recovery host, or test that it would; commit or abort that
+    Failover(failover::Args),
     /// Write a volume as it was at a point to a file or device
     Restore(restore::Args),
     /// Show or set how long the history of a group is kept
@@ -129,6 +131,7 @@ fn dispatch(context: &Context, command: Command) -> Outcome {
         Command::View(View::List(args)) => view_list::run(context, &args),
         Command::View(View::Close(args)) => view_close::run(context, &args),
         Command::Rollback(args) => rollback::run(context, &args),
+        Command::Failover(args) => failover::run(context, &args),
         Command::Restore(args) => restore::run(context, &args),
         Command::Retention(args) => retention::run(context, &args),
         Command::Scrub(args) => scrub::run(context, &args),

@@ -87,11 +87,13 @@ pub enum GapReason {
     VolumeChanged = 12,
     /// The replicas are being rolled back.
     Rollback = 13,
+    /// Part of the agent's journal was lost: what it held is not known.
+    JournalLost = 14,
 }
 
 impl GapReason {
     /// All reasons, for tables and tests.
-    pub const ALL: [GapReason; 13] = [
+    pub const ALL: [GapReason; 14] = [
         Self::InitialSync,
         Self::NewRing,
         Self::RingFull,
@@ -105,6 +107,7 @@ impl GapReason {
         Self::ReplicaChanged,
         Self::VolumeChanged,
         Self::Rollback,
+        Self::JournalLost,
     ];
 
     /// The reason with this number.
@@ -127,7 +130,8 @@ impl GapReason {
             Self::Repair => "verification found a difference, which is being repaired",
             Self::ReplicaChanged => "the replica was changed or exchanged, so the whole volume is compared",
             Self::VolumeChanged => "the volume's size changed",
-            Self::Rollback => "a rollback has not finished: run the same 'varve rollback' again",
+            Self::JournalLost => "part of the agent's journal was lost, so the whole volume is compared",
+            Self::Rollback => "the replicas were being rolled back or taken over (still open: run the same command again)",
         }
     }
 }

@@ -51,6 +51,8 @@ fn group(data: Data) -> GroupStatus {
         ring: None,
         journal: None,
         history: None,
+        alerts: Vec::new(),
+        watch: None,
         counters: Default::default(),
     }
 }
