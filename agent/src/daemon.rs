@@ -533,6 +533,8 @@ impl Failed {
             verify: None,
             ring: None,
             journal: None,
+            alerts: Vec::new(),
+            watch: None,
             counters: BTreeMap::new(),
         }
     }

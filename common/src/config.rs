@@ -2,7 +2,9 @@
 
 use crate::limits::{RING_BYTES_MAX, RING_BYTES_MIN};
 use crate::problem::Problem;
+use crate::watch::Limits;
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// `agent.toml`.
@@ -21,6 +23,20 @@ pub struct AgentFile {
     pub compression: Option<bool>,
     /// Most MiB that one group's journal may take on disk: 0 (no journal), or 64 to 4194304.
     pub journal_max_mib: Option<u32>,
+    /// Alert when the RPO is longer than this many seconds; 0: never.
+    pub alert_rpo_seconds: Option<f64>,
+    /// Alert when nothing was acknowledged for this many seconds.
+    pub alert_no_ack_seconds: Option<f64>,
+    /// Alert when ring and journal will be full in less than this many minutes; 0: never.
+    pub alert_journal_minutes: Option<f64>,
+    /// Alerts that nobody wants to hear of: `GROUP`, `GROUP/ID`, `*/ID`.
+    pub alert_mute: Option<Vec<String>>,
+    /// Program that is told of alerts (docs/monitor.md).
+    pub alert_hook: Option<String>,
+    /// How long it may take.
+    pub alert_hook_seconds: Option<f64>,
+    /// Where metrics are written to, in Prometheus' text format.
+    pub metrics_file: Option<String>,
 }
 
 /// What the agent runs with.
@@ -38,6 +54,8 @@ pub struct AgentConfig {
     pub compression: bool,
     /// Most bytes of one group's journal; 0: there is none.
     pub journal_bytes_max: u64,
+    /// What is watched and who is told.
+    pub watch: WatchConfig,
 }
 
 /// `receiver.toml`.
@@ -54,6 +72,22 @@ pub struct ReceiverFile {
     pub landing_max_mib: Option<u32>,
     /// Size at which a layer of history is closed in MiB, 1 to 512.
     pub history_layer_mib: Option<u32>,
+    /// Alert when the RPO is longer than this many seconds; 0: never.
+    pub alert_rpo_seconds: Option<f64>,
+    /// Alert when nothing was acknowledged for this many seconds.
+    pub alert_no_ack_seconds: Option<f64>,
+    /// Alert when the window is shorter than this many hours; 0: never.
+    pub alert_window_hours: Option<f64>,
+    /// Alert when no verify found the replica equal for this many days; 0: never.
+    pub alert_verify_days: Option<f64>,
+    /// Alerts that nobody wants to hear of: `GROUP`, `GROUP/ID`, `*/ID`.
+    pub alert_mute: Option<Vec<String>>,
+    /// Program that is told of alerts (docs/monitor.md).
+    pub alert_hook: Option<String>,
+    /// How long it may take.
+    pub alert_hook_seconds: Option<f64>,
+    /// Where metrics are written to, in Prometheus' text format.
+    pub metrics_file: Option<String>,
 }
 
 /// What the receiver runs with.
@@ -69,6 +103,21 @@ pub struct ReceiverConfig {
     pub landing_bytes_max: u64,
     /// A layer of history is closed when it has this many bytes.
     pub history_layer_bytes: u64,
+    /// What is watched and who is told.
+    pub watch: WatchConfig,
+}
+
+/// The watch of a daemon.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WatchConfig {
+    /// When an alert is raised.
+    pub limits: Limits,
+    /// Program that is told.
+    pub hook: Option<PathBuf>,
+    /// How long it may take.
+    pub hook_timeout: Duration,
+    /// Where metrics are written to.
+    pub metrics_file: Option<PathBuf>,
 }
 
 /// The port unless the operator says otherwise.
@@ -76,6 +125,7 @@ pub const DEFAULT_PORT: u16 = 7443;
 const DEFAULT_RING_MIB: u32 = 64;
 const DEFAULT_JOURNAL_MIB: u32 = 4096;
 const DEFAULT_LAGGING: Duration = Duration::from_secs(10);
+const DEFAULT_HOOK: Duration = Duration::from_secs(30);
 const DEFAULT_SEGMENT_MIB: u32 = 64;
 const DEFAULT_LANDING_MIB: u32 = 1024;
 const DEFAULT_LAYER_MIB: u32 = 512;
@@ -94,6 +144,42 @@ fn out_of_range(name: &str, key: &str, range: &str) -> Problem {
     Problem::usage(format!("{name}: {key} is out of range"), format!("{key} is {range}"), format!("correct {name}"))
 }
 
+/// A number of `unit` seconds within a range in which 0 may mean off.
+fn seconds(
+    name: &str,
+    key: &str,
+    given: Option<f64>,
+    default: Duration,
+    unit: f64,
+    (least, most): (f64, f64),
+) -> Result<Duration, Problem> {
+    let Some(given) = given else { return Ok(default) };
+    if !(least..=most).contains(&given) {
+        return Err(out_of_range(name, key, &format!("a number from {least} to {most}")));
+    }
+    Ok(Duration::from_secs_f64(given * unit))
+}
+
+fn absolute(name: &str, key: &str, given: Option<String>) -> Result<Option<PathBuf>, Problem> {
+    let path = given.map(PathBuf::from);
+    match path {
+        Some(path) if !path.is_absolute() => Err(out_of_range(name, key, "an absolute path")),
+        path => Ok(path),
+    }
+}
+
+fn mutes(name: &str, given: Option<Vec<String>>) -> Result<Vec<String>, Problem> {
+    let given = given.unwrap_or_default();
+    let known = |word: &str| crate::watch::AlertId::ALL.iter().any(|id| id.word() == word);
+    // A mute that mutes nothing is found when the alert comes at night.
+    match given.iter().find(|mute| mute.split_once('/').is_some_and(|(_, word)| !known(word))) {
+        Some(_) => Err(out_of_range(name, "alert_mute", "a list of GROUP, GROUP/ID and */ID (docs/monitor.md)")),
+        None => Ok(given),
+    }
+}
+
+const DAY_SECONDS: f64 = 86_400.0;
+
 impl AgentConfig {
     /// Reads and checks the text of `agent.toml` (named `name` in errors).
     pub fn parse(name: &str, text: &str) -> Result<Self, Problem> {
@@ -110,6 +196,40 @@ impl AgentConfig {
         if journal != 0 && !(64..=4 << 20).contains(&journal) {
             return Err(out_of_range(name, "journal_max_mib", "0 (no journal) or a number from 64 to 4194304"));
         }
+        let limits = Limits::default();
+        let watch = WatchConfig {
+            limits: Limits {
+                rpo: seconds(name, "alert_rpo_seconds", file.alert_rpo_seconds, limits.rpo, 1.0, (0.0, DAY_SECONDS))?,
+                no_ack: seconds(
+                    name,
+                    "alert_no_ack_seconds",
+                    file.alert_no_ack_seconds,
+                    limits.no_ack,
+                    1.0,
+                    (5.0, DAY_SECONDS),
+                )?,
+                journal_full: seconds(
+                    name,
+                    "alert_journal_minutes",
+                    file.alert_journal_minutes,
+                    limits.journal_full,
+                    60.0,
+                    (0.0, 10_000.0),
+                )?,
+                mute: mutes(name, file.alert_mute)?,
+                ..limits
+            },
+            hook: absolute(name, "alert_hook", file.alert_hook)?,
+            hook_timeout: seconds(
+                name,
+                "alert_hook_seconds",
+                file.alert_hook_seconds,
+                DEFAULT_HOOK,
+                1.0,
+                (0.1, 600.0),
+            )?,
+            metrics_file: absolute(name, "metrics_file", file.metrics_file)?,
+        };
         Ok(Self {
             receiver: file.receiver,
             name: file.name,
@@ -117,6 +237,7 @@ impl AgentConfig {
             lagging_after: Duration::from_secs_f64(lagging),
             compression: file.compression.unwrap_or(true),
             journal_bytes_max: u64::from(journal) << 20,
+            watch,
         })
     }
 }
@@ -141,12 +262,55 @@ impl ReceiverConfig {
         if !(1..=DEFAULT_LAYER_MIB).contains(&layer) {
             return Err(out_of_range(name, "history_layer_mib", "a number from 1 to 512"));
         }
+        let limits = Limits::default();
+        let watch = WatchConfig {
+            limits: Limits {
+                rpo: seconds(name, "alert_rpo_seconds", file.alert_rpo_seconds, limits.rpo, 1.0, (0.0, DAY_SECONDS))?,
+                no_ack: seconds(
+                    name,
+                    "alert_no_ack_seconds",
+                    file.alert_no_ack_seconds,
+                    limits.no_ack,
+                    1.0,
+                    (5.0, DAY_SECONDS),
+                )?,
+                window: seconds(
+                    name,
+                    "alert_window_hours",
+                    file.alert_window_hours,
+                    limits.window,
+                    3600.0,
+                    (0.0, 1e6),
+                )?,
+                verify_age: seconds(
+                    name,
+                    "alert_verify_days",
+                    file.alert_verify_days,
+                    limits.verify_age,
+                    DAY_SECONDS,
+                    (0.0, 1e5),
+                )?,
+                mute: mutes(name, file.alert_mute)?,
+                ..limits
+            },
+            hook: absolute(name, "alert_hook", file.alert_hook)?,
+            hook_timeout: seconds(
+                name,
+                "alert_hook_seconds",
+                file.alert_hook_seconds,
+                DEFAULT_HOOK,
+                1.0,
+                (0.1, 600.0),
+            )?,
+            metrics_file: absolute(name, "metrics_file", file.metrics_file)?,
+        };
         Ok(Self {
             listen,
             name: file.name.unwrap_or_else(|| "receiver".to_owned()),
             landing_segment_bytes: u64::from(segment) << 20,
             landing_bytes_max: u64::from(most) << 20,
             history_layer_bytes: u64::from(layer) << 20,
+            watch,
         })
     }
 }
@@ -172,6 +336,20 @@ mod tests {
         assert!(ReceiverConfig::parse("r", "landing_max_mib = 65").is_err());
         assert!(ReceiverConfig::parse("r", "history_layer_mib = 0").is_err());
         assert!(ReceiverConfig::parse("r", "history_layer_mib = 513").is_err());
+        for wrong in [
+            "alert_no_ack_seconds = 0",
+            "alert_rpo_seconds = -1",
+            "alert_rpo_seconds = nan",
+            "alert_hook = \"hook\"",
+            "alert_hook_seconds = 0",
+            "alert_mute = [\"db/no-such\"]",
+            "metrics_file = \"a\"",
+        ] {
+            assert!(AgentConfig::parse("a", wrong).is_err() && ReceiverConfig::parse("r", wrong).is_err(), "{wrong}");
+        }
+        let right = "alert_window_hours = 24\nalert_verify_days = 0\nalert_mute = [\"db\", \"*/gap\"]";
+        let limits = ReceiverConfig::parse("r", right).expect("right").watch.limits;
+        assert_eq!((limits.window.as_secs(), limits.verify_age.as_secs(), limits.mute.len()), (86_400, 0, 2));
         let defaults = ReceiverConfig::parse("r", "").expect("all keys are optional");
         assert_eq!((defaults.listen.port(), defaults.history_layer_bytes), (DEFAULT_PORT, 512 << 20));
         assert_eq!(AgentConfig::parse("a", "").expect("defaults").ring_bytes, 64 << 20);

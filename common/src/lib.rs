@@ -9,6 +9,7 @@
 //! - [`config`], [`paths`]: configuration files and where everything lives below a root
 //! - [`control`]: the words between `varve` and the daemons (JSON lines over a Unix socket)
 //! - [`point`]: points in time as people ask for them, and as they are answered
+//! - [`watch`]: alerts, from what a daemon knows of its groups; [`metrics`]: the same as numbers
 //! - [`problem`]: what an operator is told when something is refused or fails
 
 pub mod config;
@@ -16,9 +17,11 @@ pub mod control;
 pub mod format;
 pub mod geometry;
 pub mod limits;
+pub mod metrics;
 pub mod paths;
 pub mod point;
 pub mod problem;
 pub mod record;
 pub mod state;
+pub mod watch;
 pub mod wire;

@@ -292,6 +292,8 @@ impl GroupShared {
                 origin: facts.origin,
             }),
             journal: None,
+            alerts: Vec::new(),
+            watch: None,
             counters: self.counter_table(),
         }
     }
