@@ -1,6 +1,7 @@
 //! The agent: groups, capture, the link, the control socket. Changes of the set of groups are made one at a time.
 
 use crate::group::{FRAME_BYTES, GroupHandle, Surroundings};
+use crate::journal;
 use crate::link::{self, LinkView, Target};
 use crate::store::{GroupFile, Store};
 use crate::volume::{self, Checked};
@@ -157,6 +158,7 @@ impl Daemon {
             ring_bytes: config.ring_bytes,
             lagging_after: config.lagging_after,
             compression: config.compression,
+            journal: self.journals(&config),
         };
         let (store, mut synced) = (self.store.clone(), file.clone());
         synced.synced_once = true;
@@ -172,6 +174,20 @@ impl Daemon {
         let handle = GroupHandle::start(file, volumes, &surroundings, on_consistent)?;
         self.groups.write().unwrap_or_else(PoisonError::into_inner).insert(name, Arc::new(handle));
         Ok(())
+    }
+
+    /// Where the groups' journals lie; `None`: they have none.
+    fn journals(&self, config: &AgentConfig) -> Option<journal::Settings> {
+        (config.journal_bytes_max > 0)
+            .then(|| journal::Settings { dir: self.paths.agent_journals(), bytes_max: config.journal_bytes_max })
+    }
+
+    async fn remove_journal(&self, name: &str) {
+        let (dir, name) = (self.paths.agent_journals(), name.to_owned());
+        // A panic there was reported by the hook.
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(move || journal::Settings::remove(&dir, &name)).await {
+            tracing::error!("the journal of a group that is not protected any more stays: {}", error.chain());
+        }
     }
 
     /// The capture programs, loaded when the first group needs them.
@@ -339,6 +355,7 @@ impl Daemon {
         // From here on it stays ended, whatever happens: a group without a file is given up at the next start.
         self.store.remove(name)?;
         self.give_up(name).await;
+        self.remove_journal(name).await;
         tracing::info!(group = %name, "no longer protected");
         Ok(())
     }

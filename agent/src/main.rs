@@ -4,6 +4,7 @@ mod clock;
 mod control;
 mod daemon;
 mod group;
+mod journal;
 mod link;
 mod store;
 mod volume;

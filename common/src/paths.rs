@@ -55,6 +55,11 @@ impl Paths {
         self.root.join("var/lib/varve/agent")
     }
 
+    /// The groups' journals, one directory each.
+    pub fn agent_journals(&self) -> PathBuf {
+        self.agent_state().join("journal")
+    }
+
     /// Landing logs, marks, replicas: `var/lib/varve/receiver`.
     pub fn receiver_state(&self) -> PathBuf {
         self.root.join("var/lib/varve/receiver")

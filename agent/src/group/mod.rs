@@ -13,6 +13,7 @@ mod shared;
 mod simulation;
 mod source;
 mod sync;
+mod tape;
 mod tracker;
 mod verify;
 mod worker;
@@ -60,6 +61,8 @@ pub struct Surroundings {
     pub lagging_after: Duration,
     /// Compress where it pays.
     pub compression: bool,
+    /// Where journals lie; `None`: without.
+    pub journal: Option<crate::journal::Settings>,
 }
 
 /// A running group.
@@ -170,6 +173,7 @@ impl GroupHandle {
                 })
                 .collect(),
             compression: surroundings.compression,
+            journal: surroundings.journal.clone(),
             on_consistent: Box::new(on_consistent),
         };
         let task = tokio::spawn(worker.run());

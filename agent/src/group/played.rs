@@ -291,6 +291,7 @@ impl Stage {
             frames: BufPool::new(4, 2 << 20),
             volumes: vec![VolumeHello { path: "/dev/played".into(), bytes, replica: None }],
             compression: false,
+            journal: None,
             on_consistent: Box::new(|| ()),
         };
         let task = tokio::spawn(worker.run());

@@ -3,9 +3,10 @@
 use super::cut::oldest_write_ns;
 use super::source::Source;
 use crate::clock;
+use crate::journal::Journal;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use varve_common::control::{
     GapStatus, GroupStatus, ResyncStatus, RingStatus, VolumeStatus, Window, show_position, show_time,
@@ -65,10 +66,11 @@ pub struct GroupShared {
     /// Counters by name, for status and metrics.
     pub counters: Counters,
     lagging_after: Duration,
-    source: Arc<dyn Source>,
+    pub(super) source: Arc<dyn Source>,
     facts: Mutex<Facts>,
+    pub(super) journal: OnceLock<Arc<Journal>>,
     /// Held while space is given back, and by others than the worker while they look at what may be given back.
-    releasing: Mutex<()>,
+    pub(super) releasing: Mutex<()>,
     /// What the stream adds to the boot-time clock.
     time_offset: AtomicU64,
 }
@@ -138,13 +140,17 @@ impl GroupShared {
             source,
             facts: Mutex::new(facts),
             releasing: Mutex::new(()),
+            journal: OnceLock::new(),
             time_offset,
         }
     }
 
     /// Everything before `position` is durable at the receiver: its space goes back to the kernel.
     pub fn release(&self, position: u64) {
-        let _releasing = self.releasing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _held = self.hold_ring();
+        if let Some(journal) = self.journal() {
+            journal.release(position);
+        }
         if position > self.source.stream().consumer() {
             self.source.stream().release(position);
         }
@@ -210,8 +216,10 @@ impl GroupShared {
         };
         drop(facts);
         let oldest = {
-            let _releasing = self.releasing.lock().unwrap_or_else(PoisonError::into_inner);
-            oldest_write_ns(self.source.stream(), self.durable.load(Ordering::Acquire))
+            let _held = self.hold_ring();
+            let durable = self.durable.load(Ordering::Acquire);
+            let journaled = self.journal().and_then(|journal| journal.oldest_write_ns(durable));
+            journaled.or_else(|| oldest_write_ns(self.source.stream(), durable))
         };
         let since = [oldest, gap_since].into_iter().flatten().min();
         Some(since.map_or(Duration::ZERO, |since| Duration::from_nanos(self.stream_ns().saturating_sub(since))))
@@ -241,7 +249,8 @@ impl GroupShared {
 
     /// Bytes captured and not durable.
     pub fn lag_bytes(&self) -> u64 {
-        self.source.stream().producer().saturating_sub(self.durable.load(Ordering::Acquire))
+        let detached = self.journal().map_or(0, |journal| journal.detached_bytes());
+        detached + self.source.stream().producer().saturating_sub(self.durable.load(Ordering::Acquire))
     }
 
     /// As `varve status` shows it.
@@ -291,7 +300,7 @@ impl GroupShared {
                 pinned: facts.pinned,
                 origin: facts.origin,
             }),
-            journal: None,
+            journal: self.journal().map(|journal| journal.status()),
             alerts: Vec::new(),
             watch: None,
             counters: self.counter_table(),
@@ -303,7 +312,10 @@ impl GroupShared {
         let troubles = self.source.troubles();
         let (captured_records, captured_bytes) = self.source.captured();
         let value = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let (journal_bytes, journal_disk_bytes) = self.journal().map_or((0, 0), |journal| journal.spent());
         [
+            ("journal_bytes", journal_bytes),
+            ("journal_disk_bytes", journal_disk_bytes),
             ("captured_records", captured_records),
             ("captured_bytes", captured_bytes),
             ("dropped_records", troubles.dropped),

@@ -341,8 +341,7 @@ pub fn decide(candidate: Candidate, facts: Facts) -> (char, &'static str, Verdic
 
 impl Case {
     fn fits(&self, candidate: Candidate, facts: Facts) -> bool {
-        let have =
-            [facts.header, facts.sane, facts.body, facts.first, facts.chained, facts.follows, facts.records];
+        let have = [facts.header, facts.sane, facts.body, facts.first, facts.chained, facts.follows, facts.records];
         self.candidate.is_none_or(|wanted| wanted == candidate)
             && self.facts.iter().zip(have).all(|(wanted, have)| wanted.is_none_or(|wanted| wanted == have))
     }
@@ -474,7 +473,8 @@ mod tests {
         assert_eq!(segment.as_bytes()[..golden.len()], golden);
         assert_eq!(JournalSegmentHeader::decode(segment.as_bytes()), Ok(segment));
         assert!(segment.is_of("db") && !segment.is_of("d") && !segment.is_of("db\0"));
-        let mut golden = b"VRVJ\x01\x03\x00\x00\x03\x00\x00\x00\x00\x00\x00\x00\x00\x10\x00\x00\x00\x00\x00\x00".to_vec();
+        let mut golden =
+            b"VRVJ\x01\x03\x00\x00\x03\x00\x00\x00\x00\x00\x00\x00\x00\x10\x00\x00\x00\x00\x00\x00".to_vec();
         golden.extend([7; 16]);
         golden.extend([0x20, 3, 0, 0, 0, 0, 0, 0, 0x84, 3, 0, 0, 0, 0, 0, 0, 40, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0]);
         let bytes = chunk().encode();

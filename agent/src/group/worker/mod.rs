@@ -1,6 +1,7 @@
 //! The owner of a group: one loop that walks the ring, cuts frames, sends, and decides what is told to the receiver.
 //! Nothing else changes the group's state; others send commands or read [`GroupShared`].
 
+mod backlog;
 mod receive;
 mod send;
 mod turn;
@@ -16,7 +17,9 @@ use super::source::{Source, Troubles, dirty_regions, set_all_dirty};
 use super::sync::{FromSync, Purpose, RegionRead, SyncThread};
 use super::verify::VerifyRun;
 use crate::clock;
+use crate::journal::{Settings, Tape as _};
 use crate::link::LinkView;
+use backlog::Backlog;
 use bytes::Bytes;
 use quinn::SendStream;
 use std::pin::pin;
@@ -29,7 +32,7 @@ use varve_common::geometry::Extent;
 use varve_common::problem::Problem;
 use varve_common::record::RecordKind;
 use varve_common::state::{GapReason, Link};
-use varve_common::wire::messages::{self, Ask, Hello, ProbeReply, Report, Verify, VolumeHello, Welcome};
+use varve_common::wire::messages::{self, Ask, Hello, Incarnation, ProbeReply, Report, Verify, VolumeHello, Welcome};
 use varve_common::wire::{Codec, Frame, FrameKind, Image, ImageExtent, ImageHeader, WireError};
 use varve_io::aligned::{BufPool, PooledBuf};
 
@@ -52,7 +55,9 @@ const RETRY_MIN: Duration = Duration::from_millis(100);
 /// Longest such pause.
 const RETRY_MAX: Duration = Duration::from_secs(10);
 /// While the receiver takes nothing: between two looks at everything else.
-const STUCK_LOOK: Duration = Duration::from_millis(100);
+const STUCK_LOOK: Duration = Duration::from_millis(20);
+/// Without a session: the same. A ring fills while nobody looks.
+const IDLE_LOOK: Duration = Duration::from_millis(20);
 /// How long a bookmark waits for the receiver before it is answered as not durable yet.
 const BOOKMARK_WAIT: Duration = Duration::from_secs(5);
 /// Bookmarks that may wait at once.
@@ -98,6 +103,8 @@ pub struct Worker {
     pub volumes: Vec<VolumeHello>,
     /// Compress where it pays.
     pub compression: bool,
+    /// Where the journal lies; `None`: there is none.
+    pub journal: Option<Settings>,
     /// Told when the group is consistent for the first time.
     pub on_consistent: Box<dyn Fn() + Send + Sync>,
 }
@@ -122,6 +129,8 @@ struct State {
     offset: clock::Offset,
     last_canary: Instant,
     read_failed: bool,
+    /// Part of the journal could not be read: there is a hole in the stream.
+    journal_lost: bool,
 }
 
 /// What lasts as long as one session.
@@ -136,6 +145,9 @@ struct Session {
     regions: Regions,
     last_report: Option<Instant>,
     compression: Compression,
+    backlog: Backlog,
+    /// The session is for a journal of this ring, which is not the group's ring.
+    earlier: Option<Incarnation>,
 }
 
 /// A frame's bytes, as `bytes` wants them. A small frame must not hold a large buffer until the peer's transport has
@@ -193,15 +205,20 @@ impl Worker {
             offset: clock::Offset::going_on(self.source.time_offset(), clock::boot_ns()),
             last_canary: now,
             read_failed: false,
+            journal_lost: false,
         };
         if self.shared.facts().ever_consistent {
             state.gap.note_ever_consistent();
         }
+        let spilling = self.open_journal(&mut state).await;
         let mut retry = RETRY_MIN;
         while !*self.stop.borrow() {
             let Some(connection) = self.wait_for_connection(&mut state).await else { break };
             let began = Instant::now();
-            let ended = self.session(&mut state, connection).await;
+            let ended = match self.drain(&mut state, &connection).await {
+                Some(ended) => ended,
+                None => self.session(&mut state, connection).await,
+            };
             session::count(&self.shared, &ended);
             if matches!(ended, Ended::Stopped) {
                 break;
@@ -210,6 +227,7 @@ impl Worker {
             self.note_ended(&ended);
             self.idle(&mut state, retry).await;
         }
+        self.flush_journal(&mut state, spilling).await;
         if let Some(run) = state.verify.as_mut().filter(|run| !run.outcome().finished) {
             run.fail("the group ended");
             self.shared.facts().verify = Some(run.outcome().clone());
@@ -297,7 +315,7 @@ impl Worker {
         let until = Instant::now() + pause;
         while Instant::now() < until && !*self.stop.borrow() {
             self.every_turn(state, None);
-            let left = until.saturating_duration_since(Instant::now()).min(Duration::from_millis(100));
+            let left = until.saturating_duration_since(Instant::now()).min(IDLE_LOOK);
             tokio::select! {
                 () = tokio::time::sleep(left) => {}
                 changed = self.link.changed() => { if changed.is_err() || self.link.borrow().connection.is_some() { return } }
@@ -333,19 +351,18 @@ impl Worker {
             group: self.shared.name.clone(),
             epoch: self.shared.facts().epoch,
             incarnation: self.shared.incarnation,
-            oldest: stream.consumer(),
+            oldest: self.shared.oldest(),
             newest: stream.producer(),
             volumes: self.volumes.clone(),
             software: env!("CARGO_PKG_VERSION").to_owned(),
         };
         let mut stop = self.stop.clone();
-        let (send, recv, welcome) = tokio::select! {
-            opened = session::open(&connection, &hello) => match opened {
-                Ok(opened) => opened,
-                Err(ended) => return ended,
-            },
-            _ = stop.wait_for(|stop| *stop) => return Ended::Stopped,
+        let (send, recv, welcome) = match self.meanwhile(state, None, session::open(&connection, &hello)).await {
+            Some(Ok(opened)) => opened,
+            Some(Err(ended)) => return ended,
+            None => return Ended::Stopped,
         };
+        let stream = self.source.stream();
         // What earlier sessions sent may be acknowledged at once.
         let resume = welcome.resume.filter(|at| *at <= stream.producer());
         let sent_max = Arc::new(AtomicU64::new(resume.unwrap_or(0).max(stream.consumer())));
@@ -399,6 +416,8 @@ impl Worker {
             regions: Regions::default(),
             last_report: None,
             compression: Compression::new(self.compression, Instant::now()),
+            backlog: Backlog::default(),
+            earlier: None,
         };
         let ended = match self.agree(state, &mut session, welcome).await {
             Ok(()) => {
@@ -423,8 +442,9 @@ impl Worker {
 
     /// Where the stream goes on, and what must be compared first.
     async fn agree(&mut self, state: &mut State, session: &mut Session, welcome: Welcome) -> Result<(), Ended> {
+        let producer = self.source.stream().producer();
+        let resumable = welcome.resume.filter(|at| (self.shared.oldest()..=producer).contains(at));
         let stream = self.source.stream();
-        let resumable = welcome.resume.filter(|at| (stream.consumer()..=stream.producer()).contains(at));
         match resumable {
             Some(position) => {
                 self.shared.release(position);
@@ -466,11 +486,12 @@ impl Worker {
     /// The receiver does not know this ring (or cannot go on with it): everything is compared.
     async fn begin(&mut self, state: &mut State, session: &mut Session) -> Result<(), Ended> {
         let reason = match (state.known_there, state.gap.ever_consistent()) {
+            _ if std::mem::take(&mut state.journal_lost) => GapReason::JournalLost,
             (true, _) => GapReason::ReplicaChanged,
             (false, true) => GapReason::NewRing,
             (false, false) => GapReason::InitialSync,
         };
-        let position = self.source.stream().consumer();
+        let position = self.shared.forget_journal();
         set_all_dirty(&*self.source);
         state.gap.restart(reason, position);
         state.closing = None;
@@ -496,7 +517,11 @@ impl Worker {
             self.every_turn(state, Some(session.sent));
             let busy = match self.send_turn(state, session, sent_max).await {
                 Ok(busy) => busy,
-                Err(ended) => return self.better_reason(events, ended).await,
+                Err(ended) => {
+                    let better = Self::better_reason(events);
+                    let better = self.meanwhile(state, Some(session.sent), better).await;
+                    return better.flatten().unwrap_or(ended);
+                }
             };
             if busy {
                 pause = POLL_MIN;
@@ -533,7 +558,7 @@ impl Worker {
     }
 
     /// A write that fails often has its reason waiting in the other direction.
-    async fn better_reason(&self, events: &mut mpsc::Receiver<Event>, ended: Ended) -> Ended {
+    async fn better_reason(events: &mut mpsc::Receiver<Event>) -> Option<Ended> {
         let wait = async {
             while let Some(event) = events.recv().await {
                 if let Event::Ended(better @ (Ended::Refused(_) | Ended::Protocol(_))) = event {
@@ -542,7 +567,7 @@ impl Worker {
             }
             None
         };
-        tokio::time::timeout(Duration::from_secs(1), wait).await.ok().flatten().unwrap_or(ended)
+        tokio::time::timeout(Duration::from_secs(1), wait).await.ok().flatten()
     }
 }
 

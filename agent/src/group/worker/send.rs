@@ -1,5 +1,6 @@
 //! What goes out: data, marks, images, reports.
 
+use super::backlog::Stretch;
 use super::*;
 
 impl Worker {
@@ -48,14 +49,14 @@ impl Worker {
         frame: Frame,
         body: Vec<Bytes>,
     ) -> Result<(), Ended> {
-        let sent = session.sent;
+        let sent = session.earlier.is_none().then_some(session.sent);
         let mut pushing = pin!(session::send_frame(&mut session.send, frame, body));
         loop {
             tokio::select! {
                 biased;
                 outcome = &mut pushing => return outcome,
                 Some(command) = self.commands.recv() => self.command(state, command, true),
-                () = tokio::time::sleep(STUCK_LOOK) => self.every_turn(state, Some(sent)),
+                () = tokio::time::sleep(STUCK_LOOK) => self.every_turn(state, sent),
             }
         }
     }
@@ -82,31 +83,43 @@ impl Worker {
             // Looked at for every frame: a gap may begin while one is on its way.
             let limit = state.gap.cut_limit(session.remote_consistent);
             let until = limit.map_or(state.walked, |limit| state.walked.min(limit.max(session.sent)));
-            let end = cut(self.source.stream(), session.sent, until, FRAME_BYTES);
-            if end == session.sent {
-                break;
-            }
-            // All buffers are on their way: whatever else there is to do goes first.
-            let length = (end - session.sent) as usize;
-            let Some(mut body) = Body::new(&self.frames, length) else { return Ok(busy) };
-            self.source.stream().copy_out(session.sent, body.as_mut());
-            let mut frame = Frame::plain(FrameKind::Data, session.sent, body.as_ref());
-            if session.compression.wanted() {
-                self.compress(session, &mut frame, &mut body);
-            }
-            sent_max.store(end, Ordering::Release);
-            let wire_bytes = body.as_ref().len() as u64;
-            let before = Instant::now();
-            self.push(state, session, frame, vec![Bytes::from_owner(body)]).await?;
-            let now = Instant::now();
-            session.compression.sent(wire_bytes, now - before, now);
-            Counters::add(&self.shared.counters.frames, 1);
-            Counters::add(&self.shared.counters.stream_bytes, length as u64);
-            Counters::add(&self.shared.counters.wire_bytes, wire_bytes);
-            session.sent = end;
+            let (end, body) = match self.next_stretch(state, session, until).await? {
+                Stretch::Bytes(end, body) => (end, body),
+                Stretch::End => break,
+                // All buffers are on their way: whatever else there is to do goes first.
+                Stretch::NoBuffer => return Ok(busy),
+            };
+            self.send_frame(state, session, end, body, sent_max).await?;
             busy = true;
         }
         Ok(busy)
+    }
+
+    /// Sends the bytes from where the session stands up to `end`.
+    pub(super) async fn send_frame(
+        &mut self,
+        state: &mut State,
+        session: &mut Session,
+        end: u64,
+        mut body: Body,
+        sent_max: &AtomicU64,
+    ) -> Result<(), Ended> {
+        let length = end - session.sent;
+        let mut frame = Frame::plain(FrameKind::Data, session.sent, body.as_ref());
+        if session.compression.wanted() {
+            self.compress(session, &mut frame, &mut body);
+        }
+        sent_max.store(end, Ordering::Release);
+        let wire_bytes = body.as_ref().len() as u64;
+        let before = Instant::now();
+        self.push(state, session, frame, vec![Bytes::from_owner(body)]).await?;
+        let now = Instant::now();
+        session.compression.sent(wire_bytes, now - before, now);
+        Counters::add(&self.shared.counters.frames, 1);
+        Counters::add(&self.shared.counters.stream_bytes, length);
+        Counters::add(&self.shared.counters.wire_bytes, wire_bytes);
+        session.sent = end;
+        Ok(())
     }
 
     pub(super) fn compress(&self, session: &mut Session, frame: &mut Frame, body: &mut Body) {
@@ -130,7 +143,7 @@ impl Worker {
         let mark = Mark {
             kind,
             reason,
-            incarnation: self.shared.incarnation,
+            incarnation: session.earlier.unwrap_or(self.shared.incarnation),
             position: session.sent,
             time_ns: clock::wall_ns(),
             epoch: self.shared.facts().epoch,

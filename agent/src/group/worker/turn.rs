@@ -22,6 +22,7 @@ impl Worker {
             self.gap_is_closed(state);
         }
         self.keep(state);
+        self.offer(state, sent);
         self.answer_bookmarks(state);
     }
 
@@ -63,8 +64,13 @@ impl Worker {
         } else {
             GapReason::LateWrite
         };
-        // Without a session nothing after the durable position was promised to anybody.
-        let here = sent.unwrap_or_else(|| self.source.stream().consumer());
+        // Without a session nothing after the durable position was promised to anybody. What was spilled to the journal was
+        // seen before by a look that found nothing; only of skipped events one hears later than they happen.
+        let here = match sent {
+            Some(sent) if missed => sent,
+            None if missed => self.shared.durable.load(Ordering::Acquire),
+            sent => sent.unwrap_or(0).max(self.source.stream().consumer()),
+        };
         let first_drop = self.source.take_first_drop();
         // Only of a write that found no room is the place in the stream known, so it counts only if that was all.
         let drops_alone = Troubles { dropped: before.dropped, unreadable: before.unreadable, ..troubles } == before;
