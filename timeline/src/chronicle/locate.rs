@@ -221,11 +221,11 @@ impl Look<'_> {
         }
     }
 
-    /// The newest record or mark that is not above.
+    /// The newest record or mark that is not above; behind the window's begin there is none.
     fn nearest(&self, height: u64) -> Option<HeightTime> {
-        let mark = self.chronicle.marks.at_or_below(height);
+        let known = self.chronicle.known_at_or_below(height);
         let record = self.times.at_height(height).filter(|record| record.0 <= height);
-        mark.into_iter().chain(record).max()
+        known.into_iter().chain(record).max()
     }
 
     /// A height with a time: of the newest record or mark that is not above.

@@ -25,8 +25,8 @@ impl Chronicle {
         let time_of = |height: u64| match height {
             _ if height >= newest.0 => newest.1,
             _ => {
-                let mark = self.marks.at_or_below(height);
-                mark.into_iter().chain(times.at_height(height)).max().map_or(self.oldest.1, |at| at.1)
+                let known = self.known_at_or_below(height);
+                known.into_iter().chain(times.at_height(height)).max().map_or(self.oldest.1, |at| at.1)
             }
         };
         let show = |time_ns: u64| show_exact_time(time_ns);

@@ -167,6 +167,12 @@ impl Chronicle {
         self.oldest
     }
 
+    /// The newest mark that is not above `height`, or the window's begin: the records before that are gone.
+    pub(super) fn known_at_or_below(&self, height: u64) -> Option<HeightTime> {
+        let begin = Some(self.oldest).filter(|begin| begin.0 > 0 && begin.0 <= height);
+        self.marks.at_or_below(height).into_iter().chain(begin).max()
+    }
+
     /// Where the stream stood at `height`. `None`: before the first stream, or lost.
     pub fn position_of(&self, height: u64) -> Option<(Incarnation, u64)> {
         self.marks.place(height).map(|place| (place.incarnation, place.position))
