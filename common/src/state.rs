@@ -89,11 +89,13 @@ pub enum GapReason {
     Rollback = 13,
     /// Part of the agent's journal was lost: what it held is not known.
     JournalLost = 14,
+    /// The group came home from a takeover. Begun and ended at once: both sides were compared and equal.
+    Failback = 15,
 }
 
 impl GapReason {
     /// All reasons, for tables and tests.
-    pub const ALL: [GapReason; 14] = [
+    pub const ALL: [GapReason; 15] = [
         Self::InitialSync,
         Self::NewRing,
         Self::RingFull,
@@ -108,6 +110,7 @@ impl GapReason {
         Self::VolumeChanged,
         Self::Rollback,
         Self::JournalLost,
+        Self::Failback,
     ];
 
     /// The reason with this number.
@@ -131,6 +134,7 @@ impl GapReason {
             Self::ReplicaChanged => "the replica was changed or exchanged, so the whole volume is compared",
             Self::VolumeChanged => "the volume's size changed",
             Self::JournalLost => "part of the agent's journal was lost, so the whole volume is compared",
+            Self::Failback => "the group came home from a takeover",
             Self::Rollback => "the replicas were being rolled back or taken over (still open: run the same command again)",
         }
     }

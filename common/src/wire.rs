@@ -7,6 +7,14 @@
 //! receiver → agent   Preamble · Welcome or Refused · ( Ack | ProbeReply | ImageDone | Ask | Refused )*
 //! ```
 //!
+//! A group that comes home (see [`messages::RefusedReason::Failback`]) has a stream of another kind, in which probes and images
+//! go the other way:
+//!
+//! ```text
+//! agent → receiver   Preamble · FailbackHello · ( FailbackSay | ProbeReply | ImageDone )*
+//! receiver → agent   Preamble · FailbackWelcome or Refused · ( FailbackTell | Probe | Image | Refused )*
+//! ```
+//!
 //! Every message after the preamble is a [`FrameHeader`] and a body. Data and image bodies have the fixed layouts
 //! below; all other bodies are bincode of the structs in [`messages`], limited to
 //! [`CONTROL_BYTES_MAX`](crate::limits::CONTROL_BYTES_MAX).
@@ -98,6 +106,10 @@ pub enum FrameKind {
     Image = 5,
     /// What the agent knows of itself, at least every second: [`messages::Report`].
     Report = 6,
+    /// Agent's first on the stream of a group that comes home: [`messages::FailbackHello`].
+    FailbackHello = 7,
+    /// Agent: a step of coming home is done, or cannot be: [`messages::FailbackSay`].
+    FailbackSay = 8,
     /// Receiver's first, if it agrees: [`messages::Welcome`].
     Welcome = 64,
     /// Receiver ends the session: [`messages::Refused`].
@@ -110,6 +122,10 @@ pub enum FrameKind {
     ImageDone = 68,
     /// Receiver: a command of its operator: [`messages::Ask`].
     Ask = 69,
+    /// Receiver's first, if it agrees to a [`FrameKind::FailbackHello`]: [`messages::FailbackWelcome`].
+    FailbackWelcome = 70,
+    /// Receiver: the next step of coming home: [`messages::FailbackTell`].
+    FailbackTell = 71,
 }
 
 impl FrameKind {
@@ -122,12 +138,16 @@ impl FrameKind {
             4 => Self::Probe,
             5 => Self::Image,
             6 => Self::Report,
+            7 => Self::FailbackHello,
+            8 => Self::FailbackSay,
             64 => Self::Welcome,
             65 => Self::Refused,
             66 => Self::Ack,
             67 => Self::ProbeReply,
             68 => Self::ImageDone,
             69 => Self::Ask,
+            70 => Self::FailbackWelcome,
+            71 => Self::FailbackTell,
             _ => return None,
         })
     }

@@ -104,6 +104,8 @@ pub enum RefusedReason {
     Limit,
     /// The replicas were rolled back and replication was not let go on.
     Held,
+    /// The group runs at the receiver and is to come home: the agent opens a stream for that.
+    Failback,
 }
 
 /// Everything before `durable` is synced on the receiver's disk, everything before `applied` is in the replica.
@@ -210,6 +212,96 @@ pub enum Ask {
     },
 }
 
+/// The agent's first frame on the stream of a group that comes home.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailbackHello {
+    /// The group's name.
+    pub group: String,
+    /// In the order of their numbers.
+    pub volumes: Vec<VolumeHello>,
+    /// Made at random when the volumes were claimed; 0: they are not, or not any more.
+    pub claim: u64,
+    /// Of [`FailbackTell::Arm`], if that was done and nothing was heard since; zeroes: not.
+    pub token: [u8; 16],
+    /// Version of the agent, for people.
+    pub software: String,
+}
+
+/// The receiver agrees.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailbackWelcome {
+    /// What the stream is for.
+    pub purpose: FailbackPurpose,
+    /// The group's epoch now.
+    pub epoch: u64,
+    /// Version of the receiver, for people.
+    pub software: String,
+}
+
+/// See [`FailbackWelcome::purpose`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FailbackPurpose {
+    /// Only to find out what differs: nothing is claimed, nothing is written.
+    Look,
+    /// What the volumes hold is overwritten by what the receiver has.
+    Write,
+    /// It is home already: the agent's token is the one under which it was given back.
+    Home,
+}
+
+/// What the agent says while a group comes home.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FailbackSay {
+    /// The volumes can be read (and, unless it only looks, nobody else writes them): compare.
+    Ready {
+        /// See [`FailbackHello::claim`].
+        claim: u64,
+    },
+    /// They cannot.
+    NotReady {
+        /// What is in the way.
+        text: String,
+        /// What to do about it.
+        next: String,
+    },
+    /// What is written from here on is captured; nobody but us writes.
+    Armed {
+        /// The new ring.
+        incarnation: Incarnation,
+        /// Nothing was written before it but what came from the receiver.
+        position: u64,
+    },
+    /// It is known durably that the group is home under the new epoch.
+    Home,
+}
+
+/// What the receiver wants while a group comes home.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FailbackTell {
+    /// Regions are going to be compared.
+    Pass {
+        /// From 1.
+        number: u32,
+        /// Bytes of the regions.
+        total_bytes: u64,
+    },
+    /// Both are equal up to so long ago.
+    Following {
+        /// The longest that a write waits for being sent.
+        lag_ms: u64,
+    },
+    /// Begin to capture, remember the token durably, and let nobody write yet.
+    Arm {
+        /// The epoch under which the group will be home.
+        epoch: u64,
+        /// Proves afterwards which attempt it was.
+        token: [u8; 16],
+    },
+    /// It is home: the receiver has given up its right to write, durably.
+    Home,
+}
+
 /// Encodes a control body.
 pub fn encode<T: Serialize>(message: &T) -> Vec<u8> {
     // Cannot fail: every message is made of integers, strings and vectors, and writes into memory.
@@ -269,6 +361,10 @@ mod tests {
             let _ = decode::<Probe>(FrameKind::Probe, &bytes);
             let _ = decode::<Report>(FrameKind::Report, &bytes);
             let _ = decode::<Ask>(FrameKind::Ask, &bytes);
+            let _ = decode::<FailbackHello>(FrameKind::FailbackHello, &bytes);
+            let _ = decode::<FailbackWelcome>(FrameKind::FailbackWelcome, &bytes);
+            let _ = decode::<FailbackSay>(FrameKind::FailbackSay, &bytes);
+            let _ = decode::<FailbackTell>(FrameKind::FailbackTell, &bytes);
         }
     }
 }
