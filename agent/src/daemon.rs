@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::sync::watch;
 use varve_bpf::{Capture, CaptureError, CaptureOptions, Origin};
-use varve_common::config::AgentConfig;
+use varve_common::config::{AgentConfig, WatchConfig};
 use varve_common::control::{DaemonStatus, GroupStatus, ProtectReply, StatusReply, VolumeStatus, Window};
 use varve_common::limits::{GROUPS_MAX, REGION_BYTES, VOLUMES_PER_GROUP_MAX};
 use varve_common::paths::Paths;
@@ -21,6 +21,7 @@ use varve_common::record::RECORD_BYTES_MAX;
 use varve_common::state::{Data, GapReason, Link, Role};
 use varve_io::aligned::BufPool;
 use varve_io::blockdev::BlockFacts;
+use varve_io::watcher::Watcher;
 
 /// Frames under way to the receiver, over all groups.
 const FRAMES_MAX: usize = 20;
@@ -54,6 +55,8 @@ pub struct Daemon {
     frames: BufPool,
     regions: BufPool,
     misses: Arc<AtomicU64>,
+    /// What is wrong, told once.
+    pub watcher: Watcher,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -84,6 +87,7 @@ impl Daemon {
             frames: BufPool::new(FRAMES_MAX, frame_bytes.next_multiple_of(4096)),
             regions: BufPool::new(REGIONS_MAX, REGION_BYTES as usize),
             misses: Arc::new(AtomicU64::new(0)),
+            watcher: Watcher::new("agent"),
         }))
     }
 
@@ -395,10 +399,23 @@ impl Daemon {
         Ok(())
     }
 
+    /// All groups, and whether each could be started.
+    pub fn watched(&self) -> Vec<(GroupStatus, bool)> {
+        let mut groups: Vec<_> = self.handles().iter().map(|handle| (handle.shared.status(), true)).collect();
+        groups.extend(lock(&self.failed).values().map(|failed| (failed.status(), false)));
+        groups
+    }
+
+    /// What is watched, and this host's name.
+    pub fn watch_config(&self) -> (WatchConfig, Option<String>) {
+        let config = lock(&self.config);
+        (config.watch.clone(), config.name.clone())
+    }
+
     /// `varve status`.
     pub fn status(&self, only: Option<&str>) -> Result<StatusReply, Problem> {
-        let mut groups: Vec<GroupStatus> = self.handles().iter().map(|handle| handle.shared.status()).collect();
-        groups.extend(lock(&self.failed).values().map(Failed::status));
+        let mut groups: Vec<GroupStatus> = self.watched().into_iter().map(|(status, _)| status).collect();
+        self.watcher.fill(&mut groups);
         groups.sort_by(|a, b| a.name.cmp(&b.name));
         if let Some(only) = only {
             groups.retain(|group| group.name == only);

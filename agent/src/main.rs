@@ -8,6 +8,7 @@ mod journal;
 mod link;
 mod store;
 mod volume;
+mod watch;
 
 use anyhow::{Context, Result};
 use clap::Parser;
@@ -85,6 +86,7 @@ async fn run(paths: Paths) -> Result<()> {
     let server = LocalServer::bind(&paths.agent_socket()).context("cannot serve the control socket")?;
     tokio::spawn(control::serve(daemon.clone(), server));
     tokio::spawn(daemon.clone().tick());
+    watch::start(&daemon).context("cannot start the watch")?;
     if let Some(interval) = notify::watchdog_interval() {
         tokio::spawn(async move {
             loop {

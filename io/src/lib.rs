@@ -13,6 +13,7 @@
 //! | [`blockdev`] | what a block device is, who uses it, which disks are under a path |
 //! | [`notify`] | systemd's readiness and watchdog protocol |
 //! | [`cpu`] | CPU time and resident memory of this process |
+//! | [`watcher`], [`hook`] | a daemon's watch tells the log, the operator's program and a metrics file |
 
 pub mod aligned;
 pub mod blockdev;
@@ -21,10 +22,12 @@ pub mod crashsafe;
 pub mod direct;
 pub mod error;
 mod fallback;
+pub mod hook;
 pub mod notify;
 pub mod sparse;
 mod sys;
 pub mod uring;
+pub mod watcher;
 
 pub use aligned::{AlignedBuf, BufPool, PooledBuf};
 

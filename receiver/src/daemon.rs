@@ -3,7 +3,8 @@
 use crate::group::registry::Registry;
 use crate::promote::{Context, Promotions};
 use crate::view::views::{Views, run_dir};
-use crate::{control, keeper, session};
+use crate::watch::Watching;
+use crate::{control, keeper, session, watch};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -38,6 +39,8 @@ pub struct Daemon {
     pub views: Views,
     /// Has what runs here.
     pub promotions: Promotions,
+    /// Watches all of it.
+    pub watching: Watching,
 }
 
 impl Daemon {
@@ -135,7 +138,9 @@ async fn serve(
     let tls = nbd_config(&authority, hosts.clone()).map_err(|e| net_problem("NBD cannot be served", &e))?;
     let views = Views::new(run_dir(paths), Arc::new(tls));
     let promotions = Promotions::new(run_dir(paths));
-    let daemon = Arc::new(Daemon { name: config.name, authority, hosts, server, registry, views, promotions });
+    let watching = Watching::new(config.watch);
+    let daemon =
+        Arc::new(Daemon { name: config.name, authority, hosts, server, registry, views, promotions, watching });
     daemon.registry.open_all().await;
     resume_promotions(&daemon);
     let keeper = daemon.registry.clone();
@@ -143,6 +148,7 @@ async fn serve(
     let keeper = keeper.map_err(|e| Problem::failed("the keeper cannot start", e.to_string(), "see ulimit -u"))?;
     let address = daemon.address().unwrap_or_default();
     tracing::info!(address, name = daemon.name, groups = daemon.registry.groups().len(), "ready");
+    watch::start(&daemon).map_err(|e| Problem::failed("the watch cannot start", e.to_string(), "see ulimit -u"))?;
     notify::ready();
 
     let mut watchdog = notify::watchdog_interval().map(tokio::time::interval);

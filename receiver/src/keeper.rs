@@ -11,6 +11,8 @@ use varve_timeline::error::HistoryError;
 use varve_timeline::timeline::Timeline;
 
 const NS_PER_SECOND: u64 = 1_000_000_000;
+/// How the notice begins that says so.
+pub const SHORTENED: &str = "the window is shorter than retention says";
 /// Stamps of images lie between heights of the stream.
 const HEIGHT_STEP: u64 = 8;
 
@@ -99,9 +101,7 @@ fn make_room(slot: &Slot, timeline: &Timeline, dir: &Path) -> Result<(), History
         }
         if expire(slot, timeline, "the disk is nearly full")? {
             early += 1;
-            let text = format!(
-                "the window is shorter than retention says: {free} bytes are free on the disk, {floor} are kept free"
-            );
+            let text = format!("{SHORTENED}: {free} bytes are free on the disk, {floor} are kept free");
             tracing::warn!(group = slot.name, free, floor, "old points expired early to keep the disk from filling up");
             slot.board().notice = Some(text);
             continue;

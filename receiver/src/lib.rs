@@ -19,6 +19,7 @@
 //! | [`view`], [`restore`], [`rollback`] | the past, read and brought back |
 //! | [`promote`] | running a group here |
 //! | [`keeper`] | merges, retention, free space |
+//! | [`watch`] | alerts, also of a source that is silent |
 //! | [`status`], [`control`] | what `varve` sees and asks |
 //! | [`failpoint`] | places where tests end the process |
 //!
@@ -41,3 +42,4 @@ pub mod rollback;
 pub mod session;
 pub mod status;
 pub mod view;
+pub mod watch;

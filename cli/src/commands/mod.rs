@@ -8,6 +8,7 @@ pub(crate) mod host_invite;
 pub(crate) mod host_list;
 pub(crate) mod host_revoke;
 pub(crate) mod join;
+pub(crate) mod metrics;
 pub(crate) mod points;
 pub(crate) mod protect;
 pub(crate) mod receiver_init;

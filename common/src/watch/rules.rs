@@ -135,7 +135,9 @@ impl Memory {
     /// For the status.
     pub(super) fn status(&self, limits: &Limits, facts: &Facts) -> WatchStatus {
         let idle = !self.has_written || self.without_writes >= IDLE_AFTER;
-        let flow = if facts.not_started || self.quiet > limits.no_ack {
+        // What runs at the recovery host has no canaries.
+        let stalled = self.quiet > limits.no_ack && facts.role != Role::Promoted;
+        let flow = if facts.not_started || stalled {
             Flow::Stalled
         } else if facts.data == Data::Lagging {
             Flow::Lagging

@@ -161,8 +161,10 @@ fn problem(what: &str, error: &Error) -> Problem {
     Problem::new(kind, what, why, error.hint())
 }
 
-fn show_status(daemon: &Daemon, group: Option<&str>) -> Result<StatusReply, Problem> {
-    let groups = status::groups(daemon, group);
+/// What the status says.
+pub fn show_status(daemon: &Daemon, group: Option<&str>) -> Result<StatusReply, Problem> {
+    let mut groups = status::groups(daemon, group);
+    daemon.watching.watcher.fill(&mut groups);
     if let Some(name) = group.filter(|_| groups.is_empty()) {
         return Err(no_group(name));
     }

@@ -498,6 +498,7 @@ fn make_group(
 fn remove_group(dir: &Path) -> Result<(), IoError> {
     crashsafe::remove_durable(dir.join(super::meta::FILE_NAME))?;
     crashsafe::remove_durable(dir.join(APPLIED_NAME))?;
+    crashsafe::remove_durable(dir.join(crate::watch::FILE_NAME))?;
     for name in [LANDING_NAME, HISTORY_NAME] {
         let path = dir.join(name);
         match std::fs::remove_dir_all(&path) {

@@ -12,6 +12,7 @@ pub(crate) fn next_step(group: &GroupStatus, varve: &str, watched: bool) -> Opti
         .or_else(|| by_link(group, varve))
         .or_else(|| by_verify(group).map(|words| format!("{varve}verify {name}{words}")))
         .or_else(|| by_data(group, varve, &watch))
+        .or_else(|| group.alerts.first().map(|alert| alert.next.clone()))
 }
 
 fn by_role(group: &GroupStatus) -> Option<String> {

@@ -2,9 +2,12 @@
 
 use super::picture::{DaemonProblem, Picture};
 use super::table::render;
-use varve_common::control::{DaemonStatus, GapStatus, GroupStatus, HistoryStatus, ResyncStatus, VolumeStatus, Window};
+use varve_common::control::{
+    AlertStatus, DaemonStatus, GapStatus, GroupStatus, HistoryStatus, ResyncStatus, VolumeStatus, Window,
+};
 use varve_common::problem::Problem;
 use varve_common::state::{Data, GapReason, Link, Role};
+use varve_common::watch::Severity;
 use varve_common::wire::messages::Verify;
 
 fn agent() -> DaemonStatus {
@@ -91,6 +94,28 @@ fn protected() {
 db     source  streaming  protected  0.0 s  8.0 KiB  2026-11-20 14:03:22.512Z
 ";
     assert_eq!(of(group(Data::Protected)), format!("{HEAD}{expected}{VOLUME}"));
+}
+
+#[test]
+fn alerts() {
+    let alert = |id: &str, severity, text: &str, next: &str| AlertStatus {
+        id: id.into(),
+        severity,
+        text: text.into(),
+        since: "2026-11-20T14:03:53.1Z".into(),
+        next: next.into(),
+    };
+    let alerts = vec![
+        alert("source-silent", Severity::Critical, "the agent has sent nothing for 40 s", "look at the agent"),
+        alert("not-verified-for", Severity::Warning, "no verify since then", "varve verify db"),
+    ];
+    let expected = "GROUP  ROLE    LINK       DATA       RPO    LAG      DURABLE
+db     source  streaming  protected  0.0 s  8.0 KiB  2026-11-20 14:03:22.512Z
+  ALERT   source-silent (critical since 2026-11-20 14:03:53.100Z): the agent has sent nothing for 40 s
+  ALERT   not-verified-for (warning since 2026-11-20 14:03:53.100Z): no verify since then
+";
+    let text = of(GroupStatus { alerts, ..group(Data::Protected) });
+    assert_eq!(text, format!("{HEAD}{expected}{VOLUME}  next    look at the agent\n"));
 }
 
 #[test]

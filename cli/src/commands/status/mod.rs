@@ -8,7 +8,7 @@
 mod advice;
 #[cfg(test)]
 mod golden;
-mod picture;
+pub(crate) mod picture;
 mod table;
 mod watch;
 

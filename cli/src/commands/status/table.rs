@@ -3,7 +3,7 @@
 use super::advice;
 use super::picture::{DaemonProblem, Picture, key};
 use crate::words;
-use varve_common::control::{DaemonStatus, GroupStatus, HistoryStatus};
+use varve_common::control::{AlertStatus, DaemonStatus, GroupStatus, HistoryStatus};
 use varve_common::state::Data;
 use varve_common::wire::messages::Verify;
 
@@ -107,7 +107,7 @@ fn detail(name: &str, text: &str) -> String {
 }
 
 fn details(group: &GroupStatus, rate: Option<f64>) -> Vec<String> {
-    let mut rows: Vec<(&str, String)> = Vec::new();
+    let mut rows: Vec<(&str, String)> = group.alerts.iter().map(|alert| ("ALERT", alert_text(alert))).collect();
     let explained = group.gap_reason.map(|reason| reason.explain().to_owned());
     if let Some(reason) = &group.reason {
         rows.push(("why", reason.clone()));
@@ -129,6 +129,12 @@ fn details(group: &GroupStatus, rate: Option<f64>) -> Vec<String> {
         rows.push(("volume", format!("{} ({}){replica}", volume.path, words::bytes(volume.bytes))));
     }
     rows.into_iter().map(|(name, text)| detail(name, &text)).collect()
+}
+
+/// `no-ack (critical since 2026-11-20 14:03:22.512Z): the receiver has acknowledged nothing for 40 s`.
+fn alert_text(alert: &AlertStatus) -> String {
+    let AlertStatus { id, severity, since, text, .. } = alert;
+    format!("{id} ({} since {}): {text}", severity.word(), words::time(since))
 }
 
 fn sync_text(group: &GroupStatus, rate: Option<f64>) -> Option<String> {
