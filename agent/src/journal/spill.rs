@@ -71,14 +71,18 @@ pub fn run(journal: &Journal, tape: &dyn Tape) {
         }
     }
     let _gone = Gone(journal);
+    let (generation, dirty) = {
+        let inner = lock(&journal.inner);
+        (inner.generation, inner.end.is_some())
+    };
     let mut spiller = Spiller {
         journal,
         tape,
-        generation: lock(&journal.inner).generation,
+        generation,
         place: None,
         oldest: 0,
         told: None,
-        dirty: lock(&journal.inner).end.is_some(),
+        dirty,
         queue: None,
         buffers: Vec::new(),
         full_until: None,
