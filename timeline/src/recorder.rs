@@ -86,7 +86,7 @@ impl Recorder {
             tracing::error!(layer = number, offset, bytes, why = damage.why, "the newest layer is damaged");
             let (from, to) = (self.timeline.begin().unwrap_or(0), damage.whole_from.unwrap_or(found.complete_to));
             let what = format!("layer {number} is damaged at byte {offset}: {}", damage.why);
-            self.timeline.tell(&[Event::Damaged { from, to, what }])?;
+            self.timeline.tell_damage(from, to, &what)?;
         }
         self.next_number = number + 1;
         self.complete_to = found.complete_to;
@@ -113,7 +113,7 @@ impl Recorder {
         let (found, from) = (self.complete_to, self.timeline.begin().unwrap_or(0));
         tracing::error!(found, history, "the newest layer has lost its end: points that need it are lost");
         let what = format!("layer {} has lost its end", self.next_number - 1);
-        self.timeline.tell(&[Event::Damaged { from, to: history, what }])?;
+        self.timeline.tell_damage(from, history, &what)?;
         self.close_layer()?;
         self.complete_to = history;
         Ok(())

@@ -76,7 +76,7 @@ impl Timeline {
             .lost
             .iter()
             .filter(|lost| lost.from < lost.to)
-            .map(|lost| Event::Damaged { from: lost.from, to: lost.to, what: lost.what.clone() })
+            .map(|lost| Event::damaged(lost.from, lost.to, &lost.what))
             .collect();
         self.tell(&events)?;
         Ok(found)

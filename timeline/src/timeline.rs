@@ -368,6 +368,11 @@ impl Timeline {
         lock(&self.chronicle).append(events).map(drop)
     }
 
+    /// Makes known that the points from `from` to below `to` are lost, if there are any.
+    pub(crate) fn tell_damage(&self, from: u64, to: u64, what: &str) -> Result<(), HistoryError> {
+        if from < to { self.tell(&[Event::damaged(from, to, what)]) } else { Ok(()) }
+    }
+
     /// Reads the chronicle again, and mends what damage took from its end.
     pub(crate) fn settle(&self, facts: &StreamFacts) -> Result<(), HistoryError> {
         let mut chronicle = lock(&self.chronicle);
