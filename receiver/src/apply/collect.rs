@@ -111,7 +111,12 @@ impl Batch {
             if record.kind == RecordKind::Bookmark {
                 let name = String::from_utf8_lossy(record.payload).into_owned();
                 let (time_ns, consistency) = (record.header.time_ns.get(), Consistency::Crash);
-                self.events.push(Event::Bookmark { height, time_ns, name, consistency });
+                let event = Event::Bookmark { height, time_ns, name, consistency };
+                // The agent checks names. One that gets past it must not stop the group.
+                match event.is_possible() {
+                    true => self.events.push(event),
+                    false => tracing::warn!(?event, "a bookmark whose name cannot be is passed over"),
+                }
             }
             if !record.kind.changes_data() {
                 continue;
