@@ -9,6 +9,7 @@ mod support;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -17,7 +18,7 @@ use support::looker::{Looker, Seen, parse_time};
 use support::past::{Expected, Volumes};
 use support::{LIMIT, assert_equal, seed};
 use tokio::task::block_in_place;
-use varve_common::control::{ReceiverRequest, RetentionReply, RollbackReply, ViewReply};
+use varve_common::control::{LayerDamage, ReceiverRequest, RetentionReply, RollbackReply, ScrubReply, ViewReply};
 use varve_common::point::PointSpec;
 use varve_common::problem::ProblemKind;
 use varve_receiver::failpoint;
@@ -198,6 +199,9 @@ async fn while_data_flows(seed: u64, time: Duration) {
     assert!(host.deed(Deed::Records(40)).await && host.settle().await);
     let first = looker.any(&mut rng).unwrap();
     let Expected::After(index) = looker.expected(&first) else { panic!("{first}") };
+    // By its time: the words about a stream that has gone altogether are others.
+    let first = PointSpec::Time(looker.past.lock().unwrap().time_ns(index));
+    let Expected::After(index) = looker.expected(&first) else { panic!("{first}") };
     let held = looker.open(&first).unwrap().unwrap();
     // Held: whatever retention says, nothing of it may go.
     let retention = |bytes| ReceiverRequest::Retention {
@@ -268,6 +272,7 @@ fn roll_back(host: &mut Host, looker: &Looker, at: &PointSpec, index: usize) -> 
     let model = Arc::new(looker.image(index));
     let reply = looker.rollback(at).unwrap().unwrap_or_else(|problem| panic!("{at}: {problem:?}"));
     assert!(reply.held);
+    eprintln!("rolled back to {at}, step {index}: {reply:?}");
     let (stream, began, ended) = newest_stream(looker);
     host.note_rollback(stream, began, Some((ended.unwrap(), model.clone())));
     for (number, model) in model.iter().enumerate() {
@@ -326,15 +331,15 @@ async fn back_and_forth(seed: u64, rounds: usize) {
                     host.note_rollback(stream, began, Some((ended.unwrap(), now)));
                     host.receiver.kill();
                     host.receiver.start(None);
+                    looker.points();
                 }
                 Some(Err(problem)) => panic!("{problem:?}"),
             }
             look_around(&looker, &mut rng, 10, 4);
             // And back to what was before.
-            let model = looker.image(before);
             let was = looker.past.lock().unwrap().spec_of_position(before);
             let reply = roll_back(&mut host, &looker, &was, before);
-            assert_eq!(looker.image(looker.past.lock().unwrap().len() - 1), model);
+            assert!(looker.expected(&PointSpec::Latest) != Expected::After(before), "a rollback is a point of its own");
             // That one can be undone by the words that it answers with.
             let undo = PointSpec::Time(parse_time(&reply.from_point.time));
             roll_back(&mut host, &looker, &undo, index);
@@ -359,4 +364,181 @@ async fn back_and_forth(seed: u64, rounds: usize) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rollback_is_exact_and_can_be_undone() {
     back_and_forth(seed(), 3).await;
+}
+
+/// Something that happens to a file.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Harm {
+    Flip,
+    Truncate,
+    Remove,
+    Swap,
+}
+
+/// Does it to a file of a directory, at random; `newest`: to the last one. Says what was done.
+fn harm(dir: &Path, harm: Harm, newest: bool, rng: &mut StdRng) -> String {
+    let mut files: Vec<PathBuf> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    let which = if newest { files.len() - 1 } else { rng.random_range(0..files.len() - 1) };
+    let path = &files[which];
+    let mut bytes = std::fs::read(path).unwrap();
+    // The newest layer has room reserved behind its end.
+    let used = bytes.iter().rposition(|byte| *byte != 0).map_or(1, |last| last + 1);
+    let at = rng.random_range(0..used);
+    match harm {
+        Harm::Flip => {
+            bytes[at] ^= 1 << rng.random_range(0..8);
+            std::fs::write(path, &bytes).unwrap();
+        }
+        Harm::Truncate => std::fs::write(path, &bytes[..at]).unwrap(),
+        Harm::Remove => std::fs::remove_file(path).unwrap(),
+        Harm::Swap => drop(std::fs::copy(&files[(which + 1) % files.len()], path).unwrap()),
+    }
+    format!("{harm:?} of {} at {at} of {used}", path.file_name().unwrap().display())
+}
+
+fn copy_tree(from: &Path, to: &Path) {
+    let _ = std::fs::remove_dir_all(to);
+    let done = std::process::Command::new("cp").args(["-a", "--sparse=always"]).arg(from).arg(to).status().unwrap();
+    assert!(done.success());
+}
+
+/// Whether a look at a point of a damaged history gave what may be given: what was there, or no answer.
+fn is_honest(seen: &Seen) -> bool {
+    match seen {
+        Seen::Right | Seen::Errors(_) => true,
+        Seen::Refused(problem) => matches!(problem.kind, ProblemKind::Failed | ProblemKind::Refused | ProblemKind::NotFound),
+        Seen::Gone => false,
+    }
+}
+
+/// After a scrub: what it names as lost is refused, everything else is right.
+fn check_lost(looker: &Looker, scrubbed: &ScrubReply, rng: &mut StdRng, points: usize, what: &str) -> (usize, usize) {
+    let range = |damage: &LayerDamage| {
+        let from = parse_time(damage.from.as_ref()?);
+        Some((from, damage.to.as_ref().map_or(u64::MAX, |to| parse_time(to))))
+    };
+    let lost: Vec<(u64, u64)> = scrubbed.damaged.iter().filter_map(range).collect();
+    let (mut right, mut refused) = (0, 0);
+    for _ in 0..points {
+        let at = looker.any(rng).unwrap();
+        let Expected::After(index) = looker.expected(&at) else { continue };
+        let time_ns = looker.past.lock().unwrap().time_ns(index);
+        let seen = looker.look(&at, index, rng, true);
+        let context = || format!("{what}: {at} (step {index}): {seen:?}; lost are {lost:?}; {scrubbed:?}");
+        // Records may share a time, and times are shown to the microsecond.
+        let inside = lost.iter().any(|(from, to)| (from + 2000..to.saturating_sub(2000)).contains(&time_ns));
+        let outside = !lost.iter().any(|(from, to)| (from.saturating_sub(2000)..=to.saturating_add(2000)).contains(&time_ns));
+        if outside {
+            assert_eq!(seen, Seen::Right, "{}", context());
+            right += 1;
+        } else if inside {
+            assert!(matches!(&seen, Seen::Refused(_)), "{}", context());
+            refused += 1;
+        } else {
+            assert!(is_honest(&seen), "{}", context());
+        }
+    }
+    (right, refused)
+}
+
+async fn damage(seed: u64, cases: usize, points: usize) {
+    let mut rng = StdRng::seed_from_u64(seed ^ 5);
+    let mut host = synced(seed, "").await;
+    let looker = looker(&host);
+    while host.receiver.group(GROUP).unwrap().history.unwrap().layers < 20 {
+        let deed = host.any_deed();
+        assert!(host.deed(deed).await, "{}", host.receiver.log());
+    }
+    if host.in_gap() {
+        assert!(host.deed(Deed::CloseGap).await);
+    }
+    assert!(host.deed(Deed::Records(30)).await && host.settle().await);
+    // For the merges.
+    std::thread::sleep(Duration::from_millis(1500));
+    host.disconnect();
+    host.receiver.stop();
+    let group = host.receiver.paths.receiver_group(GROUP);
+    let history = group.join("history");
+    let backup = host.receiver.dir.path().join("backup");
+    copy_tree(&group, &backup);
+    let harms = [Harm::Flip, Harm::Truncate, Harm::Remove, Harm::Swap];
+    for case in 0..cases {
+        let (newest, run) = (case % 7 == 5, case % 3 == 2);
+        let dir = history.join(if run { "runs" } else { "layers" });
+        let kind = harms[if case % 2 == 0 { 0 } else { rng.random_range(0..4) }];
+        let online = !newest && rng.random_bool(0.3);
+        if online {
+            host.receiver.start(None);
+            looker.points();
+            // Whatever is remembered of files.
+            look_around(&looker, &mut rng, 3, 0);
+        }
+        let what = harm(&dir, kind, newest && !run, &mut rng);
+        if !online {
+            host.receiver.start(None);
+        }
+        eprintln!("case {case}: {what}{}", if online { ", online" } else { "" });
+        let opened = host.receiver.try_group(GROUP).is_some();
+        assert!(opened, "{what}: {}", host.receiver.log());
+        looker.points();
+        for _ in 0..points {
+            let at = looker.any(&mut rng).unwrap();
+            let Expected::After(index) = looker.expected(&at) else { continue };
+            let seen = looker.look(&at, index, &mut rng, true);
+            assert!(is_honest(&seen), "{what}: {at}: {seen:?}");
+            if run && !online {
+                assert_eq!(seen, Seen::Right, "{what}: {at}: runs can be made again");
+            }
+        }
+        let scrubbed = looker.scrub();
+        if run {
+            assert!(scrubbed.damaged.is_empty(), "{what}: {scrubbed:?}");
+        }
+        let before = check_lost(&looker, &scrubbed, &mut rng, points, &what);
+        // And in another life.
+        host.receiver.stop();
+        host.receiver.start(None);
+        looker.points();
+        let after = check_lost(&looker, &scrubbed, &mut rng, points, &format!("{what}, restarted"));
+        let words: Vec<&str> = scrubbed.damaged.iter().map(|damage| damage.what.as_str()).collect();
+        eprintln!("  {} lost: {words:?}; right and refused: {before:?}, {after:?}", scrubbed.damaged.len());
+        if case + 1 == cases {
+            break;
+        }
+        host.receiver.kill();
+        copy_tree(&backup, &group);
+    }
+    // It goes on all the same.
+    assert!(host.connect().await);
+    assert!(host.deed(Deed::Records(200)).await && host.settle().await);
+    block_in_place(|| looker.check(&PointSpec::Latest, &mut rng));
+    host.receiver.stop();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn damage_never_gives_wrong_bytes_and_takes_no_more_than_it_must() {
+    damage(seed(), 8, 8).await;
+}
+
+/// As long as `VARVE_SOAK_SECONDS` says, one round after another, each with a seed of its own: `make soak`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "as long as VARVE_SOAK_SECONDS says"]
+async fn soak() {
+    let seconds = std::env::var("VARVE_SOAK_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(600);
+    let start = Instant::now();
+    let mut next = seed();
+    for round in 0.. {
+        eprintln!("soak round {round}: VARVE_SEED={next}, {:?} of {seconds} s", start.elapsed());
+        match round % 4 {
+            0 => through_crashes(next, 16, 60, 20).await,
+            1 => while_data_flows(next, Duration::from_secs(30)).await,
+            2 => back_and_forth(next, 6).await,
+            _ => damage(next, 24, 20).await,
+        }
+        if start.elapsed() > Duration::from_secs(seconds) {
+            break;
+        }
+        next = StdRng::seed_from_u64(next).random();
+    }
 }

@@ -161,13 +161,7 @@ impl Looker {
         match self.expected(at) {
             Expected::After(index) => {
                 let seen = self.look(at, index, rng, false);
-                assert_eq!(
-                    seen,
-                    Seen::Right,
-                    "{at}: step {index} of {}: {}",
-                    self.past.lock().unwrap().len(),
-                    self.describe(index)
-                );
+                assert_eq!(seen, Seen::Right, "{at}: step {index}: {}", self.describe(index));
             }
             Expected::Gap => self.check_gap(at, rng),
         }
