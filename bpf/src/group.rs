@@ -207,9 +207,8 @@ impl Group {
 
     /// Whether each volume is still on the disk that it was on when its capture began: a number may name another one.
     pub fn disks_are_the_same(&self) -> bool {
-        let same = |track: &VolumeTrack| {
-            track.entry().identity.load(Ordering::Acquire) == disk_identity(track.spec().disk)
-        };
+        let same =
+            |track: &VolumeTrack| track.entry().identity.load(Ordering::Acquire) == disk_identity(track.spec().disk);
         self.tracks.iter().all(same)
     }
 
@@ -351,13 +350,7 @@ pub(crate) fn bitmap_words(bytes: u64) -> u64 {
 
 impl Shared {
     /// Whether the group in `slot` captures these very volumes.
-    fn check_kept(
-        &self,
-        slots: &Slots,
-        slot: u32,
-        volumes: &[(u32, u32)],
-        specs: &[VolumeSpec],
-    ) -> Result<(), String> {
+    fn check_kept(&self, slots: &Slots, slot: u32, volumes: &[(u32, u32)], specs: &[VolumeSpec]) -> Result<(), String> {
         let there = self.ledger[slot as usize].volumes.load(Ordering::Acquire) as usize;
         if there != specs.len() || volumes.len() != specs.len() {
             return Err(format!("it captures {} of {there} volumes instead of {}", volumes.len(), specs.len()));

@@ -59,10 +59,9 @@ impl Shared {
         let mut given_up = Vec::new();
         for (index, spec) in found {
             let entry = &self.volumes[index as usize];
-            let kept = self.ledger[entry.group.load(Ordering::Acquire) as usize % GROUPS_MAX]
-                .state
-                .load(Ordering::Acquire)
-                == LEDGER_KEPT;
+            let kept =
+                self.ledger[entry.group.load(Ordering::Acquire) as usize % GROUPS_MAX].state.load(Ordering::Acquire)
+                    == LEDGER_KEPT;
             match entry.flags.load(Ordering::Acquire) {
                 0 => {
                     self.unwatch(&spec, index);

@@ -138,7 +138,8 @@ mod tests {
             misses: 9,
         };
         assert_eq!(Kept::decode(&kept.encode()), Some(kept.clone()));
-        let closed = Kept { gap: GapState::of_parts(None, 0, 8, true), shown: None, shown_since_ns: None, ..kept.clone() };
+        let closed =
+            Kept { gap: GapState::of_parts(None, 0, 8, true), shown: None, shown_since_ns: None, ..kept.clone() };
         assert_eq!(Kept::decode(&closed.encode()), Some(closed));
         assert_eq!(Kept::decode(&[0; NOTE_WORDS]), None, "never left");
         for (word, value) in [(0, VERSION + 1), (1, 200), (5, u64::MAX)] {

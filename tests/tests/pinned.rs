@@ -1,0 +1,241 @@
+//! Capture outlives the agent: killed, stopped, exchanged, it goes on where it was; unprotected, nothing is left.
+#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(missing_docs, reason = "tests say what they test by their names")]
+
+use rand::Rng;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use varve_tests::*;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// The ring's name.
+fn incarnation(pair: &Pair, group: &str) -> String {
+    let status = pair.production.group(group).unwrap();
+    let captured = status["captured"].as_str().unwrap().to_owned();
+    captured.rsplit_once(':').unwrap().0.to_owned()
+}
+
+/// No region was compared or sent, no gap was seen, by any agent since `from` (a length of the log).
+#[track_caller]
+fn assert_no_gap(pair: &Pair, from: usize) {
+    let log = pair.production.log(Role::Agent);
+    let bad: Vec<&str> = log[from..]
+        .lines()
+        .filter(|line| line.contains("a gap begins") || line.contains("resumed=false") || line.contains(" ERROR "))
+        .collect();
+    assert!(bad.is_empty(), "{bad:#?}");
+}
+
+#[track_caller]
+fn counter(pair: &Pair, group: &str, name: &str) -> u64 {
+    pair.production.group(group).unwrap()["counters"][name].as_u64().unwrap()
+}
+
+/// Everything pinned below an installation's root. (The kernel has two files of its own in a new bpffs.)
+fn pins(install: &Installation) -> Vec<PathBuf> {
+    let (mut found, mut dirs) = (Vec::new(), vec![install.root().join("sys/fs/bpf")]);
+    while let Some(dir) = dirs.pop() {
+        for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+            if entry.path().is_dir() {
+                dirs.push(entry.path());
+            }
+            if !entry.file_name().to_string_lossy().ends_with(".debug") {
+                found.push(entry.path());
+            }
+        }
+    }
+    found
+}
+
+#[track_caller]
+fn assert_equal(pair: &Pair, group: &str, volumes: &[&Path], replicas: &[PathBuf]) {
+    pair.wait_protected(group, LIMIT);
+    pair.wait_applied(group, LIMIT);
+    for (volume, replica) in volumes.iter().zip(replicas) {
+        assert_same(volume, replica);
+    }
+}
+
+/// Killed at random moments under load, two volumes in one order.
+#[test]
+fn an_agent_killed_again_and_again_loses_nothing_and_compares_nothing() {
+    require_root();
+    let seed = Seed::new();
+    let mut rng = seed.rng();
+    let scratch = Scratch::memory();
+    let (a, b) = (LoopDevice::new(&scratch, "a", 64 << 20), LoopDevice::new(&scratch, "b", 32 << 20));
+    let mut pair = Pair::with_agent_config("ring_mib = 256\n");
+    let replicas = pair.protect("db", &[a.path(), b.path()]);
+    pair.wait_protected("db", LIMIT);
+    let (name, from) = (incarnation(&pair, "db"), pair.production.log(Role::Agent).len());
+    let kills: u32 = std::env::var("VARVE_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(12);
+    let load = |device: &LoopDevice, number| {
+        Fio::new(device.path())
+            .block("512-128k")
+            .option("blockalign=512")
+            .depth(8)
+            .seed(number)
+            .rate(20 << 20)
+            .seconds(600)
+    };
+    let loads = [load(&a, seed.number()).start(&scratch), load(&b, seed.number() + 1).start(&scratch)];
+    for _ in 0..kills {
+        std::thread::sleep(Duration::from_millis(rng.random_range(0..700)));
+        pair.production.kill(Role::Agent);
+        std::thread::sleep(Duration::from_millis(rng.random_range(0..400)));
+        pair.production.start(Role::Agent);
+    }
+    for load in loads {
+        load.stop();
+    }
+    assert_equal(&pair, "db", &[a.path(), b.path()], &replicas);
+    assert_eq!(incarnation(&pair, "db"), name, "one ring all the time");
+    assert_no_gap(&pair, from);
+    assert_eq!(counter(&pair, "db", "image_bytes") + counter(&pair, "db", "probes"), 0);
+}
+
+/// The same in the middle of the first sync, where regions are in hand.
+#[test]
+fn an_agent_killed_in_its_first_sync_goes_on_with_it() {
+    require_root();
+    let seed = Seed::new();
+    let mut rng = seed.rng();
+    let scratch = Scratch::memory();
+    let device = LoopDevice::new(&scratch, "volume", 192 << 20);
+    let mut content = vec![0; 192 << 20];
+    rng.fill(&mut content[..]);
+    std::fs::write(device.path(), &content).unwrap();
+    run_ok("blockdev", &["--flushbufs", device.path().to_str().unwrap()]);
+    let mut pair = Pair::with_agent_config("ring_mib = 256\n");
+    let load = Fio::new(device.path())
+        .block("512-64k")
+        .option("blockalign=512")
+        .depth(8)
+        .seed(seed.number())
+        .rate(15 << 20)
+        .seconds(600)
+        .start(&scratch);
+    let replicas = pair.protect("db", &[device.path()]);
+    let name = incarnation(&pair, "db");
+    for _ in 0..10 {
+        std::thread::sleep(Duration::from_millis(rng.random_range(0..300)));
+        pair.production.kill(Role::Agent);
+        pair.production.start(Role::Agent);
+    }
+    pair.wait_protected("db", LIMIT);
+    load.stop();
+    assert_equal(&pair, "db", &[device.path()], &replicas);
+    assert_eq!(incarnation(&pair, "db"), name);
+}
+
+#[test]
+fn what_is_written_while_the_agent_is_stopped_is_in_the_stream() {
+    require_root();
+    let scratch = Scratch::memory();
+    let device = LoopDevice::new(&scratch, "volume", 32 << 20);
+    let mut pair = Pair::new();
+    let replicas = pair.protect("db", &[device.path()]);
+    pair.wait_protected("db", LIMIT);
+    let status = pair.production.group("db").unwrap();
+    assert_eq!((&status["ring"]["pinned"], &status["ring"]["origin"]), (&true.into(), &"new".into()));
+    let (name, from) = (incarnation(&pair, "db"), pair.production.log(Role::Agent).len());
+    pair.production.stop(Role::Agent);
+    Fio::new(device.path()).block("4k").depth(4).rate(4 << 20).seconds(2).start(&scratch).finish();
+    pair.production.start(Role::Agent);
+    assert_equal(&pair, "db", &[device.path()], &replicas);
+    assert_eq!(incarnation(&pair, "db"), name);
+    assert_no_gap(&pair, from);
+    let status = pair.production.group("db").unwrap();
+    assert!(status["ring"]["origin"].as_str().unwrap().starts_with("taken over from varve "), "{status:#}");
+    assert!(status["counters"]["stream_bytes"].as_u64().unwrap() > 4 << 20, "it came as records");
+}
+
+/// Nobody came back in time: the ring is full, and then there are dirty regions and a gap that heals.
+#[test]
+fn a_ring_that_ran_full_without_an_agent_is_a_gap_that_heals() {
+    require_root();
+    let scratch = Scratch::memory();
+    let device = LoopDevice::new(&scratch, "volume", 64 << 20);
+    let mut pair = Pair::with_agent_config("ring_mib = 4\n");
+    let replicas = pair.protect("db", &[device.path()]);
+    pair.wait_protected("db", LIMIT);
+    let (name, from) = (incarnation(&pair, "db"), pair.production.log(Role::Agent).len());
+    pair.production.kill(Role::Agent);
+    Fio::new(device.path()).block("64k").depth(4).rate(16 << 20).seconds(2).start(&scratch).finish();
+    pair.production.start(Role::Agent);
+    wait_until(LIMIT, "the gap is seen", || pair.production.log(Role::Agent)[from..].contains("a gap begins"));
+    assert_equal(&pair, "db", &[device.path()], &replicas);
+    assert_eq!(incarnation(&pair, "db"), name, "no new ring");
+    assert!(!pair.production.log(Role::Agent)[from..].contains("resumed=false"));
+    assert_eq!(pair.production.group("db").unwrap()["gap_reason"], serde_json::Value::Null);
+}
+
+#[test]
+fn unprotect_and_unpin_all_leave_no_pin() {
+    require_root();
+    let scratch = Scratch::memory();
+    let (a, b) = (LoopDevice::new(&scratch, "a", 8 << 20), LoopDevice::new(&scratch, "b", 8 << 20));
+    let mut pair = Pair::new();
+    assert_eq!(pins(&pair.production), Vec::<PathBuf>::new(), "nothing before something is protected");
+    pair.protect("a", &[a.path()]);
+    let replicas = pair.protect("b", &[b.path()]);
+    pair.wait_protected("b", LIMIT);
+    assert!(pins(&pair.production).len() > 20);
+    pair.production.varve(&["unprotect", "a", "--yes"]).ok();
+    // The other one is as it was, over a kill, too.
+    pair.production.kill(Role::Agent);
+    Fio::new(b.path()).block("4k").depth(1).rate(1 << 20).seconds(1).start(&scratch).finish();
+    pair.production.start(Role::Agent);
+    assert_equal(&pair, "b", &[b.path()], &replicas);
+    pair.production.varve(&["unprotect", "b", "--yes"]).ok();
+    assert_eq!(pins(&pair.production), Vec::<PathBuf>::new());
+
+    // And again from the beginning, ended by hand.
+    let replicas = pair.protect("again", &[a.path()]);
+    pair.wait_protected("again", LIMIT);
+    let agent = |pair: &Pair| {
+        let exe = std::fs::read_link(format!("/proc/{}/exe", pair.production.pid(Role::Agent))).unwrap();
+        (exe, pair.production.root().to_owned())
+    };
+    let (exe, root) = agent(&pair);
+    let unpin = || run(std::process::Command::new(&exe).arg("--unpin-all").env("VARVE_ROOT", &root));
+    unpin().expect_code(1);
+    assert!(!pins(&pair.production).is_empty(), "not while the agent runs");
+    pair.production.stop(Role::Agent);
+    assert!(!pins(&pair.production).is_empty(), "a stopped agent leaves them");
+    unpin().ok();
+    assert_eq!(pins(&pair.production), Vec::<PathBuf>::new());
+    unpin().ok();
+    // Nobody captured from then on, so the whole volume is compared.
+    std::fs::write(a.path(), vec![3; 1 << 20]).unwrap();
+    run_ok("blockdev", &["--flushbufs", a.path().to_str().unwrap()]);
+    let from = pair.production.log(Role::Agent).len();
+    pair.production.start(Role::Agent);
+    wait_until(LIMIT, "a new ring", || pair.production.log(Role::Agent)[from..].contains("resumed=false"));
+    assert_equal(&pair, "again", &[a.path()], &replicas);
+}
+
+/// A volume whose number names another disk now.
+#[test]
+fn another_disk_behind_the_same_number_begins_a_new_ring() {
+    require_root();
+    let scratch = Scratch::memory();
+    let device = LoopDevice::new(&scratch, "volume", 8 << 20);
+    let mut pair = Pair::new();
+    let replicas = pair.protect("db", &[device.path()]);
+    pair.wait_protected("db", LIMIT);
+    let (name, from) = (incarnation(&pair, "db"), pair.production.log(Role::Agent).len());
+    pair.production.stop(Role::Agent);
+    let path = device.path().to_str().unwrap();
+    let other = scratch.file("other", 8 << 20);
+    std::fs::write(&other, vec![9; 8 << 20]).unwrap();
+    run_ok("losetup", &["--detach", path]);
+    run_ok("losetup", &[path, other.to_str().unwrap()]);
+    pair.production.start(Role::Agent);
+    let status = pair.production.group("db").unwrap();
+    assert!(status["ring"]["origin"].as_str().unwrap().contains("is not the disk that it was"), "{status:#}");
+    wait_until(LIMIT, "a new ring", || pair.production.log(Role::Agent)[from..].contains("resumed=false"));
+    assert_equal(&pair, "db", &[device.path()], &replicas);
+    assert_ne!(incarnation(&pair, "db"), name);
+}
