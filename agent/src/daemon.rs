@@ -1,5 +1,6 @@
 //! The agent: groups, capture, the link, the control socket. Changes of the set of groups are made one at a time.
 
+use crate::failback::Returning;
 use crate::group::{FRAME_BYTES, GroupHandle, Surroundings};
 use crate::journal;
 use crate::link::{self, LinkView, Target};
@@ -48,6 +49,7 @@ pub struct Daemon {
     capture: tokio::sync::Mutex<Option<Arc<Capture>>>,
     groups: RwLock<BTreeMap<String, Arc<GroupHandle>>>,
     failed: Mutex<BTreeMap<String, Failed>>,
+    returning: Mutex<BTreeMap<String, Arc<Returning>>>,
     /// Held while the set of groups changes.
     changes: tokio::sync::Mutex<()>,
     target: watch::Sender<Target>,
@@ -81,6 +83,7 @@ impl Daemon {
             capture: tokio::sync::Mutex::new(None),
             groups: RwLock::default(),
             failed: Mutex::default(),
+            returning: Mutex::default(),
             changes: tokio::sync::Mutex::new(()),
             target,
             view,
@@ -100,6 +103,7 @@ impl Daemon {
         }
         for (name, file) in files {
             match file {
+                Ok(file) if file.returning => drop(self.remember_return(file)),
                 Ok(file) => self.start_or_remember(file).await,
                 Err(problem) => {
                     tracing::error!(group = %name, "not protected: {problem}; {}", problem.next);
@@ -112,7 +116,8 @@ impl Daemon {
         Ok(())
     }
 
-    async fn start_or_remember(self: &Arc<Self>, file: GroupFile) {
+    /// Starts a group, or says what is wrong with it.
+    pub async fn start_or_remember(self: &Arc<Self>, file: GroupFile) {
         let _changes = self.changes.lock().await;
         self.start_or_remember_locked(file).await;
     }
@@ -151,11 +156,96 @@ impl Daemon {
     }
 
     async fn run_group(self: &Arc<Self>, file: GroupFile, volumes: &[Checked]) -> Result<(), Problem> {
+        let handle = self.group_of(file, volumes, None).await?;
+        self.adopt(handle);
+        Ok(())
+    }
+
+    /// A group that captures and is not one of ours yet. `link`: not the daemon's; the replicas are equal to the volumes.
+    pub async fn make_group(
+        &self,
+        file: GroupFile,
+        link: Option<watch::Receiver<LinkView>>,
+    ) -> Result<GroupHandle, Problem> {
+        let volumes = self.check_volumes(&file.name, &file.volumes)?;
+        self.group_of(file, &volumes, link).await
+    }
+
+    /// Has it among our groups.
+    pub fn adopt(&self, handle: GroupHandle) {
+        let name = handle.file.name.clone();
+        self.groups.write().unwrap_or_else(PoisonError::into_inner).insert(name, Arc::new(handle));
+    }
+
+    /// Has it among our groups no more.
+    pub async fn let_go(&self, name: &str) -> Option<Arc<GroupHandle>> {
+        let _changes = self.changes.lock().await;
+        lock(&self.failed).remove(name);
+        self.groups.write().unwrap_or_else(PoisonError::into_inner).remove(name)
+    }
+
+    /// Ends what an agent before us left capturing.
+    pub async fn end_pinned(&self, file: &GroupFile) -> Result<(), Problem> {
+        let volumes = self.check_volumes(&file.name, &file.volumes)?;
+        let (capture, name) = (self.capture(&volumes[0]).await?, file.name.clone());
+        // A panic there was reported by the hook.
+        let _ = tokio::task::spawn_blocking(move || capture.give_up(&name)).await;
+        Ok(())
+    }
+
+    /// The group files.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// The connection.
+    pub fn link(&self) -> watch::Receiver<LinkView> {
+        self.view.clone()
+    }
+
+    /// Whether it is coming home, or was called to.
+    pub fn is_returning(&self, name: &str) -> bool {
+        lock(&self.returning).contains_key(name)
+    }
+
+    /// A group comes home, unless it does already.
+    pub fn remember_return(self: &Arc<Self>, file: GroupFile) -> Arc<Returning> {
+        let mut returning = lock(&self.returning);
+        returning.entry(file.name.clone()).or_insert_with(|| Returning::start(self, file)).clone()
+    }
+
+    /// It does not come home any more, or is there.
+    pub fn returned(&self, done: &Arc<Returning>) {
+        let mut returning = lock(&self.returning);
+        if returning.get(&done.name).is_some_and(|there| Arc::ptr_eq(there, done)) {
+            returning.remove(&done.name);
+        }
+    }
+
+    /// Directories that must not lie on a volume.
+    pub fn own_dirs(&self) -> Vec<PathBuf> {
+        let own = [self.paths.agent_state(), self.paths.receiver_state()];
+        own.into_iter().filter(|dir| dir.exists()).collect()
+    }
+
+    /// Checks volumes for a group that this host does not have.
+    pub fn check_protect_volumes(&self, group: &str, volumes: &[String]) -> Result<Vec<Checked>, Problem> {
+        self.check_protect(group, volumes, &[])?;
+        self.check_volumes(group, volumes)
+    }
+
+    async fn group_of(
+        &self,
+        file: GroupFile,
+        volumes: &[Checked],
+        link: Option<watch::Receiver<LinkView>>,
+    ) -> Result<GroupHandle, Problem> {
         let capture = self.capture(&volumes[0]).await?;
         let config = lock(&self.config).clone();
         let surroundings = Surroundings {
             capture,
-            link: self.view.clone(),
+            equal: link.is_some(),
+            link: link.unwrap_or_else(|| self.view.clone()),
             frames: self.frames.clone(),
             regions: self.regions.clone(),
             misses: self.misses.clone(),
@@ -174,10 +264,7 @@ impl Daemon {
                 tracing::error!("{problem}; {}", problem.next);
             }
         };
-        let name = file.name.clone();
-        let handle = GroupHandle::start(file, volumes, &surroundings, on_consistent)?;
-        self.groups.write().unwrap_or_else(PoisonError::into_inner).insert(name, Arc::new(handle));
-        Ok(())
+        GroupHandle::start(file, volumes, &surroundings, on_consistent)
     }
 
     /// Where the groups' journals lie; `None`: they have none.
@@ -186,7 +273,8 @@ impl Daemon {
             .then(|| journal::Settings { dir: self.paths.agent_journals(), bytes_max: config.journal_bytes_max })
     }
 
-    async fn remove_journal(&self, name: &str) {
+    /// Of a group that is not protected any more.
+    pub async fn remove_journal(&self, name: &str) {
         let (dir, name) = (self.paths.agent_journals(), name.to_owned());
         // A panic there was reported by the hook.
         if let Ok(Err(error)) = tokio::task::spawn_blocking(move || journal::Settings::remove(&dir, &name)).await {
@@ -220,8 +308,7 @@ impl Daemon {
     }
 
     fn check_volumes(&self, group: &str, paths: &[String]) -> Result<Vec<Checked>, Problem> {
-        let own = [self.paths.agent_state(), self.paths.receiver_state()];
-        let own: Vec<PathBuf> = own.into_iter().filter(|dir| dir.exists()).collect();
+        let own = self.own_dirs();
         let mut checked: Vec<Checked> = Vec::with_capacity(paths.len());
         for path in paths {
             let volume = volume::check(path, &own)?;
@@ -238,7 +325,8 @@ impl Daemon {
         Ok(checked)
     }
 
-    fn handles(&self) -> Vec<Arc<GroupHandle>> {
+    /// Our groups.
+    pub fn handles(&self) -> Vec<Arc<GroupHandle>> {
         self.groups.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
@@ -305,7 +393,8 @@ impl Daemon {
     fn check_protect(&self, group: &str, volumes: &[String], replicas: &[String]) -> Result<(), Problem> {
         check_name("group", group)?;
         let known = self.groups.read().unwrap_or_else(PoisonError::into_inner).contains_key(group)
-            || lock(&self.failed).contains_key(group);
+            || lock(&self.failed).contains_key(group)
+            || self.is_returning(group);
         if known {
             return Err(Problem::refused(
                 format!("group '{group}' exists already"),
@@ -347,10 +436,14 @@ impl Daemon {
 
     /// `varve unprotect`: capture ends; the receiver keeps what it has.
     pub async fn unprotect(&self, name: &str) -> Result<(), Problem> {
+        let returning = lock(&self.returning).remove(name);
+        if let Some(returning) = &returning {
+            returning.stop().await;
+        }
         let _changes = self.changes.lock().await;
         let handle = self.groups.write().unwrap_or_else(PoisonError::into_inner).remove(name);
         let failed = lock(&self.failed).remove(name);
-        if handle.is_none() && failed.is_none() {
+        if handle.is_none() && failed.is_none() && returning.is_none() {
             return Err(no_group(name));
         }
         if let Some(handle) = handle {
@@ -367,7 +460,7 @@ impl Daemon {
     /// Nothing of a group that was unprotected stays pinned; after the last one nothing at all.
     async fn give_up(&self, name: &str) {
         let mut loaded = self.capture.lock().await;
-        let last = self.handles().is_empty() && lock(&self.failed).is_empty();
+        let last = self.handles().is_empty() && lock(&self.failed).is_empty() && lock(&self.returning).is_empty();
         let (capture, pins, name) = (loaded.clone(), self.paths.bpffs(), name.to_owned());
         if last {
             *loaded = None;
@@ -401,7 +494,19 @@ impl Daemon {
 
     /// All groups, and whether each could be started.
     pub fn watched(&self) -> Vec<(GroupStatus, bool)> {
+        let returning: Vec<Arc<Returning>> = lock(&self.returning).values().cloned().collect();
         let mut groups: Vec<_> = self.handles().iter().map(|handle| (handle.shared.status(), true)).collect();
+        // One that was only called is still as it was.
+        let claimed = returning.iter().filter(|returning| returning.shown().claimed);
+        let claimed: Vec<GroupStatus> = claimed.map(|returning| returning.status()).collect();
+        groups.retain(|(group, _)| claimed.iter().all(|claimed| claimed.name != group.name));
+        groups.extend(claimed.into_iter().map(|status| (status, true)));
+        for called in returning.iter().filter(|returning| !returning.shown().claimed) {
+            let known = groups.iter_mut().find(|(group, _)| group.name == called.name);
+            if let (Some((group, _)), Some(reason)) = (known, called.shown().reason) {
+                group.reason = Some(reason);
+            }
+        }
         groups.extend(lock(&self.failed).values().map(|failed| (failed.status(), false)));
         groups
     }
@@ -452,12 +557,13 @@ impl Daemon {
                 }
             }
             self.restart_ended().await;
+            self.look_for_calls().await;
             if tick.is_multiple_of(LOOK_TICKS) {
                 self.look_at_volumes().await;
             }
             if tick.is_multiple_of(RETRY_TICKS) {
                 let again: Vec<GroupFile> = lock(&self.failed).values().map(|failed| failed.file.clone()).collect();
-                let again = again.into_iter().filter(|file| !file.volumes.is_empty());
+                let again = again.into_iter().filter(|file| !file.volumes.is_empty() && !self.is_returning(&file.name));
                 for file in again {
                     self.start_or_remember(file).await;
                 }
@@ -511,6 +617,10 @@ impl Daemon {
 
     /// Ends all groups' workers. Capture goes on if it is pinned.
     pub async fn stop(&self) {
+        let returning: Vec<Arc<Returning>> = std::mem::take(&mut *lock(&self.returning)).into_values().collect();
+        for returning in returning {
+            returning.stop().await;
+        }
         let _changes = self.changes.lock().await;
         let groups = std::mem::take(&mut *self.groups.write().unwrap_or_else(PoisonError::into_inner));
         for handle in groups.values() {

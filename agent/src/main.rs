@@ -3,6 +3,7 @@
 mod clock;
 mod control;
 mod daemon;
+mod failback;
 mod group;
 mod journal;
 mod link;

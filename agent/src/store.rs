@@ -24,6 +24,19 @@ pub struct GroupFile {
     pub replicas: Vec<String>,
     /// Whether the replica was complete at least once.
     pub synced_once: bool,
+    /// The epoch under which this host writes.
+    #[serde(default = "first_epoch")]
+    pub epoch: u64,
+    /// What the volumes hold is being overwritten by the receiver: nothing is captured.
+    #[serde(default)]
+    pub returning: bool,
+    /// The proof of the last step of that, if it was begun: 32 hex digits.
+    #[serde(default)]
+    pub armed: Option<String>,
+}
+
+fn first_epoch() -> u64 {
+    1
 }
 
 /// A group's name and what its file says.
@@ -32,7 +45,18 @@ pub type Loaded = (String, Result<GroupFile, Problem>);
 impl GroupFile {
     /// A new group.
     pub fn new(name: String, volumes: Vec<String>, bytes: Vec<u64>, replicas: Vec<String>) -> Self {
-        Self { version: VERSION, name, volumes, bytes, replicas, synced_once: false }
+        let (synced_once, epoch, returning, armed) = (false, first_epoch(), false, None);
+        Self { version: VERSION, name, volumes, bytes, replicas, synced_once, epoch, returning, armed }
+    }
+
+    /// See [`GroupFile::armed`]; zeroes: none.
+    pub fn token(&self) -> [u8; 16] {
+        self.armed.as_ref().and_then(|text| u128::from_str_radix(text, 16).ok()).unwrap_or(0).to_be_bytes()
+    }
+
+    /// See [`GroupFile::armed`].
+    pub fn set_token(&mut self, token: [u8; 16]) {
+        self.armed = Some(format!("{:032x}", u128::from_be_bytes(token)));
     }
 }
 

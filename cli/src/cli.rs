@@ -1,7 +1,7 @@
 //! The words of the command line. What each subcommand does is in its own file.
 
 use crate::commands::{
-    bookmark, doctor, failover, forget, host_invite, host_list, host_revoke, join, metrics, points, protect,
+    bookmark, doctor, failback, failover, forget, host_invite, host_list, host_revoke, join, metrics, points, protect,
     receiver_init, restore, retention, rollback, scrub, status, unprotect, verify, version, view_close, view_list,
     view_open,
 };
@@ -62,6 +62,8 @@ enum Command {
     Rollback(rollback::Args),
     /// Run a group on this recovery host, or test that it would; commit or abort that
     Failover(failover::Args),
+    /// Bring a group that runs on this recovery host home, or take it (on the host that shall have it)
+    Failback(failback::Args),
     /// Write a volume as it was at a point to a file or device
     Restore(restore::Args),
     /// Show or set how long the history of a group is kept
@@ -135,6 +137,7 @@ fn dispatch(context: &Context, command: Command) -> Outcome {
         Command::View(View::Close(args)) => view_close::run(context, &args),
         Command::Rollback(args) => rollback::run(context, &args),
         Command::Failover(args) => failover::run(context, &args),
+        Command::Failback(args) => failback::run(context, &args),
         Command::Restore(args) => restore::run(context, &args),
         Command::Retention(args) => retention::run(context, &args),
         Command::Scrub(args) => scrub::run(context, &args),

@@ -32,6 +32,14 @@ pub enum AgentRequest {
         /// Only check, change nothing.
         dry_run: bool,
     },
+    /// Take a group that runs at the receiver, which named this host for it: what the volumes hold is overwritten.
+    /// Answer: [`ProtectReply`].
+    ComeHome {
+        /// The group's name.
+        group: String,
+        /// Paths of the volumes, as given.
+        volumes: Vec<String>,
+    },
     /// Stop protecting a group. The receiver keeps what it has. Answer: nothing.
     Unprotect {
         /// The group's name.
@@ -190,6 +198,29 @@ pub enum ReceiverRequest {
         group: String,
         /// Even if a device is in use.
         force: bool,
+    },
+    /// Call a group home that runs here. Answers: [`Reply::Progress`] and at last [`FailbackReply`].
+    Failback {
+        /// The group's name.
+        group: String,
+        /// To this host; `None`: its own.
+        host: Option<String>,
+        /// Only find out what would be sent.
+        dry_run: bool,
+    },
+    /// Give it back. Answer: [`FailbackReply`].
+    FailbackCutOver {
+        /// The group's name.
+        group: String,
+        /// Compare only what was sent since the volumes were claimed.
+        quick: bool,
+        /// Only check.
+        dry_run: bool,
+    },
+    /// It is not to come home any more. Answer: [`FailbackReply`].
+    FailbackStop {
+        /// The group's name.
+        group: String,
     },
     /// Pin a bookmark against expiry, or let it go. Answer: [`KeepReply`].
     Keep {
@@ -759,6 +790,73 @@ pub struct TakeoverStatus {
     pub test: bool,
     /// The block devices.
     pub devices: Vec<String>,
+    /// It is to come home.
+    #[serde(default)]
+    pub failback: Option<FailbackStatus>,
+    /// The next sensible command.
+    pub next: String,
+}
+
+/// See [`TakeoverStatus::failback`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FailbackStatus {
+    /// The host that it is brought to.
+    pub host: String,
+    /// When that was asked for.
+    pub since: String,
+    /// `waiting` for the host, `blocked` there, `comparing`, `following`, `cutting-over`.
+    pub phase: String,
+    /// The number of the pass.
+    pub pass: u32,
+    /// Bytes compared in it.
+    pub done_bytes: u64,
+    /// Bytes to compare in it.
+    pub total_bytes: u64,
+    /// Bytes sent since the host is connected.
+    pub sent_bytes: u64,
+    /// The longest that a write waits for being sent; `None`: the first pass is not over.
+    pub lag_seconds: Option<f64>,
+    /// What is in the way at the host.
+    pub problem: Option<String>,
+    /// The next sensible command.
+    pub next: String,
+}
+
+/// Answer to `failback`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct FailbackReply {
+    /// The group's name.
+    pub group: String,
+    /// The host that it is (would be) brought to.
+    pub host: String,
+    /// Fencing token.
+    pub epoch: u64,
+    /// As [`FailbackStatus::phase`]; also `none`, `stopped`, `home`.
+    pub phase: String,
+    /// Bytes that changed on the recovery host since it was taken over.
+    pub changed_here_bytes: u64,
+    /// Bytes that differ at the host, counted in blocks of 64 KiB: they would be sent. `None`: not compared.
+    pub differing_bytes: Option<u64>,
+    /// Those of them that did not change here: what the old source wrote and never sent. They would be overwritten.
+    pub only_there_bytes: Option<u64>,
+    /// Bytes of the stream that the old source captured and never sent, as it said last; `None`: it does not know.
+    pub captured_there_bytes: Option<u64>,
+    /// Bytes compared by the last pass; of a cut-over: at the barrier.
+    pub compared_bytes: u64,
+    /// Bytes sent; of a cut-over: while nobody could write.
+    pub sent_bytes: u64,
+    /// The longest that a write waits for being sent.
+    pub lag_seconds: Option<f64>,
+    /// How long nobody could write (cut-over).
+    pub pause_seconds: Option<f64>,
+    /// How long the command took.
+    pub seconds: f64,
+    /// It runs at home.
+    pub home: bool,
+    /// Nothing was done.
+    pub dry_run: bool,
+    /// In the order of their numbers.
+    pub volumes: Vec<VolumeStatus>,
     /// The next sensible command.
     pub next: String,
 }

@@ -41,6 +41,13 @@ pub const PROMOTE_ABORTING: &str = "promote-aborting";
 /// An abort has rolled back, the gap is open.
 pub const PROMOTE_ROLLED: &str = "promote-rolled";
 
+/// The agent captures again, the group still runs here.
+pub const HOME_ARMED: &str = "home-armed";
+/// The group is given back, its new stream has not begun.
+pub const HOME_GIVEN: &str = "home-given";
+/// The new stream has begun, the agent has not been told.
+pub const HOME_BEGUN: &str = "home-begun";
+
 /// All of them that replication passes, for tests that try each.
 pub const ALL: [&str; 14] = [
     LAND_BEFORE,

@@ -18,6 +18,7 @@
 //! | [`apply`] | from landed entries to the replica |
 //! | [`view`], [`restore`], [`rollback`] | the past, read and brought back |
 //! | [`promote`] | running a group here |
+//! | [`failback`] | bringing it home |
 //! | [`keeper`] | merges, retention, free space |
 //! | [`watch`] | alerts, also of a source that is silent |
 //! | [`status`], [`control`] | what `varve` sees and asks |
@@ -30,6 +31,7 @@
 pub mod apply;
 pub mod control;
 pub mod daemon;
+pub mod failback;
 pub mod failpoint;
 pub mod failure;
 pub mod group;

@@ -91,6 +91,10 @@ pub const PROMOTED_PENDING_BYTES_MAX: usize = 256 << 20;
 pub const PROMOTED_FRAME_BYTES: usize = 512 << 10;
 /// Readers of a promoted volume whose memory is kept.
 pub const PROMOTED_READERS_MAX: usize = 8;
+/// Written to a view between two looks at the free space.
+pub const OVERLAY_CREDIT_BYTES: u64 = 16 << 20;
+/// Stretches of 256 KiB that were written to one view: beyond (1 TiB) it is full.
+pub const OVERLAY_WORDS_MAX: u64 = 4 << 20;
 /// Views open at once, of all groups.
 pub const VIEWS_MAX: usize = 64;
 /// Gaps that the status shows.
@@ -99,6 +103,8 @@ pub const GAPS_SHOWN_MAX: usize = 16;
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// The longest that a new session waits for the one that it replaces.
 pub const TAKEOVER_TIMEOUT: Duration = Duration::from_secs(30);
+/// The longest that a release waits for what has the group in hand.
+pub const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
 /// The longest that a refused peer is given to read why.
 pub const REFUSED_TIMEOUT: Duration = Duration::from_secs(3);
 /// The longest that an agent may leave its answers unread before the session ends.
@@ -124,3 +130,19 @@ const _: () = assert!(
     PROMOTED_FRAME_BYTES as u64 + varve_common::record::RECORD_BYTES_MAX + 8
         <= varve_common::limits::FRAME_PLAIN_BYTES_MAX as u64
 );
+/// Regions under way to an agent whose group comes home, each with its bytes.
+pub const HOME_REGIONS_MAX: usize = 24;
+/// Regions read ahead of them.
+pub const HOME_REGIONS_AHEAD: usize = 8;
+/// Answers of such an agent that wait.
+pub const HOME_WAITING_MAX: usize = 64;
+/// Between two looks at what changed here meanwhile.
+pub const HOME_LOOK_INTERVAL: Duration = Duration::from_millis(300);
+/// The longest that such an agent may take to claim its volumes, or to begin to capture them.
+pub const HOME_READY_TIME_MAX: Duration = Duration::from_secs(60);
+/// The longest that a host may take to answer that its group is called home: its agent asks every ten seconds.
+pub const HOME_CONNECT_TIME_MAX: Duration = Duration::from_secs(30);
+/// The longest that the last pass and the comparison at the barrier may take. Then the group runs here again.
+pub const HOME_CUT_OVER_TIME_MAX: Duration = Duration::from_secs(3600);
+/// The longest that the operator waits for the agent to say that it has heard.
+pub const HOME_TOLD_TIME_MAX: Duration = Duration::from_secs(20);

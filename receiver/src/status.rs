@@ -6,7 +6,7 @@ use crate::group::registry::{Board, Slot};
 use crate::group::stream::Point;
 use crate::limits::REPORT_AGE_MAX;
 use varve_common::control::{
-    GapStatus, GroupStatus, HistoryStatus, ResyncStatus, VolumeStatus, Window, show_position, show_time,
+    GapStatus, GroupStatus, HistoryStatus, ResyncStatus, TakeoverStatus, VolumeStatus, Window, show_position, show_time,
 };
 use varve_common::state::{DataFacts, Link, Role};
 use varve_common::wire::messages::Report;
@@ -112,7 +112,11 @@ fn history(daemon: &Daemon, slot: &Slot, board: &Board, views: u64) -> Option<Hi
         damaged: chronicle.damages().len() as u64,
         retention: board.meta.as_ref().map(|meta| meta.retention).unwrap_or_default(),
         notice: held.or(board.notice.clone()),
-        takeover: daemon.promotions.status(board.meta.as_ref()),
+        takeover: daemon.promotions.status(board.meta.as_ref()).map(|takeover| {
+            let failback = slot.failback.status(board.meta.as_ref());
+            let next = failback.as_ref().map_or(takeover.next, |failback| failback.next.clone());
+            TakeoverStatus { failback, next, ..takeover }
+        }),
     })
 }
 

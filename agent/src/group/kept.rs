@@ -18,7 +18,7 @@
 //! | bookmarks that were waited for, a running verify | lost | whoever asked is told so by his broken connection |
 
 use super::gap::GapState;
-use super::source::Troubles;
+use super::source::{Source, Troubles};
 use varve_bpf::{NOTE_WORDS, Note};
 use varve_common::state::GapReason;
 
@@ -57,6 +57,12 @@ fn reason_of(number: u64) -> Option<Option<GapReason>> {
 }
 
 impl Kept {
+    /// Of a ring that begins where the replicas are equal to the volumes and the receiver's stream stands.
+    pub fn equal(source: &dyn Source, misses: u64) -> Self {
+        let gap = GapState::of_parts(None, 0, 0, true);
+        Self { gap, shown: None, shown_since_ns: None, known_there: true, troubles: source.troubles(), misses }
+    }
+
     /// As words.
     pub fn encode(&self) -> Note {
         let (open, position, complete_at) = self.gap.parts();

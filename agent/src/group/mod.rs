@@ -18,6 +18,7 @@ mod tracker;
 mod verify;
 mod worker;
 
+pub use session::send_control;
 pub use shared::GroupShared;
 pub use worker::{Command, FRAME_BYTES};
 
@@ -63,6 +64,8 @@ pub struct Surroundings {
     pub compression: bool,
     /// Where journals lie; `None`: without.
     pub journal: Option<crate::journal::Settings>,
+    /// The replicas are equal to the volumes, and the receiver's stream stands where a new ring begins.
+    pub equal: bool,
 }
 
 /// A running group.
@@ -73,6 +76,8 @@ pub struct GroupHandle {
     pub specs: Vec<VolumeSpec>,
     /// What can be seen of it.
     pub shared: Arc<GroupShared>,
+    /// Where its ring stood when this worker began.
+    pub began_at: u64,
     group: Arc<Group>,
     commands: mpsc::Sender<Command>,
     stop: watch::Sender<bool>,
@@ -114,6 +119,10 @@ fn begin_capture(name: &str, specs: &[VolumeSpec], surroundings: &Surroundings) 
         Problem::failed(format!("group '{name}' cannot be captured"), format!("{error}{source}"), error.hint())
     })?;
     group.set_time_offset(clock::Offset::new(clock::wall_ns(), clock::boot_ns()).ns());
+    if surroundings.equal {
+        let misses = surroundings.misses.load(std::sync::atomic::Ordering::Acquire);
+        group.set_note(&kept::Kept::equal(&group, misses).encode());
+    }
     Ok((group, origin))
 }
 
@@ -147,8 +156,10 @@ impl GroupHandle {
             let mut facts = shared.facts();
             facts.pinned = source.is_pinned();
             facts.origin = origin;
+            facts.epoch = file.epoch;
         }
         let group = source.clone();
+        let began_at = group.ring().consumer();
         let (to_worker, from_sync) = mpsc::channel(SYNC_REGIONS_MAX);
         let sync = sync::SyncThread::start(&name, source.clone(), files, surroundings.regions.clone(), to_worker)
             .map_err(|error| cannot(error.chain()))?;
@@ -177,7 +188,7 @@ impl GroupHandle {
             on_consistent: Box::new(on_consistent),
         };
         let task = tokio::spawn(worker.run());
-        Ok(Self { file, specs, shared, group, commands, stop, task: std::sync::Mutex::new(Some(task)) })
+        Ok(Self { file, specs, shared, began_at, group, commands, stop, task: std::sync::Mutex::new(Some(task)) })
     }
 
     /// Ends the group's worker, and its capture for good: nobody goes on with it.
@@ -186,6 +197,11 @@ impl GroupHandle {
         let group = self.group.clone();
         // It waits for the kernel. A panic there was reported by the hook.
         let _ = tokio::task::spawn_blocking(move || group.end()).await;
+    }
+
+    /// Whether writes from before its capture began have completed.
+    pub fn settled(&self) -> bool {
+        source::Source::settled(&*self.group)
     }
 
     /// Whether its volumes are still on the disks that they were on.

@@ -13,7 +13,7 @@ use varve_common::control::{
 };
 use varve_common::limits::REGION_BYTES;
 use varve_common::state::{Data, DataFacts, GapReason, Link, Role};
-use varve_common::wire::messages::{Incarnation, Verify};
+use varve_common::wire::messages::{Incarnation, RefusedReason, Verify};
 
 /// Gaps that are remembered for status.
 const GAPS_MAX: usize = 32;
@@ -25,6 +25,8 @@ pub struct Facts {
     pub link: Link,
     /// Why the link is not streaming, in words.
     pub link_reason: Option<String>,
+    /// The word with which the receiver refused the last session, unless there was another one since.
+    pub refused: Option<RefusedReason>,
     /// What keeps the volume from being read, in words.
     pub read_error: Option<String>,
     /// See [`super::gap::GapState::open`].
@@ -115,6 +117,7 @@ impl GroupShared {
         let facts = Facts {
             link: Link::Disconnected,
             link_reason: None,
+            refused: None,
             read_error: None,
             gap,
             gap_since_ns,
@@ -170,6 +173,11 @@ impl GroupShared {
     /// The facts, locked: never hold this across an await.
     pub fn facts(&self) -> MutexGuard<'_, Facts> {
         self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The receiver wants the group to come home.
+    pub fn is_called_home(&self) -> bool {
+        self.facts().refused == Some(RefusedReason::Failback)
     }
 
     /// Opens a gap in the facts.
@@ -268,7 +276,10 @@ impl GroupShared {
         let reason = [facts.read_error, facts.link_reason, facts.gap.map(|gap| gap.explain().to_owned())];
         GroupStatus {
             name: self.name.clone(),
-            role: Role::Source,
+            role: match facts.refused {
+                Some(RefusedReason::Epoch | RefusedReason::Failback) => Role::Fenced,
+                _ => Role::Source,
+            },
             link: facts.link,
             data,
             reason: reason.into_iter().flatten().next(),

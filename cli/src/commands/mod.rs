@@ -2,6 +2,7 @@
 
 pub(crate) mod bookmark;
 pub(crate) mod doctor;
+pub(crate) mod failback;
 pub(crate) mod failover;
 pub(crate) mod forget;
 pub(crate) mod host_invite;

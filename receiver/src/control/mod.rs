@@ -1,8 +1,10 @@
 //! The control socket: what `varve` asks of a receiver.
 //!
 //! - `takeover`: failover, commit, abort
+//! - `failback`: calling a group home, the cut-over
 //! - `history`: points, views, rollback, restore, retention, scrub
 
+mod failback;
 mod history;
 mod takeover;
 
@@ -97,6 +99,17 @@ async fn answer_history(daemon: &Arc<Daemon>, peer: &mut LocalPeer, request: Rec
         ReceiverRequest::FailoverAbort { group, force } => {
             send(peer, takeover::abort(daemon, &group, force).await).await
         }
+        ReceiverRequest::Failback { group, host, dry_run } => {
+            let mut progress = ProgressOut::new(peer);
+            let outcome = failback::failback(daemon, &group, host, dry_run, &mut progress).await;
+            send(peer, outcome).await
+        }
+        ReceiverRequest::FailbackCutOver { group, quick, dry_run } => {
+            let mut progress = ProgressOut::new(peer);
+            let outcome = failback::cut_over(daemon, &group, quick, dry_run, &mut progress).await;
+            send(peer, outcome).await
+        }
+        ReceiverRequest::FailbackStop { group } => send(peer, failback::stop(daemon, &group).await).await,
         ReceiverRequest::Keep { group, bookmark, keep } => {
             send(peer, history::keep(daemon, group, bookmark, keep).await).await
         }

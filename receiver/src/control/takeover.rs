@@ -8,7 +8,7 @@ use varve_common::control::FailoverReply;
 use varve_common::point::PointSpec;
 use varve_common::problem::Problem;
 
-fn context(daemon: &Daemon, group: &str) -> Result<Context, Problem> {
+pub fn context(daemon: &Daemon, group: &str) -> Result<Context, Problem> {
     let slot = daemon.registry.group(group).ok_or_else(|| no_group(group))?;
     Ok(Context { registry: daemon.registry.clone(), slot })
 }

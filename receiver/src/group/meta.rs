@@ -40,9 +40,39 @@ pub struct GroupMeta {
     /// The group runs here.
     #[serde(default)]
     pub takeover: Option<Takeover>,
+    /// It is to come home.
+    #[serde(default)]
+    pub failback: Option<Failback>,
+    /// It came home.
+    #[serde(default)]
+    pub home: Option<Home>,
     /// A source of an older epoch is refused. After a failover that was aborted it is older than `epoch`.
     #[serde(default)]
     pub source_epoch_min: u64,
+}
+
+/// A group that runs here is to come home, to be agreed to by this host's agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failback {
+    /// The host; it need not be the one that the group had.
+    pub host: String,
+    /// When it was asked for here (RFC 3339).
+    pub since: String,
+}
+
+/// The group was given back: no writing here from then on. Stays until the next takeover, for an agent that did not hear of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Home {
+    /// To whom.
+    pub host: String,
+    /// Which attempt it was: 32 hex digits. Only the agent has it.
+    pub token: String,
+    /// The stream that follows: 32 hex digits.
+    pub incarnation: String,
+    /// Where it begins.
+    pub position: u64,
+    /// The landing log has its begin.
+    pub landed: bool,
 }
 
 /// The group was taken over: its volumes are served here, and what is written to them is its stream.
@@ -139,8 +169,23 @@ impl GroupMeta {
         let id: [u8; 16] = rand::random();
         let id = hex(&id);
         let (name, owner) = (name.to_owned(), owner.to_owned());
-        let (retention, held, takeover) = Default::default();
-        Self { version: FILE_VERSION, id, name, owner, epoch, created_ns, volumes, retention, held, takeover, source_epoch_min: epoch }
+        let (version, retention, source_epoch_min) = (FILE_VERSION, Retention::default(), epoch);
+        let (held, takeover, failback, home) = Default::default();
+        Self {
+            version,
+            id,
+            name,
+            owner,
+            epoch,
+            created_ns,
+            volumes,
+            retention,
+            held,
+            takeover,
+            failback,
+            home,
+            source_epoch_min,
+        }
     }
 
     /// The random identity.

@@ -10,9 +10,11 @@ use super::open::{APPLIED_NAME, HISTORY_NAME, LANDING_NAME, OpenGroup, Past};
 use super::replicas;
 use crate::apply::mark::AppliedFile;
 use crate::apply::work::Queue;
+use crate::failback::cutover::begin_at_home;
+use crate::failback::Homecoming;
 use crate::failpoint;
 use crate::failure::{Failure, refuse, refuse_for_now};
-use crate::limits::{DISK_FREE_BYTES_MIN, GROUPS_MAX, INDEX_CACHE_BYTES, INDEX_FILES_OPEN_MAX, TAKEOVER_TIMEOUT};
+use crate::limits::{DISK_FREE_BYTES_MIN, GROUPS_MAX, INDEX_CACHE_BYTES, INDEX_FILES_OPEN_MAX, RELEASE_TIMEOUT, TAKEOVER_TIMEOUT};
 use crate::session::hello;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -35,7 +37,11 @@ pub struct Slot {
     pub name: String,
     /// Count since the daemon started.
     pub counters: Arc<Counters>,
+    /// How far its coming home is.
+    pub failback: Homecoming,
     desk: Arc<tokio::sync::Mutex<Desk>>,
+    /// What is kept and what expires is decided by one at a time.
+    pub keeping: Mutex<()>,
     turn: watch::Sender<u64>,
     board: Mutex<Board>,
 }
@@ -93,7 +99,9 @@ impl Slot {
         Self {
             name: name.to_owned(),
             counters: Arc::default(),
+            failback: Homecoming::default(),
             desk: Arc::default(),
+            keeping: Mutex::default(),
             turn: watch::Sender::new(0),
             board: Mutex::new(board),
         }
@@ -241,6 +249,10 @@ impl Registry {
         if self.is_stopping() {
             return Err(Failure::stopping().refused());
         }
+        // Who waited for the desk may have waited while the group was forgotten: then this slot is nobody's any more.
+        if !self.lock().get(&slot.name).is_some_and(|now| Arc::ptr_eq(now, slot)) {
+            return Err(busy("the group was forgotten a moment ago"));
+        }
         // Again: another host may have made the group meanwhile.
         check_owner(slot, host)?;
         let known = slot.board().meta.clone();
@@ -248,16 +260,22 @@ impl Registry {
             Some(meta) => meta,
             None => self.make(slot, host, hello).await?,
         };
+        slot.failback.call_home(&meta, hello)?;
         hello::check_against(&meta, hello)?;
         check_held(&meta)?;
         check_space(&self.dir(&slot.name))?;
         if hello.epoch > meta.epoch {
-            meta.epoch = hello.epoch;
-            meta.source_epoch_min = hello.epoch;
-            meta.save(&self.dir(&slot.name)).map_err(|e| storage(&e.to_string()))?;
-            slot.board().meta = Some(meta.clone());
+            let raise = |meta: &mut GroupMeta| {
+                meta.epoch = hello.epoch;
+                meta.source_epoch_min = hello.epoch;
+            };
+            self.change_meta(slot, raise).await?;
+            meta = slot.board().meta.clone().ok_or_else(|| storage("the group is gone"))?;
         }
         self.ensure_open(slot, &mut desk, &meta).await?;
+        if let Some(open) = &desk.open {
+            begin_at_home(self, slot, open).await.map_err(|why| storage(&why))?;
+        }
         Ok(Claim { slot: slot.clone(), desk, turn, meta, stopping: self.stopping.clone() })
     }
 
@@ -288,10 +306,8 @@ impl Registry {
     /// with the group open.
     pub async fn hold(&self, slot: &Arc<Slot>, held: Held) -> Result<OwnedMutexGuard<Desk>, Refused> {
         let mut desk = self.take_desk(slot).await?;
-        let mut meta = slot.board().meta.clone().ok_or_else(|| storage("the group is gone"))?;
-        meta.held = Some(held);
-        meta.save(&self.dir(&slot.name)).map_err(|e| storage(&e.to_string()))?;
-        slot.board().meta = Some(meta.clone());
+        self.change_meta(slot, |meta| meta.held = Some(held)).await?;
+        let meta = slot.board().meta.clone().ok_or_else(|| storage("the group is gone"))?;
         self.ensure_open(slot, &mut desk, &meta).await?;
         Ok(desk)
     }
@@ -306,6 +322,11 @@ impl Registry {
 
     /// Sources may write again.
     pub async fn release(&self, slot: &Arc<Slot>) -> Result<(), Refused> {
+        // A rollback that is under way has the desk; a source that asks in vain has it for a moment.
+        let desk = tokio::time::timeout(RELEASE_TIMEOUT, slot.desk.lock()).await;
+        let _desk = desk.map_err(|_| {
+            refuse_for_now(RefusedReason::Busy, "the rollback has not finished", "wait for it, then say it again")
+        })?;
         self.change_meta(slot, |meta| meta.held = None).await
     }
 

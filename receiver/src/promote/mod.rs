@@ -84,7 +84,8 @@ impl Context {
         self.slot.board().meta.clone().unwrap_or_else(|| GroupMeta::new(&self.slot.name, "", 0, 0, Vec::new()))
     }
 
-    fn failed(&self, why: impl Into<String>) -> Problem {
+    /// For the operator.
+    pub fn failed(&self, why: impl Into<String>) -> Problem {
         let next = "see the receiver's log and 'varve status', then run the same command again";
         Problem::failed(format!("'{}' was not taken over", self.slot.name), why, next)
     }
@@ -202,6 +203,7 @@ impl Promotions {
             meta.epoch = epoch;
             meta.source_epoch_min = epoch;
             meta.takeover = Some(takeover.clone());
+            meta.home = None;
         };
         let changed = context.registry.change_meta(&context.slot, change).await;
         changed.map_err(|refused| context.failed(refused.text))?;
@@ -368,7 +370,7 @@ impl Promotions {
             let next = format!("'varve failback {name}' brings it home with everything that was written here");
             return Err(Problem::refused(format!("'{name}' was not aborted"), "the takeover is committed", next));
         }
-        self.stop_serving(&name, force)?;
+        self.stop_serving(&name, force, &format!("'{name}' was not aborted"))?;
         let aborting = Takeover { aborting: true, ..takeover.clone() };
         let changed = context.registry.change_meta(&context.slot, |meta| meta.takeover = Some(aborting.clone())).await;
         changed.map_err(|refused| context.failed(refused.text))?;
@@ -433,10 +435,17 @@ impl Promotions {
         catch_up(open, open.live.view().landed.height).await.map_err(failed)
     }
 
-    /// Takes the devices away.
-    fn stop_serving(&self, name: &str, force: bool) -> Result<(), Problem> {
+    /// Who uses its devices.
+    pub fn user(&self, name: &str) -> Option<String> {
+        lock(&self.served).get(name).and_then(|served| user_of_devices(&served.devices))
+    }
+
+    /// Takes the devices away; `what` is what the operator is told otherwise.
+    ///
+    /// # Errors
+    /// If one is in use, or does not go; all are there then.
+    pub fn stop_serving(&self, name: &str, force: bool, what: &str) -> Result<(), Problem> {
         let Some(mut served) = lock(&self.served).remove(name) else { return Ok(()) };
-        let what = format!("'{name}' was not aborted");
         let user = user_of_devices(&served.devices).filter(|_| !force);
         if let Some(user) = user {
             lock(&self.served).insert(name.to_owned(), served);
@@ -448,7 +457,7 @@ impl Promotions {
                 && !force
             {
                 lock(&self.served).insert(name.to_owned(), served);
-                return Err(Problem { what, ..export_problem(&error) });
+                return Err(Problem { what: what.to_owned(), ..export_problem(&error) });
             }
         }
         served.writer.end();
@@ -460,7 +469,7 @@ impl Promotions {
     pub fn close_all(&self) {
         let names: Vec<String> = lock(&self.served).keys().cloned().collect();
         for name in names {
-            if let Err(problem) = self.stop_serving(&name, true) {
+            if let Err(problem) = self.stop_serving(&name, true, "a device stays") {
                 tracing::warn!(group = name, why = problem.why, "a device stays behind");
             }
         }
@@ -476,6 +485,7 @@ impl Promotions {
                 committed: false,
                 test: true,
                 devices: Vec::new(),
+                failback: None,
                 next: format!("view {view} is its test: 'varve failover abort {}' ends it", meta.name),
             });
         }
@@ -494,6 +504,7 @@ impl Promotions {
             committed: takeover.committed,
             test: false,
             devices: devices.iter().map(|device| device.path().display().to_string()).collect(),
+            failback: None,
             next: if rolling { format!("the replicas are being rolled back; {next}") } else { next },
         })
     }
@@ -551,7 +562,11 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Problem> +
     done.map_err(|e| Problem::failed("the receiver could not work on it", e.to_string(), "see the receiver's log"))?
 }
 
-async fn catch_up(open: &OpenGroup, height: u64) -> Result<(), String> {
+/// Waits until the replicas have everything up to a height.
+///
+/// # Errors
+/// Why they do not.
+pub async fn catch_up(open: &OpenGroup, height: u64) -> Result<(), String> {
     open.queue.hurry();
     let timeline = open.timeline.clone();
     let there = tokio::task::spawn_blocking(move || timeline.wait_applied(height, CATCH_UP_MAX)).await;

@@ -8,6 +8,7 @@ pub mod hello;
 pub mod intake;
 pub mod writer;
 
+use crate::failback;
 use crate::failure::{Failure, protocol, refuse_for_now};
 use crate::group::live::Progress;
 use crate::group::registry::{Claim, Registry, Slot};
@@ -25,7 +26,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 use varve_common::control::show_position;
 use varve_common::state::Link;
-use varve_common::wire::messages::{Ask, Hello, Refused, RefusedReason, Welcome, decode};
+use varve_common::wire::messages::{Ask, FailbackHello, Hello, Refused, RefusedReason, Welcome, decode};
 use varve_common::wire::{FRAME_HEADER_BYTES, Frame, FrameKind, Preamble};
 use writer::{AckRule, Out, Writer};
 use zerocopy::{FromBytes, IntoBytes};
@@ -57,7 +58,8 @@ impl From<Refused> for End {
 pub async fn serve(registry: Arc<Registry>, peer: Peer, mut send: SendStream, mut recv: RecvStream) {
     let (host, remote) = (peer.host.as_str(), peer.remote);
     let hello = match timeout(HELLO_TIMEOUT, greet(&mut send, &mut recv)).await {
-        Ok(Ok(hello)) => hello,
+        Ok(Ok(Greeting::Source(hello))) => hello,
+        Ok(Ok(Greeting::Homecoming(hello))) => return failback::stream::serve(&registry, &peer, hello, send, recv).await,
         Ok(Err(End::Refused(refused))) => {
             tracing::warn!(host, %remote, why = refused.text, "a stream was refused before it named its group");
             match refused.reason {
@@ -95,8 +97,14 @@ pub async fn serve(registry: Arc<Registry>, peer: Peer, mut send: SendStream, mu
     }
 }
 
+/// What a stream is for.
+enum Greeting {
+    Source(Hello),
+    Homecoming(FailbackHello),
+}
+
 /// Preamble and hello.
-async fn greet(send: &mut SendStream, recv: &mut RecvStream) -> Result<Hello, End> {
+async fn greet(send: &mut SendStream, recv: &mut RecvStream) -> Result<Greeting, End> {
     let gone = |e: &dyn std::fmt::Display| End::Gone(e.to_string());
     let mut bytes = [0; size_of::<Preamble>()];
     recv.read_exact(&mut bytes).await.map_err(|e| gone(&e))?;
@@ -111,14 +119,18 @@ async fn greet(send: &mut SendStream, recv: &mut RecvStream) -> Result<Hello, En
     let mut head = [0; FRAME_HEADER_BYTES];
     recv.read_exact(&mut head).await.map_err(|e| gone(&e))?;
     let frame = Frame::decode(&head).map_err(|e| protocol(e.to_string()))?;
-    if frame.kind != FrameKind::Hello {
+    if !matches!(frame.kind, FrameKind::Hello | FrameKind::FailbackHello) {
         return Err(protocol(format!("a {:?} frame instead of a hello", frame.kind)).into());
     }
     let mut body = vec![0; frame.body_bytes];
     recv.read_exact(&mut body).await.map_err(|e| gone(&e))?;
     let mut scratch = Vec::new();
     let plain = frame.open(&body, &mut scratch).map_err(|e| protocol(e.to_string()))?;
-    Ok(decode(frame.kind, plain).map_err(|e| protocol(e.to_string()))?)
+    let greeting = match frame.kind {
+        FrameKind::Hello => decode(frame.kind, plain).map(Greeting::Source),
+        _ => decode(frame.kind, plain).map(Greeting::Homecoming),
+    };
+    Ok(greeting.map_err(|e| protocol(e.to_string()))?)
 }
 
 impl Slot {

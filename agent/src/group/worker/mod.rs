@@ -283,6 +283,11 @@ impl Worker {
     fn note_ended(&self, ended: &Ended) {
         let why = ended.explain();
         let mut facts = self.shared.facts();
+        facts.refused = match ended {
+            Ended::Refused(refused) => Some(refused.reason),
+            // Nothing was said to the contrary.
+            _ => facts.refused,
+        };
         facts.link =
             if matches!(ended, Ended::Refused(_) | Ended::Protocol(_)) { Link::Refused } else { Link::Disconnected };
         if facts.link_reason.as_ref() != Some(&why) {
@@ -475,7 +480,7 @@ impl Worker {
         {
             let mut facts = self.shared.facts();
             facts.link = Link::Streaming;
-            facts.link_reason = None;
+            (facts.link_reason, facts.refused) = (None, None);
             facts.replicas = welcome.replicas;
             facts.epoch = welcome.epoch;
         }

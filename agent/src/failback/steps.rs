@@ -1,0 +1,167 @@
+//! What coming home does to the daemon's groups. Each step is durable before the next.
+
+use super::Armed;
+use super::disks::{self, Claim};
+use crate::daemon::Daemon;
+use crate::group::GroupHandle;
+use crate::store::GroupFile;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::watch;
+use varve_common::control::{ProtectReply, VolumeStatus};
+use varve_common::problem::{Problem, check_name};
+
+/// How long writes from before the new capture are waited for: nobody but us wrote, and our writes are synced.
+const SETTLE_LIMIT: Duration = Duration::from_secs(5);
+/// How long the operator waits for the receiver's answer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(15);
+const LOOK: Duration = Duration::from_millis(50);
+
+impl Daemon {
+    /// The connection, once there is one.
+    pub(super) async fn connection(&self, limit: Duration) -> Result<quinn::Connection, Problem> {
+        let mut view = self.link();
+        let there = |view: &crate::link::LinkView| {
+            view.connection.as_ref().is_some_and(|connection| connection.close_reason().is_none())
+        };
+        let found = tokio::time::timeout(limit, view.wait_for(there)).await;
+        let connection = found.ok().and_then(Result::ok).and_then(|view| view.connection.clone());
+        connection.ok_or_else(|| {
+            let why = self.link().borrow().reason.clone().unwrap_or_else(|| "there is no connection".to_owned());
+            Problem::unreachable("not home yet", why, "it goes on by itself when the receiver is connected")
+        })
+    }
+
+    /// Claims the volumes.
+    pub(super) async fn claim_for_return(&self, file: &GroupFile) -> Result<Claim, Problem> {
+        let (own, file) = (self.own_dirs(), file.clone());
+        let claimed = tokio::task::spawn_blocking(move || disks::claim(&file, &own)).await;
+        claimed.map_err(|e| Problem::failed("the volumes were not claimed", e.to_string(), "see the log"))?
+    }
+
+    /// From here on what the volumes hold is the receiver's: nothing of them is captured, and whatever was is forgotten.
+    pub(super) async fn begin_return(&self, file: &mut GroupFile) -> Result<(), Problem> {
+        if !file.returning || file.armed.is_some() {
+            (file.returning, file.armed) = (true, None);
+            self.store().save(file)?;
+            tracing::warn!(group = file.name, "its volumes are going to be overwritten with what the receiver has");
+        }
+        self.end_capture(file).await
+    }
+
+    /// Captures again; nobody else can write yet.
+    pub(super) async fn arm(&self, file: &mut GroupFile, epoch: u64, token: [u8; 16]) -> Result<Armed, Problem> {
+        file.set_token(token);
+        self.store().save(file)?;
+        self.end_capture(file).await?;
+        let (link, view) = watch::channel(crate::link::LinkView {
+            connection: None,
+            link: varve_common::state::Link::Disconnected,
+            reason: Some("the group comes home".to_owned()),
+        });
+        let handle = self.make_group(at_home(file.clone(), epoch), Some(view)).await?;
+        let begin = Instant::now();
+        while !handle.settled() {
+            if begin.elapsed() > SETTLE_LIMIT {
+                handle.end().await;
+                let next = "see what writes to it; it is tried again";
+                return Err(Problem::failed("not home yet", "a disk is being written by somebody else", next));
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(Armed { handle, link })
+    }
+
+    /// It is home: durably, then the volumes are free.
+    pub(super) async fn arrive(
+        self: &Arc<Self>,
+        file: GroupFile,
+        epoch: u64,
+        armed: Option<Armed>,
+        claim: Option<Claim>,
+    ) -> Result<(), Problem> {
+        let file = at_home(file, epoch);
+        self.store().save(&file)?;
+        match armed {
+            Some(Armed { handle, link }) => {
+                self.adopt(handle);
+                let mut view = self.link();
+                tokio::spawn(async move {
+                    loop {
+                        link.send_replace(view.borrow_and_update().clone());
+                        tokio::select! {
+                            changed = view.changed() => if changed.is_err() { return },
+                            () = link.closed() => return,
+                        }
+                    }
+                });
+            }
+            // What captured was an agent before us: it is taken over if it is pinned.
+            None => self.start_or_remember(file).await,
+        }
+        drop(claim);
+        Ok(())
+    }
+
+    /// `varve failback GROUP --volume …`: this host shall have a group that it does not know.
+    pub async fn come_home(self: &Arc<Self>, group: String, volumes: Vec<String>) -> Result<ProtectReply, Problem> {
+        check_name("group", &group)?;
+        let checked = self.check_protect_volumes(&group, &volumes)?;
+        let bytes: Vec<u64> = checked.iter().map(|volume| volume.spec.bytes).collect();
+        let file = GroupFile::new(group.clone(), volumes, bytes, Vec::new());
+        let returning = self.remember_return(file);
+        let begin = Instant::now();
+        while begin.elapsed() < ANSWER_LIMIT {
+            let shown = returning.shown();
+            if let Some(problem) = shown.ended {
+                let next = format!("on the receiver: 'varve failback {group} --to' this host; {}", problem.next);
+                return Err(Problem { what: format!("'{group}' does not come here"), next, ..problem });
+            }
+            if shown.claimed {
+                let volume = |volume: &crate::volume::Checked| VolumeStatus {
+                    path: volume.path.clone(),
+                    bytes: volume.spec.bytes,
+                    replica: None,
+                };
+                return Ok(ProtectReply { group, volumes: checked.iter().map(volume).collect(), notes: Vec::new() });
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        let why = returning.shown().reason.unwrap_or_else(|| "the receiver did not answer yet".to_owned());
+        Err(Problem::unreachable(format!("'{group}' does not come here yet"), why, "it is tried on"))
+    }
+
+    /// Groups that were called home by the receiver.
+    pub async fn look_for_calls(self: &Arc<Self>) {
+        for handle in self.handles().into_iter().filter(|handle| handle.shared.is_called_home()) {
+            if !self.is_returning(&handle.file.name) {
+                let mut file = handle.file.clone();
+                file.synced_once |= handle.shared.facts().ever_consistent;
+                self.remember_return(file);
+            }
+        }
+    }
+
+    async fn end_capture(&self, file: &GroupFile) -> Result<(), Problem> {
+        if let Some(handle) = self.let_go(&file.name).await {
+            handle.end().await;
+        }
+        self.end_pinned(file).await?;
+        self.remove_journal(&file.name).await;
+        Ok(())
+    }
+}
+
+impl GroupHandle {
+    /// Where its stream begins.
+    pub(super) fn begin_of_stream(&self) -> ([u8; 16], u64) {
+        (self.shared.incarnation, self.began_at)
+    }
+}
+
+/// The file as it is when the group is home.
+fn at_home(mut file: GroupFile, epoch: u64) -> GroupFile {
+    (file.returning, file.armed, file.synced_once) = (false, None, true);
+    file.epoch = epoch;
+    file
+}

@@ -1,0 +1,164 @@
+//! The last steps: nobody writes here, both sides are compared, the group is given back, its new stream begins.
+
+use super::orders::{bare_reply, refuse_unready};
+use super::{Armed, Order};
+use crate::failpoint;
+use crate::group::meta::{GroupMeta, Home, hex, unhex};
+use crate::group::open::OpenGroup;
+use crate::group::registry::{Registry, Slot};
+use crate::limits::{HOME_CUT_OVER_TIME_MAX, HOME_TOLD_TIME_MAX};
+use crate::promote::{Context, Promotions, catch_up};
+use crate::rollback::land;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+use varve_common::control::FailbackReply;
+use varve_common::format::{Mark, MarkKind};
+use varve_common::problem::Problem;
+use varve_common::state::GapReason;
+
+fn now_ns() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64
+}
+
+/// Gives the group back.
+///
+/// # Errors
+/// For the operator: it runs here as before then, unless the text says otherwise.
+pub async fn cut_over(
+    promotions: &Promotions,
+    context: &Context,
+    quick: bool,
+    dry_run: bool,
+) -> Result<FailbackReply, Problem> {
+    let begin = Instant::now();
+    let name = context.slot.name.clone();
+    let what = format!("'{name}' was not given back");
+    let (meta, failback) = refuse_unready(&context.slot, &what)?;
+    let Some(orders) = context.slot.failback.orders() else {
+        let why = format!("the agent of '{}' is not connected", failback.host);
+        return Err(Problem::unreachable(what, why, format!("'varve status {name}' says when it is")));
+    };
+    if let Some(user) = promotions.user(&name) {
+        let next = "stop what uses the devices and unmount them; then run the same command again";
+        return Err(Problem::refused(what, format!("it is in use here: {user}"), next));
+    }
+    let reply = bare_reply(&context.slot, &meta, &failback.host);
+    if dry_run {
+        return Ok(FailbackReply { dry_run, ..reply });
+    }
+    let stopped = tokio::task::block_in_place(|| promotions.stop_serving(&name, false, &what));
+    stopped?;
+    let paused = Instant::now();
+    let given = give_back(context, &meta, &failback.host, quick, orders).await;
+    match given {
+        Ok((armed, epoch, told)) => {
+            tracing::warn!(group = name, host = failback.host, epoch, "given back: it runs at home");
+            context.slot.failback.end_all();
+            let next = match told {
+                true => {
+                    format!("mount and start what uses it on '{}'; '{name}' is protected from there", failback.host)
+                }
+                false => {
+                    format!("'{}' did not answer any more: it goes on by itself when it is connected", failback.host)
+                }
+            };
+            let (sent_bytes, compared_bytes) = (armed.sent_bytes, armed.compared_bytes);
+            let (pause_seconds, seconds) = (Some(paused.elapsed().as_secs_f64()), begin.elapsed().as_secs_f64());
+            let home = true;
+            let phase = "home".to_owned();
+            Ok(FailbackReply { home, phase, epoch, sent_bytes, compared_bytes, pause_seconds, seconds, next, ..reply })
+        }
+        Err(why) => {
+            let still_here = context.slot.board().meta.as_ref().is_some_and(|meta| meta.takeover.is_some());
+            if still_here {
+                promotions.resume(context).await;
+            }
+            let next = match still_here {
+                true => "it runs here as before; when 'varve status' says that it follows, run the same command again",
+                false => "it is given back all the same: 'varve status' on both hosts shows how it goes on",
+            };
+            Err(Problem::failed(what, why, next))
+        }
+    }
+}
+
+/// With the devices away. Gives what was compared, the epoch at home, and whether the agent has heard it.
+async fn give_back(
+    context: &Context,
+    meta: &GroupMeta,
+    host: &str,
+    quick: bool,
+    orders: tokio::sync::mpsc::Sender<Order>,
+) -> Result<(Armed, u64, bool), String> {
+    let desk = context.registry.seize(&context.slot).await.map_err(|refused| refused.text)?;
+    let Some(open) = &desk.open else { return Err("its files are not open".to_owned()) };
+    let height = open.live.view().landed.height;
+    catch_up(open, height).await?;
+    let (epoch, token): (u64, [u8; 16]) = (meta.epoch + 1, rand::random());
+    let ((answer, answered), (give, given)) = (oneshot::channel(), oneshot::channel());
+    let order = Order { height, epoch, token, quick, answer, given };
+    orders.send(order).await.map_err(|_| "the agent has just gone".to_owned())?;
+    let armed = timeout(HOME_CUT_OVER_TIME_MAX, answered).await.map_err(|_| "the agent hangs".to_owned())?;
+    let armed = armed.map_err(|_| "the agent has gone".to_owned())??;
+    if open.live.view().landed.height != height {
+        return Err("something was written here meanwhile".to_owned());
+    }
+    failpoint::hit(failpoint::HOME_ARMED);
+    let home = Home {
+        host: host.to_owned(),
+        token: hex(&token),
+        incarnation: hex(&armed.incarnation),
+        position: armed.position,
+        landed: false,
+    };
+    let change = |meta: &mut GroupMeta| {
+        (meta.epoch, meta.source_epoch_min) = (epoch, epoch);
+        (meta.takeover, meta.failback, meta.home) = (None, None, Some(home));
+        meta.owner = host.to_owned();
+        for (volume, path) in meta.volumes.iter_mut().zip(&armed.paths) {
+            volume.path.clone_from(path);
+        }
+    };
+    context.registry.change_meta(&context.slot, change).await.map_err(|refused| refused.text)?;
+    failpoint::hit(failpoint::HOME_GIVEN);
+    begin_at_home(&context.registry, &context.slot, open).await?;
+    failpoint::hit(failpoint::HOME_BEGUN);
+    drop(desk);
+    let told = give.send(()).is_ok() && timeout(HOME_TOLD_TIME_MAX, orders.closed()).await.is_ok();
+    Ok((armed, epoch, told))
+}
+
+/// Puts the stream where the one at home begins: both were equal there, so no gap stays open. Needed once after the
+/// group was given back, by whoever has the desk first; an ordinary session would find it unknown else and compare all.
+///
+/// # Errors
+/// If it cannot be made durable.
+pub async fn begin_at_home(registry: &Registry, slot: &Arc<Slot>, open: &OpenGroup) -> Result<(), String> {
+    let Some(meta) = slot.board().meta.clone() else { return Ok(()) };
+    let Some(home) = meta.home.filter(|home| !home.landed) else { return Ok(()) };
+    let incarnation = unhex(&home.incarnation);
+    let landed = open.live.view().landed;
+    let mark = |kind, reason| Mark {
+        kind,
+        reason,
+        incarnation,
+        position: home.position,
+        time_ns: landed.at.time_ns.max(now_ns()),
+        epoch: meta.epoch,
+        height_min: 0,
+    };
+    if landed.at.incarnation != incarnation {
+        land(open, &open.live, mark(MarkKind::Begin, Some(GapReason::Failback))).await?;
+    }
+    if open.live.view().landed.gap.is_some() {
+        land(open, &open.live, mark(MarkKind::GapEnd, None)).await?;
+    }
+    let landed = |meta: &mut GroupMeta| {
+        if let Some(home) = &mut meta.home {
+            home.landed = true;
+        }
+    };
+    registry.change_meta(slot, landed).await.map_err(|refused| refused.text)
+}

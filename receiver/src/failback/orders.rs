@@ -1,0 +1,218 @@
+//! What the operator asks: what would be sent, begin, give up. (The cut-over is in [`super::cutover`].)
+
+use crate::apply::rollback::measure;
+use crate::control::ProgressOut;
+use crate::group::meta::{Failback, GroupMeta, unhex};
+use crate::group::registry::Slot;
+use crate::limits::{HOME_CONNECT_TIME_MAX, HOME_LOOK_INTERVAL};
+use crate::promote::Context;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use varve_common::control::{FailbackReply, VolumeStatus, show_time};
+use varve_common::problem::Problem;
+
+fn now() -> String {
+    show_time(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64)
+}
+
+/// What is known without asking the host.
+pub(super) fn bare_reply(slot: &Slot, meta: &GroupMeta, host: &str) -> FailbackReply {
+    let takeover = meta.takeover.as_ref();
+    let timeline = slot.board().timeline.clone();
+    let measured =
+        takeover.zip(timeline).and_then(|(takeover, timeline)| measure(&timeline, takeover.before_height).ok());
+    let not_here = takeover.zip(slot.failback.heard()).and_then(|(takeover, heard)| {
+        let same = heard.incarnation == unhex(&takeover.source_incarnation);
+        same.then(|| heard.newest.saturating_sub(takeover.source_position))
+    });
+    let shown = slot.failback.shown();
+    let status = slot.failback.status(Some(meta));
+    FailbackReply {
+        group: meta.name.clone(),
+        host: host.to_owned(),
+        epoch: meta.epoch,
+        phase: status.as_ref().map_or("none".to_owned(), |status| status.phase.clone()),
+        changed_here_bytes: measured.map_or(0, |extent| extent.bytes),
+        differing_bytes: None,
+        only_there_bytes: None,
+        captured_there_bytes: not_here,
+        compared_bytes: shown.total_bytes,
+        sent_bytes: shown.sent_bytes,
+        lag_seconds: shown.lag.map(|lag| lag.as_secs_f64()),
+        pause_seconds: None,
+        seconds: 0.0,
+        home: false,
+        dry_run: false,
+        volumes: meta
+            .volumes
+            .iter()
+            .map(|volume| VolumeStatus {
+                path: volume.path.clone(),
+                bytes: volume.bytes,
+                replica: Some(volume.replica.display().to_string()),
+            })
+            .collect(),
+        next: status.map_or_else(String::new, |status| status.next),
+    }
+}
+
+/// The group runs here for good.
+fn refuse_not_committed(slot: &Slot, what: &str) -> Result<GroupMeta, Problem> {
+    let name = &slot.name;
+    let meta = slot.board().meta.clone();
+    match meta.as_ref().and_then(|meta| meta.takeover.as_ref()) {
+        Some(takeover) if takeover.committed => {}
+        Some(_) => {
+            let next =
+                format!("'varve failover commit {name}' first; or 'varve failover abort {name}' goes back at once");
+            return Err(Problem::refused(
+                what,
+                "its takeover is not committed: what was written here may still be given up",
+                next,
+            ));
+        }
+        None => {
+            let next = format!("'varve status {name}' shows where it runs; 'varve failover {name}' takes it over");
+            return Err(Problem::refused(what, "it does not run here", next));
+        }
+    }
+    meta.ok_or_else(|| Problem::refused(what, "it is gone", "'varve status' lists the groups"))
+}
+
+/// The first pass is over.
+pub(super) fn refuse_unready(slot: &Slot, what: &str) -> Result<(GroupMeta, Failback), Problem> {
+    let (meta, name) = (refuse_not_committed(slot, what)?, &slot.name);
+    let Some(failback) = meta.failback.clone() else {
+        let next = format!("'varve failback {name}' first: business goes on here meanwhile");
+        return Err(Problem::refused(what, "its volumes at home were not brought up to date", next));
+    };
+    let shown = slot.failback.shown();
+    if let Some((problem, next)) = shown.problem {
+        return Err(Problem::refused(what, problem, format!("on '{}': {next}", failback.host)));
+    }
+    if shown.connected && shown.lag.is_none() {
+        let next = format!("'varve status {name}' shows how far it is");
+        return Err(Problem::refused(what, "its volumes at home are still being compared and written", next));
+    }
+    Ok((meta, failback))
+}
+
+/// Finds out what would be sent, and what would be overwritten.
+///
+/// # Errors
+/// For the operator.
+pub async fn look(context: &Context, progress: &mut ProgressOut<'_>) -> Result<FailbackReply, Problem> {
+    let (begin, slot) = (Instant::now(), &context.slot);
+    let what = format!("what '{}' needs at home is not known", slot.name);
+    let meta = refuse_not_committed(slot, &what)?;
+    let reply = |meta: &GroupMeta, host: &str| {
+        let bare = tokio::task::block_in_place(|| bare_reply(slot, meta, host));
+        FailbackReply { dry_run: true, seconds: begin.elapsed().as_secs_f64(), ..bare }
+    };
+    if let Some(failback) = &meta.failback {
+        // It is under way, so there is nothing to find out beforehand.
+        return Ok(reply(&meta, &failback.host));
+    }
+    slot.failback.show(|shown| (shown.looked, shown.problem) = (None, None));
+    let mut shown = slot.failback.shown();
+    while begin.elapsed() < HOME_CONNECT_TIME_MAX || shown.connected {
+        slot.failback.want_look(Some(Instant::now() + HOME_CONNECT_TIME_MAX));
+        tokio::time::sleep(HOME_LOOK_INTERVAL).await;
+        shown = slot.failback.shown();
+        if shown.looked.is_some() || shown.problem.is_some() {
+            break;
+        }
+        if shown.connected {
+            progress.tell(shown.done_bytes, shown.total_bytes).await;
+        }
+    }
+    slot.failback.want_look(None);
+    let looked = shown.looked;
+    let next = match (looked, shown.problem) {
+        (Some(_), _) => format!("'varve failback {}' brings it home", slot.name),
+        (None, Some((problem, next))) => format!("{problem}; on '{}': {next}", meta.owner),
+        (None, None) => format!("what '{}' holds is not known: its agent did not answer", meta.owner),
+    };
+    let (differing_bytes, only_there_bytes) = (looked.map(|it| it.0), looked.map(|it| it.1));
+    Ok(FailbackReply { differing_bytes, only_there_bytes, next, ..reply(&meta, &meta.owner) })
+}
+
+/// Calls the group home and waits until the volumes there follow what is written here.
+///
+/// # Errors
+/// For the operator; once it has begun it goes on by itself.
+pub async fn begin(
+    context: &Context,
+    host: Option<String>,
+    progress: &mut ProgressOut<'_>,
+) -> Result<FailbackReply, Problem> {
+    let (begin, slot, name) = (Instant::now(), &context.slot, &context.slot.name);
+    let what = format!("'{name}' was not called home");
+    let meta = refuse_not_committed(slot, &what)?;
+    let host = host.unwrap_or_else(|| meta.failback.as_ref().map_or(&meta.owner, |failback| &failback.host).clone());
+    match &meta.failback {
+        Some(failback) if failback.host != host => {
+            let why = format!("it is being brought to '{}' since {}", failback.host, failback.since);
+            return Err(Problem::refused(what, why, format!("'varve failback {name} --stop' first")));
+        }
+        Some(_) => {}
+        None => {
+            let failback = Failback { host: host.clone(), since: now() };
+            let change = |meta: &mut GroupMeta| meta.failback = Some(failback);
+            let changed = context.registry.change_meta(&context.slot, change).await;
+            changed.map_err(|refused| context.failed(refused.text))?;
+            tracing::warn!(group = name, host, "it is to come home");
+        }
+    }
+    slot.failback.show(|shown| shown.problem = None);
+    loop {
+        tokio::time::sleep(HOME_LOOK_INTERVAL).await;
+        let Some(meta) = slot.board().meta.clone().filter(|meta| meta.failback.is_some()) else {
+            let next = format!("'varve status {name}' shows where it runs");
+            return Err(Problem::refused(what, "it was given up, or given back, meanwhile", next));
+        };
+        let shown = slot.failback.shown();
+        if shown.lag.is_some() {
+            let reply = tokio::task::block_in_place(|| bare_reply(slot, &meta, &host));
+            return Ok(FailbackReply { seconds: begin.elapsed().as_secs_f64(), ..reply });
+        }
+        let waits = format!("'{name}' is called home and waits");
+        if let Some((problem, next)) = shown.problem {
+            let next = format!("on '{host}': {next}; it goes on by itself then");
+            return Err(Problem::refused(waits, problem, next));
+        }
+        if !shown.connected && begin.elapsed() > HOME_CONNECT_TIME_MAX {
+            let next = match host == meta.owner {
+                true => format!("start varve-agent on '{host}'; it goes on by itself then"),
+                false => format!("on '{host}': 'varve failback {name} --volume …' says which volumes it shall have"),
+            };
+            return Err(Problem::unreachable(waits, format!("the agent of '{host}' did not answer"), next));
+        }
+        if progress.has_gone() {
+            return Err(Problem::failed(waits, "nobody waits for it any more", "it goes on by itself"));
+        }
+        if shown.connected {
+            progress.tell(shown.done_bytes, shown.total_bytes).await;
+        }
+    }
+}
+
+/// The group stays here.
+///
+/// # Errors
+/// For the operator.
+pub async fn stop(context: &Context) -> Result<FailbackReply, Problem> {
+    let (slot, name) = (&context.slot, &context.slot.name);
+    let what = format!("'{name}' was not kept here");
+    let meta = refuse_not_committed(slot, &what)?;
+    let Some(failback) = &meta.failback else {
+        let next = format!("'varve failback {name}' calls it home");
+        return Err(Problem::refused(what, "it was not called home", next));
+    };
+    let changed = context.registry.change_meta(&context.slot, |meta| meta.failback = None).await;
+    changed.map_err(|refused| context.failed(refused.text))?;
+    slot.failback.end_all();
+    tracing::warn!(group = name, "it is not to come home any more");
+    let reply = tokio::task::block_in_place(|| bare_reply(slot, &meta, &failback.host));
+    let next = format!("the volumes on '{}' are partly overwritten; 'varve failback {name}' goes on", failback.host);
+    Ok(FailbackReply { phase: "stopped".to_owned(), next, ..reply })
+}
