@@ -61,6 +61,7 @@ pub(super) struct Memory {
     writes: Option<Still<u64>>,
     sync: Option<Still<Option<(u64, u64)>>>,
     backlog: VecDeque<(Duration, u64)>,
+    link: Option<Still<Option<Link>>>,
     newest_gap: Option<Option<String>>,
     quiet: Duration,
     without_writes: Duration,
@@ -232,13 +233,14 @@ fn replica(memory: &mut Memory, limits: &Limits, watched: Duration, facts: &Fact
         || "nothing can be recovered yet".to_owned(),
         |(_, to)| format!("the newest point is of {}", show_time(to)),
     );
-    let quiet = memory.quiet;
+    let (quiet, connected) = (memory.quiet, Still::see(&mut memory.link, Some(facts.link), watched));
     let (mut silent, mut gone) = (good_if(quiet < limits.no_ack / 2), good_if(quiet < limits.no_ack / 2));
     if facts.held.is_some() {
         (silent, gone) = (Verdict::Good, Verdict::Good);
     } else if facts.link == Link::Streaming {
         gone = Verdict::Good;
-        if quiet > limits.no_ack {
+        // One that has just come back is given its time.
+        if quiet.min(connected) > limits.no_ack {
             let text = format!("the agent is connected and has sent nothing for {}; {newest}", words(quiet));
             let next = format!("'varve status {name}' and the log of varve-agent on the production host");
             silent = Verdict::Bad { text, next };
