@@ -165,6 +165,13 @@ impl Installation {
         assert_eq!(code, 128 + 9, "{} had ended by itself:\n{}", role.program(), child.log());
     }
 
+    /// After somebody else killed it: waits for its end, so that it can be started again.
+    #[track_caller]
+    pub fn reap(&mut self, role: Role) {
+        let mut child = self.slot(role).take().unwrap_or_else(|| panic!("{} does not run", role.program()));
+        assert!(child.wait(STOP_LIMIT).is_some(), "{} runs on", role.program());
+    }
+
     /// Any other signal (SIGSTOP makes a daemon that hangs).
     pub fn signal(&mut self, role: Role, signal: Signal) {
         self.slot(role).as_mut().unwrap().signal(signal);

@@ -95,6 +95,129 @@ fn an_agent_killed_again_and_again_loses_nothing_and_compares_nothing() {
     assert_eq!(counter(&pair, "db", "image_bytes") + counter(&pair, "db", "probes"), 0);
 }
 
+/// The agent's program.
+fn agent_program(pair: &Pair) -> PathBuf {
+    std::fs::read_link(format!("/proc/{}/exe", pair.production.pid(Role::Agent))).unwrap()
+}
+
+/// Starts an agent and kills it after `life`, wherever it is then. No agent may be running.
+fn short_life(pair: &Pair, program: &Path, life: Duration) {
+    let log = pair.production.scratch().join("short-lives.log");
+    let none: [&str; 0] = [];
+    let mut child = Child::start(program, &none, &log, |command| {
+        command.env("VARVE_ROOT", pair.production.root());
+    });
+    std::thread::sleep(life);
+    assert_eq!(child.end_with(nix::sys::signal::Signal::SIGKILL, LIMIT), 137, "{}", child.log());
+}
+
+/// Killed while it starts: while it proves, takes over, greets the receiver.
+#[test]
+fn an_agent_killed_while_it_starts_leaves_everything_to_the_next() {
+    require_root();
+    let seed = Seed::new();
+    let mut rng = seed.rng();
+    let scratch = Scratch::memory();
+    let device = LoopDevice::new(&scratch, "volume", 48 << 20);
+    let mut pair = Pair::with_agent_config("ring_mib = 256\n");
+    let replicas = pair.protect("db", &[device.path()]);
+    pair.wait_protected("db", LIMIT);
+    let (name, from) = (incarnation(&pair, "db"), pair.production.log(Role::Agent).len());
+    let program = agent_program(&pair);
+    let load = Fio::new(device.path()).block("512-64k").option("blockalign=512").depth(4).seed(seed.number());
+    let load = load.rate(10 << 20).seconds(600).start(&scratch);
+    pair.production.kill(Role::Agent);
+    for _ in 0..40 {
+        short_life(&pair, &program, Duration::from_millis(rng.random_range(0..400)));
+    }
+    pair.production.start(Role::Agent);
+    load.stop();
+    assert_equal(&pair, "db", &[device.path()], &replicas);
+    assert_eq!(incarnation(&pair, "db"), name);
+    assert_no_gap(&pair, from);
+    let short = std::fs::read_to_string(pair.production.scratch().join("short-lives.log")).unwrap();
+    // The receiver still has the connections of those that were killed, and takes only so many of one host.
+    let wrong = |line: &&str| line.contains(" WARN ") && !line.contains(": Busy (") || line.contains("resumed=false");
+    let bad: Vec<&str> = short.lines().filter(wrong).collect();
+    assert!(bad.is_empty(), "{bad:#?}");
+    assert!(short.contains("resumed=true"), "some lived long enough to stream");
+}
+
+/// Killed while a group is protected and unprotected: what is half made is captured by nobody, and the end is clean.
+#[test]
+fn an_agent_killed_while_groups_come_and_go_leaves_nothing_half() {
+    require_root();
+    let seed = Seed::new();
+    let mut rng = seed.rng();
+    let scratch = Scratch::memory();
+    let (a, b) = (LoopDevice::new(&scratch, "a", 16 << 20), LoopDevice::new(&scratch, "b", 16 << 20));
+    let mut pair = Pair::new();
+    let replicas = pair.protect("stays", &[a.path()]);
+    pair.wait_protected("stays", LIMIT);
+    let name = incarnation(&pair, "stays");
+    let load = Fio::new(a.path()).block("4k").depth(2).seed(seed.number()).rate(2 << 20).seconds(600).start(&scratch);
+    for round in 0..12 {
+        let pair_ref = &pair;
+        let wait = Duration::from_millis(rng.random_range(0..120));
+        // The command is told that the agent went away, or that it is done: both are right.
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let volume = b.path().to_str().unwrap();
+                let replica = pair_ref.recovery.scratch().join("comes.img");
+                let args = match round % 2 {
+                    0 => vec!["protect", "comes", volume, "--replica", replica.to_str().unwrap()],
+                    _ => vec!["unprotect", "comes", "--yes"],
+                };
+                let _ = pair_ref.production.varve(&args);
+            });
+            std::thread::sleep(wait);
+            let pid = nix::unistd::Pid::from_raw(pair_ref.production.pid(Role::Agent).cast_signed());
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        });
+        pair.production.reap(Role::Agent);
+        pair.production.start(Role::Agent);
+    }
+    load.stop();
+    assert_equal(&pair, "stays", &[a.path()], &replicas);
+    assert_eq!(incarnation(&pair, "stays"), name);
+    if pair.production.group("comes").is_some() {
+        pair.wait_protected("comes", LIMIT);
+        pair.production.varve(&["unprotect", "comes", "--yes"]).ok();
+    }
+    pair.production.varve(&["unprotect", "stays", "--yes"]).ok();
+    assert_eq!(pins(&pair.production), Vec::<PathBuf>::new());
+}
+
+/// A ring that is too small, a device whose writes stay in flight for long, and kills: gaps are right, losses are not.
+#[test]
+fn kills_in_gaps_and_with_slow_writes_in_flight_lose_nothing() {
+    require_root();
+    let seed = Seed::new();
+    let mut rng = seed.rng();
+    let scratch = Scratch::memory();
+    let slow = SlowDevice::new(&scratch, "slow", 24 << 20, Duration::from_millis(20), Duration::from_millis(200));
+    let fast = LoopDevice::new(&scratch, "fast", 64 << 20);
+    let load = |path: &Path, number| Fio::new(path).block("4k-128k").depth(16).seed(number).seconds(600);
+    let mut pair = Pair::with_agent_config("ring_mib = 4\njournal_max_mib = 0\n");
+    let replicas = pair.protect("both", &[slow.path(), fast.path()]);
+    let loads = [
+        load(slow.path(), seed.number()).start(&scratch),
+        load(fast.path(), seed.number() + 1).rate(60 << 20).start(&scratch),
+    ];
+    for _ in 0..10 {
+        std::thread::sleep(Duration::from_millis(rng.random_range(0..1500)));
+        pair.production.kill(Role::Agent);
+        std::thread::sleep(Duration::from_millis(rng.random_range(0..300)));
+        pair.production.start(Role::Agent);
+    }
+    for load in loads {
+        load.stop();
+    }
+    assert_equal(&pair, "both", &[slow.path(), fast.path()], &replicas);
+    let log = pair.production.log(Role::Agent);
+    assert_eq!(log.matches("resumed=false").count(), 1, "one ring, begun once");
+}
+
 /// The same in the middle of the first sync, where regions are in hand.
 #[test]
 fn an_agent_killed_in_its_first_sync_goes_on_with_it() {
@@ -194,11 +317,7 @@ fn unprotect_and_unpin_all_leave_no_pin() {
     // And again from the beginning, ended by hand.
     let replicas = pair.protect("again", &[a.path()]);
     pair.wait_protected("again", LIMIT);
-    let agent = |pair: &Pair| {
-        let exe = std::fs::read_link(format!("/proc/{}/exe", pair.production.pid(Role::Agent))).unwrap();
-        (exe, pair.production.root().to_owned())
-    };
-    let (exe, root) = agent(&pair);
+    let (exe, root) = (agent_program(&pair), pair.production.root().to_owned());
     let unpin = || run(std::process::Command::new(&exe).arg("--unpin-all").env("VARVE_ROOT", &root));
     unpin().expect_code(1);
     assert!(!pins(&pair.production).is_empty(), "not while the agent runs");
