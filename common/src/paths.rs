@@ -90,4 +90,24 @@ impl Paths {
     pub fn receiver_socket(&self) -> PathBuf {
         self.run_dir().join("receiver.sock")
     }
+
+    /// The takeover plan of a group: `etc/varve/takeover/GROUP.toml`.
+    pub fn takeover_plan(&self, group: &str) -> PathBuf {
+        self.config_dir().join("takeover").join(format!("{group}.toml"))
+    }
+
+    /// What takeovers and tests of a group have done: `var/lib/varve/takeover/GROUP`.
+    pub fn takeover_state(&self, group: &str) -> PathBuf {
+        self.root.join("var/lib/varve/takeover").join(group)
+    }
+
+    /// Where a test's namespaces of a group are held: `run/varve/takeover/GROUP`.
+    pub fn takeover_bubble(&self, group: &str) -> PathBuf {
+        self.run_dir().join("takeover").join(group)
+    }
+
+    /// Links to the devices of a promoted group: `dev/varve/GROUP`.
+    pub fn takeover_links(&self, group: &str) -> PathBuf {
+        self.root.join("dev/varve").join(group)
+    }
 }

@@ -47,7 +47,13 @@ fn look_after(registry: &Registry, slot: &Slot) -> Result<(), HistoryError> {
 /// Why the oldest layer is to go, if it is.
 fn due(timeline: &Timeline, policy: &Retention) -> Option<&'static str> {
     let layers = timeline.layers();
-    (doomed(&layers, policy, timeline.applied().time_ns, timeline.sizes().bytes()) > 0).then_some("retention")
+    (doomed(&layers, policy, newest_ns(timeline), timeline.sizes().bytes()) > 0).then_some("retention")
+}
+
+/// The newest time at the source, unless its clock is ahead of ours: a clock that was wrong once must not age everything.
+pub fn newest_ns(timeline: &Timeline) -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    timeline.applied().time_ns.min(now.as_nanos() as u64)
 }
 
 /// How many of the oldest layers retention lets go. Ages are of the source's clock: if the source is silent, its last points
@@ -70,6 +76,8 @@ pub fn doomed(layers: &[LayerInfo], policy: &Retention, newest_ns: u64, bytes: u
 
 /// Lets the oldest layer go; whether it did. What is lost is said before it is gone.
 fn expire(slot: &Slot, timeline: &Timeline, why: &str) -> Result<bool, HistoryError> {
+    // Nobody hears that a bookmark is kept between the question and the answer.
+    let _deciding = slot.keeping.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let kept = timeline.chronicle().kept().map(|bookmark| bookmark.height).min();
     let Some(oldest) = timeline.droppable(kept) else { return Ok(false) };
     let height = oldest.last_height.next_multiple_of(HEIGHT_STEP);
@@ -90,37 +98,33 @@ pub fn free_space(dir: &Path) -> Option<(u64, u64)> {
 
 /// On a disk that is nearly full the oldest layers go early; if that does not help, nothing more is taken in.
 fn make_room(slot: &Slot, timeline: &Timeline, dir: &Path) -> Result<(), HistoryError> {
-    let mut early = 0;
-    loop {
-        let Some((free, floor)) = free_space(dir) else { return Ok(()) };
-        if free >= floor {
-            if early == 0 {
-                slot.board().notice = None;
-            }
-            return Ok(());
-        }
-        if expire(slot, timeline, "the disk is nearly full")? {
-            early += 1;
-            let text = format!("{SHORTENED}: {free} bytes are free on the disk, {floor} are kept free");
-            tracing::warn!(group = slot.name, free, floor, "old points expired early to keep the disk from filling up");
-            slot.board().notice = Some(text);
-            continue;
-        }
-        let text = format!("{free} bytes are free on the disk, {floor} are kept free, and nothing may expire");
-        if free < floor / 2 && slot.board().asks.is_some() {
-            tracing::error!(group = slot.name, free, floor, "the disk is nearly full: nothing more is taken in");
-            slot.end_session();
-        }
+    let Some((free, floor)) = free_space(dir) else { return Ok(()) };
+    if free >= floor {
+        slot.board().notice = None;
+        return Ok(());
+    }
+    // One at a time: some file systems show the room that it makes only later.
+    if expire(slot, timeline, "the disk is nearly full")? {
+        let text =
+            format!("the window is shorter than retention says: {free} bytes are free on the disk, {floor} are kept free");
+        tracing::warn!(group = slot.name, free, floor, "old points expired early to keep the disk from filling up");
         slot.board().notice = Some(text);
         return Ok(());
     }
+    let text = format!("{free} bytes are free on the disk, {floor} are kept free, and nothing may expire");
+    if free < floor / 2 && slot.board().asks.is_some() {
+        tracing::error!(group = slot.name, free, floor, "the disk is nearly full: nothing more is taken in");
+        slot.end_session();
+    }
+    slot.board().notice = Some(text);
+    Ok(())
 }
 
 /// Bytes of history that are only there for the point at `height`: retention would let them go, and no older point is held.
 /// `held`: the other points that are.
 pub fn bytes_held_by(timeline: &Timeline, policy: &Retention, height: u64, held: &[u64]) -> u64 {
     let layers = timeline.layers();
-    let doomed = doomed(&layers, policy, timeline.applied().time_ns, timeline.sizes().bytes());
+    let doomed = doomed(&layers, policy, newest_ns(timeline), timeline.sizes().bytes());
     let needed = |layer: &&LayerInfo| layer.last_height > height;
     let by_others = |layer: &LayerInfo| held.iter().any(|other| layer.last_height > *other);
     layers[..doomed].iter().filter(needed).filter(|layer| !by_others(layer)).map(|layer| layer.bytes).sum()

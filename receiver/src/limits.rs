@@ -95,6 +95,8 @@ pub const PROMOTED_READERS_MAX: usize = 8;
 pub const OVERLAY_CREDIT_BYTES: u64 = 16 << 20;
 /// Stretches of 256 KiB that were written to one view: beyond (1 TiB) it is full.
 pub const OVERLAY_WORDS_MAX: u64 = 4 << 20;
+/// The longest that a command waits for a group's files to be opened.
+pub const OPEN_TIME_MAX: Duration = Duration::from_secs(10);
 /// Views open at once, of all groups.
 pub const VIEWS_MAX: usize = 64;
 /// Gaps that the status shows.

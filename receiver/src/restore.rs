@@ -26,6 +26,8 @@ pub struct Target {
     path: PathBuf,
     /// A file is written under this name and renamed when it is whole and verified.
     partial: Option<PathBuf>,
+    /// It was there before, and may be replaced.
+    replaces: bool,
 }
 
 fn refused(path: &Path, why: impl Into<String>, next: &str) -> Problem {
@@ -35,6 +37,13 @@ fn refused(path: &Path, why: impl Into<String>, next: &str) -> Problem {
 fn failed(path: &Path, error: &IoError) -> Problem {
     let next = if error.is_no_space() { "free space there, or choose another place" } else { "check the path" };
     Problem::failed(format!("the restore to {} failed", path.display()), error.chain(), next)
+}
+
+/// Another name for every restore: two to the same place must not verify one file and name the other.
+fn partial_of(path: &Path) -> PathBuf {
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(format!(".{PARTIAL}-{:08x}", rand::random::<u32>()));
+    partial.into()
 }
 
 impl Target {
@@ -67,9 +76,7 @@ impl Target {
         }
         match std::fs::metadata(path) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                let mut partial = path.as_os_str().to_owned();
-                partial.push(format!(".{PARTIAL}"));
-                Ok(Self { path: path.to_path_buf(), partial: Some(partial.into()) })
+                Ok(Self { path: path.to_path_buf(), partial: Some(partial_of(path)), replaces: false })
             }
             Err(e) => Err(failed(path, &IoError::new("look at", path, e))),
             Ok(_) if !force => Err(refused(path, "it exists", "choose another place, or --force to overwrite it")),
@@ -91,11 +98,9 @@ impl Target {
                 let why = format!("it has {len} bytes, the volume {bytes}");
                 return Err(refused(path, why, "choose a larger device"));
             }
-            return Ok(Self { path: path.to_path_buf(), partial: None });
+            return Ok(Self { path: path.to_path_buf(), partial: None, replaces: true });
         }
-        let mut partial = path.as_os_str().to_owned();
-        partial.push(format!(".{PARTIAL}"));
-        Ok(Self { path: path.to_path_buf(), partial: Some(partial.into()) })
+        Ok(Self { path: path.to_path_buf(), partial: Some(partial_of(path)), replaces: true })
     }
 
     /// Writes and verifies. `tell(done, of)` says whether to go on; both passes count.
@@ -110,14 +115,24 @@ impl Target {
                 let _ = std::fs::remove_file(partial);
             }
             (Ok(_), Some(partial)) => {
-                let name = |e| failed(&self.path, &IoError::new("rename to", &self.path, e));
-                std::fs::rename(partial, &self.path).map_err(name)?;
+                self.name(partial)?;
                 let dir = self.path.parent().unwrap_or(Path::new("/"));
                 crashsafe::fsync_dir(dir).map_err(|e| failed(&self.path, &e))?;
             }
             _ => {}
         }
         written
+    }
+
+    /// Gives the file its name; one that somebody else made meanwhile is not replaced.
+    fn name(&self, partial: &Path) -> Result<(), Problem> {
+        use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+        let flags = if self.replaces { RenameFlags::empty() } else { RenameFlags::RENAME_NOREPLACE };
+        renameat2(AT_FDCWD, partial, AT_FDCWD, &self.path, flags).map_err(|e| {
+            // Best effort: the first error is the one to report.
+            let _ = std::fs::remove_file(partial);
+            failed(&self.path, &IoError::new("rename to", &self.path, e))
+        })
     }
 
     fn write_and_verify(
@@ -129,7 +144,6 @@ impl Target {
         let len = volume.len();
         let file = match &self.partial {
             Some(partial) => {
-                crashsafe::remove_durable(partial).map_err(io)?;
                 DirectFile::create_new(partial, len, 0o600).map_err(io)?
             }
             None => DirectFile::open_rw_exclusive(&self.path).map_err(io)?,

@@ -26,11 +26,13 @@ pub fn group(daemon: &Daemon, slot: &Slot) -> GroupStatus {
     let view = board.live.as_ref().map(|live| live.view());
     let report = fresh_report(&board);
     let landed = view.as_ref().map(|view| view.landed);
+    let promoted = board.meta.as_ref().is_some_and(|meta| meta.takeover.is_some());
     let facts = DataFacts {
         ever_consistent: landed.is_some_and(|landed| landed.ever_consistent),
         gap: landed.and_then(|landed| landed.gap),
         sync_running: report.is_some_and(|report| report.resync.is_some()),
-        behind: report.is_none_or(|report| report.data == varve_common::state::Data::Lagging),
+        // What runs here is not behind anything.
+        behind: !promoted && report.is_none_or(|report| report.data == varve_common::state::Data::Lagging),
         verifying: report.and_then(|report| report.verify.as_ref()).is_some_and(|verify| !verify.finished),
     };
     let durable = landed.filter(|landed| landed.begun()).map(|landed| landed.at);
@@ -45,10 +47,7 @@ pub fn group(daemon: &Daemon, slot: &Slot) -> GroupStatus {
     };
     GroupStatus {
         name: slot.name.clone(),
-        role: match meta.is_some_and(|meta| meta.takeover.is_some()) {
-            true => Role::Promoted,
-            false => Role::Replica,
-        },
+        role: if promoted { Role::Promoted } else { Role::Replica },
         link: board.link,
         data: facts.word(),
         reason: failure.or(board.refusal.clone()).or(facts.gap.map(|reason| reason.explain().to_owned())),

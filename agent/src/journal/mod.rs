@@ -172,7 +172,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Journal {
-    /// Opens a group's journal and finds out how it meets the ring. One that cannot be used says why in its status, and
+    /// Opens a group's journal and finds out how it meets the ring, which must be released up to the end of
+    /// [`Journal::range`] before anything is spilled. One that cannot be used says why in its status, and
     /// the group does without.
     pub fn open(settings: &Settings, group: &str, incarnation: Incarnation, tape: &dyn Tape) -> Self {
         let journal = Self {
@@ -209,11 +210,6 @@ impl Journal {
                 (inner.index, inner.end) = (found.index, found.end);
                 inner.sealed = found.damage.is_some();
                 inner.detached = (meeting == Meeting::Detached).then_some(last.incarnation);
-            }
-            if meeting == Meeting::Attached {
-                drop(inner);
-                tape.synced(end, &mut |_| true);
-                inner = lock(&self.inner);
             }
         }
         match inner.index.oldest_segment() {

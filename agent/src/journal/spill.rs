@@ -154,10 +154,12 @@ impl Spiller<'_> {
     }
 
     fn wants(&self, inner: &Inner) -> bool {
-        let (consumer, _, _) = self.tape.extent();
+        let (consumer, _, capacity) = self.tape.extent();
         // Where the ring was acknowledged beyond the journal's end, the ring's begin is the place.
         let from = inner.ended().map_or(consumer, |end| end.max(consumer));
-        inner.offered > from && (inner.active || inner.flush.is_some())
+        // Small chunks are wasted space and syncs.
+        let enough = (CHUNK_BYTES_MAX as u64).min(capacity / 8);
+        inner.offered > from && (inner.active && inner.offered - from >= enough || inner.flush.is_some())
     }
 
     fn full(&mut self, why: String) {

@@ -53,7 +53,8 @@ mod tests {
             reserved: 0.into(),
         };
         let mut golden = vec![0, 16, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 16, 0, 0, 0, 0, 0, 0, 0];
-        golden.extend([1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 32, 0, 0, 3, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0]);
+        golden
+            .extend([1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 32, 0, 0, 3, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(row.as_bytes(), golden);
         assert_eq!(decode(&golden), Some(&[row][..]));
         assert_eq!(decode(&golden[1..]), None);

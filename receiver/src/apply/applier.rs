@@ -1,7 +1,7 @@
 //! The thread that brings the replicas forward. It alone writes to them, so order is order.
 
 use super::collect::{Batch, Cursor, Ended};
-use super::history::{History, stage_bytes};
+use super::history::{History, Whose, stage_bytes};
 use super::mark::AppliedFile;
 use super::plan::{BatchPlan, Piece, Source, Stamp};
 use super::probe;
@@ -202,7 +202,8 @@ impl Applier {
         Ok(bytes)
     }
 
-    /// What a part replaces becomes history, then it goes to the replicas. Empties the part.
+    /// What a part replaces becomes history, then it goes to the replicas. Empties the part. `complete_to`: see
+    /// [`Whose::Stream`]; `None`: it is no part of the stream.
     pub(super) fn part(
         &mut self,
         part: &mut BatchPlan,
@@ -214,7 +215,11 @@ impl Applier {
             return Ok(0);
         }
         if past_counts {
-            self.history.before(part, buffers, &mut self.replicas, complete_to)?;
+            let whose = match complete_to {
+                Some(complete_to) => Whose::Stream { complete_to },
+                None => Whose::Image { height: self.cursor.state.height },
+            };
+            self.history.before(part, buffers, &mut self.replicas, whose)?;
         }
         failpoint::hit(failpoint::APPLY_BEFORE);
         let pieces = part.resolve();

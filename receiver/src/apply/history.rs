@@ -28,6 +28,24 @@ use varve_timeline::timeline::Timeline;
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
 
+/// Where the changes of a part come from.
+#[derive(Clone, Copy, Debug)]
+pub enum Whose {
+    /// Records: every change of the stream up to this height is in this part or was in an earlier one. After a crash they come
+    /// again, and what is durable of them is recognised by it.
+    Stream {
+        /// See above.
+        complete_to: u64,
+    },
+    /// An image, or a rollback, at this height of the stream: all that the stream changed before is taken or changed nothing.
+    /// That must be durable with it, else a record that comes again after a crash would take the image for what was there.
+    /// They do not come again themselves, so they are always taken.
+    Image {
+        /// See above.
+        height: u64,
+    },
+}
+
 /// Takes what the applier replaces. Owned by the applier.
 #[derive(Debug)]
 pub struct History {
@@ -97,23 +115,24 @@ impl History {
     }
 
     /// Called with every part of a batch before anything of it reaches the replicas, from the first consistent point on:
-    /// before it there is no past. On return what it replaces is durable. `complete_to`: every change of the stream up to this height is in
-    /// this part or was in an earlier one; `None`: the part is an image. An image has no record that comes again after a
-    /// crash, so its changes are always taken.
+    /// before it there is no past. On return what it replaces is durable.
     pub fn before(
         &mut self,
         part: &BatchPlan,
         buffers: &[&[u8]],
         replicas: &mut Replicas,
-        complete_to: Option<u64>,
+        whose: Whose,
     ) -> Result<(), Failure> {
         // What is durable already is not taken again.
-        self.cut(part, complete_to.map_or(0, |_| self.recorder.complete_to()));
+        let (taken_to, complete_to) = match whose {
+            Whose::Stream { complete_to } => (self.recorder.complete_to(), complete_to),
+            Whose::Image { height } => (0, height),
+        };
+        self.cut(part, taken_to);
         self.place();
         self.fill(replicas)?;
         self.play(part, buffers)?;
         failpoint::hit(failpoint::HISTORY_BEFORE);
-        let complete_to = complete_to.unwrap_or(self.recorder.complete_to());
         self.recorder.commit(complete_to).map_err(|e| history_failed(&e))?;
         failpoint::hit(failpoint::HISTORY_AFTER);
         Ok(())

@@ -3,7 +3,7 @@
 use super::{ProgressOut, no_group};
 use crate::daemon::Daemon;
 use crate::group::registry::Slot;
-use crate::keeper::{bytes_from, bytes_held_by, doomed};
+use crate::keeper::{bytes_from, bytes_held_by, doomed, newest_ns};
 use crate::limits::{DAMAGES_TRACED_MAX, DENSITY_PARTS, SCRUB_RATE};
 use crate::restore::Target;
 use crate::view::views::{Wish, find, history_problem, volumes_at};
@@ -266,7 +266,7 @@ pub async fn retention(
     blocking(move || {
         let retention = wished;
         let layers = timeline.layers();
-        let (size, newest) = (timeline.sizes().bytes(), timeline.applied().time_ns);
+        let (size, newest) = (timeline.sizes().bytes(), newest_ns(&timeline));
         let count = doomed(&layers, &retention, newest, size);
         let held = held(&daemon, &slot, &timeline, None).into_iter().min();
         let free = |layer: &&varve_timeline::catalogue::LayerInfo| held.is_none_or(|held| layer.last_height <= held);
@@ -338,6 +338,8 @@ pub async fn keep(daemon: &Arc<Daemon>, group: String, name: String, keep: bool)
     let daemon = daemon.clone();
     blocking(move || {
         let (slot, timeline) = timeline_of(&daemon, &group)?;
+        // Nothing expires between the look and the word.
+        let _deciding = slot.keeping.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let chronicle = timeline.chronicle();
         let Some(bookmark) = chronicle.bookmark(&name) else {
             let what = format!("no bookmark '{}' in '{group}'", name.escape_debug());

@@ -3,7 +3,7 @@
 use super::live::{Counters, Live};
 use super::meta::GroupMeta;
 use super::replicas;
-use super::stream::{MARK_HEIGHT, StreamState};
+use super::stream::{IMAGE_HEIGHT, MARK_HEIGHT, StreamState};
 use crate::apply::applier::Applier;
 use crate::apply::collect::Cursor;
 use crate::apply::history::{History, history_failed};
@@ -166,11 +166,14 @@ impl Files {
     }
 
     /// The replicas may hold what stood behind the log's new end, and the history what that replaced: from here on no point
-    /// is good until the agent has sent that again (it is told so in the welcome), and what comes is younger than that.
+    /// is good until the agent has sent that again (it is told so in the welcome), and what comes is younger than that. Also
+    /// when nothing in the log says so: a newest entry that rotted looks like one that was never finished, but its height
+    /// stands in the history.
     fn damage_mark(&self) -> Option<Mark> {
-        let state = &self.recovered.state;
-        let height = self.recorder.complete_to().next_multiple_of(MARK_HEIGHT) + MARK_HEIGHT;
-        (self.recovered.damage.is_some() && state.begun()).then_some(Mark {
+        let (state, highest) = (&self.recovered.state, self.recorder.highest_stamp());
+        let lost = self.recovered.damage.is_some() || highest > state.height + IMAGE_HEIGHT;
+        let height = highest.next_multiple_of(MARK_HEIGHT) + MARK_HEIGHT;
+        (lost && state.begun()).then_some(Mark {
             kind: MarkKind::GapBegin,
             reason: Some(GapReason::ReplicaChanged),
             incarnation: state.at.incarnation,

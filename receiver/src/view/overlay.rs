@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use crate::keeper::free_space;
+use crate::limits::{OVERLAY_CREDIT_BYTES, OVERLAY_WORDS_MAX};
+use std::path::{Path, PathBuf};
 use varve_common::format::BLOCK_BYTES;
 use varve_io::IoError;
 
@@ -19,6 +21,9 @@ pub struct Overlay {
     /// By 64 blocks: which of them are in the file. 16 bytes for 256 KiB that were written to.
     map: HashMap<u64, u64>,
     len: u64,
+    dir: PathBuf,
+    /// Bytes that may be written before the free space is looked at again.
+    credit: u64,
 }
 
 /// A stretch of what was asked for.
@@ -36,7 +41,7 @@ impl Overlay {
         let fail = |e| IoError::new("make an overlay in", dir, e);
         let file = tempfile_in(dir).map_err(fail)?;
         file.set_len(len.next_multiple_of(BLOCK)).map_err(fail)?;
-        Ok(Self { file, map: HashMap::new(), len })
+        Ok(Self { file, map: HashMap::new(), len, dir: dir.to_path_buf(), credit: 0 })
     }
 
     fn has(&self, block: u64) -> bool {
@@ -73,6 +78,7 @@ impl Overlay {
         below: impl Fn(&mut [u8], u64) -> io::Result<()>,
     ) -> io::Result<()> {
         let end = offset + len;
+        self.check_room(if content.is_some() { len } else { 0 }, len)?;
         for edge in [offset, end] {
             let block = edge / BLOCK;
             // The disk's end need not be a block's end: what lies behind it is never read.
@@ -89,6 +95,26 @@ impl Overlay {
             None => self.write_zeroes(offset, len)?,
         }
         (offset / BLOCK..end.div_ceil(BLOCK)).for_each(|block| self.mark(block));
+        Ok(())
+    }
+
+    /// What is written to a view must not cost the history its oldest points, which go when the disk gets full; nor memory
+    /// without end.
+    fn check_room(&mut self, bytes: u64, covers: u64) -> io::Result<()> {
+        let full = || io::Error::from_raw_os_error(nix::libc::ENOSPC);
+        if self.map.len() as u64 + covers / (BLOCK * WORD_BLOCKS) > OVERLAY_WORDS_MAX {
+            return Err(full());
+        }
+        if self.credit < bytes {
+            let (free, floor) = free_space(&self.dir).ok_or_else(full)?;
+            let room = free.saturating_sub(floor + floor / 4);
+            self.credit = (room / 4).min(OVERLAY_CREDIT_BYTES).max(bytes);
+            if room < self.credit {
+                self.credit = 0;
+                return Err(full());
+            }
+        }
+        self.credit -= bytes;
         Ok(())
     }
 

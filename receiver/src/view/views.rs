@@ -4,13 +4,13 @@ use super::hints;
 use super::overlay::Overlay;
 use super::volume::ViewVolume;
 use crate::group::registry::Slot;
-use crate::limits::{CATCH_UP_TIME_MAX, VIEWS_MAX};
+use crate::limits::{CATCH_UP_TIME_MAX, OPEN_TIME_MAX, VIEWS_MAX};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 use varve_common::control::{ExportKind, ViewReply, ViewVolume as VolumeReply, show_time};
 use varve_common::point::{LocatedPoint, PointSpec};
 use varve_common::problem::{Problem, ProblemKind};
@@ -285,6 +285,11 @@ fn now() -> String {
 /// # Errors
 /// For the operator.
 pub fn find(slot: &Slot, at: &PointSpec) -> Result<(Arc<Timeline>, LocatedPoint), Problem> {
+    // The daemon may have started a moment ago.
+    let begin = Instant::now();
+    while slot.board().live.is_none() && slot.board().refusal.is_none() && begin.elapsed() < OPEN_TIME_MAX {
+        std::thread::sleep(Duration::from_millis(10));
+    }
     let board = slot.board().clone();
     let (Some(timeline), Some(live), Some(queue)) = (board.timeline, board.live, board.queue) else {
         let why = board.refusal.unwrap_or_else(|| "its files are not open".to_owned());
@@ -293,17 +298,20 @@ pub fn find(slot: &Slot, at: &PointSpec) -> Result<(Arc<Timeline>, LocatedPoint)
     };
     let now_ns = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
     let landed = live.view().landed;
-    let old_enough = at.time_ns(now_ns).is_some_and(|time_ns| time_ns <= timeline.applied().time_ns);
-    if !old_enough && timeline.applied().height < landed.height {
-        // What is landed counts: the replicas are brought there first.
+    if timeline.applied().height < landed.height {
+        // What is landed counts, whatever its times say: the replicas are brought there first.
         queue.hurry();
-        if !timeline.wait_applied(landed.height, CATCH_UP_TIME_MAX) {
+        let there = timeline.wait_applied(landed.height, CATCH_UP_TIME_MAX);
+        // A name and a position mean the same point then as now; the newest, or that of a time, may not be there yet.
+        let certain = matches!(at, PointSpec::Bookmark(_) | PointSpec::Position { .. });
+        if !there && !certain {
             let why = match live.failure() {
                 Some(failure) => failure.text.clone(),
                 None => format!("the replicas did not catch up within {} s", CATCH_UP_TIME_MAX.as_secs()),
             };
             let what = format!("'{at}' of '{}' cannot be read yet", slot.name);
-            return Err(Problem::failed(what, why, "try again, or take an older point"));
+            let next = "try again, or take an older point by its position or bookmark ('varve points')";
+            return Err(Problem::failed(what, why, next));
         }
     }
     let point = timeline.locate(at, now_ns).map_err(|error| error.problem(&slot.name, &at.to_string()))?;

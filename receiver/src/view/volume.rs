@@ -6,7 +6,7 @@
 //! anew, and if those of this read are still the same, neither was anything of them.
 
 use super::overlay::Overlay;
-use crate::limits::{VIEW_MAPS_BYTES_MAX, VIEW_PIECE_BYTES, VIEW_READ_BYTES, VIEW_READ_DEPTH, VIEW_READERS_MAX};
+use crate::limits::{CATCH_UP_TIME_MAX, VIEW_MAPS_BYTES_MAX, VIEW_PIECE_BYTES, VIEW_READ_BYTES, VIEW_READ_DEPTH, VIEW_READERS_MAX};
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
@@ -127,22 +127,44 @@ impl ViewVolume {
     fn read_piece(&self, reader: &mut Reader, buf: &mut [u8], at: u64) -> Result<(), HistoryError> {
         let region = at / REGION_BYTES;
         let range = at..at + buf.len() as u64;
-        let mut map = self.map(region)?;
         for _ in 0..RETRIES_MAX {
-            self.fetch(reader, &map.parts, buf, at)?;
-            if self.timeline.version(self.volume, at) == map.version {
+            let setbacks = self.steady()?;
+            if self.read_once(reader, buf, at, region, &range)? && self.timeline.setbacks() == setbacks {
                 return Ok(());
             }
-            let newer = self.map(region)?;
-            let same = parts_in(&newer.parts, &range).eq(parts_in(&map.parts, &range));
-            if same {
-                return Ok(());
-            }
-            map = newer;
         }
         let what = format!("a read of volume {} at byte {at} was overtaken {RETRIES_MAX} times", self.volume);
         let source = io::Error::new(io::ErrorKind::TimedOut, what);
         Err(IoError::new("read", self.replica.path(), source).into())
+    }
+
+    /// Waits until the replicas are at the point or beyond: a group that failed applies again what it had applied before.
+    fn steady(&self) -> Result<u64, HistoryError> {
+        let setbacks = self.timeline.setbacks();
+        if self.timeline.wait_applied(self.height, CATCH_UP_TIME_MAX) {
+            return Ok(setbacks);
+        }
+        let why = "the replicas are not at the point yet: the group failed and has not caught up";
+        let source = io::Error::new(io::ErrorKind::TimedOut, why);
+        Err(IoError::new("read", self.replica.path(), source).into())
+    }
+
+    /// Whether nothing of it was overwritten meanwhile.
+    fn read_once(
+        &self,
+        reader: &mut Reader,
+        buf: &mut [u8],
+        at: u64,
+        region: u64,
+        range: &Range<u64>,
+    ) -> Result<bool, HistoryError> {
+        let map = self.map(region)?;
+        self.fetch(reader, &map.parts, buf, at)?;
+        if self.timeline.version(self.volume, at) == map.version {
+            return Ok(true);
+        }
+        let newer = self.map(region)?;
+        Ok(parts_in(&newer.parts, range).eq(parts_in(&map.parts, range)))
     }
 
     /// The region's parts as they are now.

@@ -32,12 +32,12 @@ pub(super) enum Stretch {
 }
 
 impl Worker {
-    /// Opens the journal. Whatever it needs of the ring happens before anything else looks at it.
+    /// Opens the journal: that reads all of it, so the ring is looked after meanwhile.
     pub(super) async fn open_journal(&mut self, state: &mut State) -> Option<Spilling> {
         let settings = self.journal.clone()?;
         let (shared, known) = (self.shared.clone(), state.known_there);
         let open = move || Journal::open(&settings, &shared.name, shared.incarnation, &*shared);
-        let journal = match tokio::task::spawn_blocking(open).await {
+        let journal = match self.meanwhile(state, None, tokio::task::spawn_blocking(open)).await? {
             Ok(journal) => Arc::new(journal),
             Err(error) => {
                 tracing::error!(group = %self.shared.name, "the journal could not be opened: {error}");
@@ -53,6 +53,10 @@ impl Worker {
             state.gap.begin(reason, position);
         }
         self.shared.set_journal(journal.clone());
+        if let Some((_, end)) = journal.range() {
+            // It was synced before; the one before us was killed before he could release the ring up to there.
+            self.shared.synced(end, &mut |_| true);
+        }
         state.walked = state.walked.max(self.source.stream().consumer());
         match journal.spill(self.shared.clone()) {
             Ok(spilling) => Some(spilling),
@@ -105,13 +109,19 @@ impl Worker {
     ) -> Option<T> {
         let mut what = pin!(what);
         let mut stop = self.stop.clone();
+        let mut pace = Pace::default();
+        let mut pause = POLL_MIN;
         loop {
             tokio::select! {
                 biased;
                 outcome = &mut what => return Some(outcome),
                 _ = stop.wait_for(|stop| *stop) => return None,
                 Some(command) = self.commands.recv() => self.command(state, command, sent.is_some()),
-                () = tokio::time::sleep(STUCK_LOOK) => self.every_turn(state, sent),
+                () = tokio::time::sleep(pause) => {
+                    let walked = state.walked;
+                    self.every_turn(state, sent);
+                    pause = pace.next(state.walked > walked);
+                }
             }
         }
     }

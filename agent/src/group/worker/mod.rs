@@ -54,10 +54,6 @@ const REPORT_EVERY: Duration = Duration::from_millis(500);
 const RETRY_MIN: Duration = Duration::from_millis(100);
 /// Longest such pause.
 const RETRY_MAX: Duration = Duration::from_secs(10);
-/// While the receiver takes nothing: between two looks at everything else.
-const STUCK_LOOK: Duration = Duration::from_millis(20);
-/// Without a session: the same. A ring fills while nobody looks.
-const IDLE_LOOK: Duration = Duration::from_millis(20);
 /// How long a bookmark waits for the receiver before it is answered as not durable yet.
 const BOOKMARK_WAIT: Duration = Duration::from_secs(5);
 /// Bookmarks that may wait at once.
@@ -148,6 +144,22 @@ struct Session {
     backlog: Backlog,
     /// The session is for a journal of this ring, which is not the group's ring.
     earlier: Option<Incarnation>,
+}
+
+/// How long is waited between two looks at the ring: shortly while writes come in.
+struct Pace(Duration);
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self(POLL_MIN)
+    }
+}
+
+impl Pace {
+    fn next(&mut self, busy: bool) -> Duration {
+        self.0 = if busy { POLL_MIN } else { (self.0 * 5 / 4).min(POLL_MAX) };
+        self.0
+    }
 }
 
 /// A frame's bytes, as `bytes` wants them. A small frame must not hold a large buffer until the peer's transport has
@@ -318,9 +330,11 @@ impl Worker {
     /// What must go on without a session, for `pause` or until the connection changes.
     async fn idle(&mut self, state: &mut State, pause: Duration) {
         let until = Instant::now() + pause;
+        let mut pace = Pace::default();
         while Instant::now() < until && !*self.stop.borrow() {
+            let walked = state.walked;
             self.every_turn(state, None);
-            let left = until.saturating_duration_since(Instant::now()).min(IDLE_LOOK);
+            let left = until.saturating_duration_since(Instant::now()).min(pace.next(state.walked > walked));
             tokio::select! {
                 () = tokio::time::sleep(left) => {}
                 changed = self.link.changed() => { if changed.is_err() || self.link.borrow().connection.is_some() { return } }

@@ -51,12 +51,18 @@ impl Worker {
     ) -> Result<(), Ended> {
         let sent = session.earlier.is_none().then_some(session.sent);
         let mut pushing = pin!(session::send_frame(&mut session.send, frame, body));
+        let mut pace = Pace::default();
+        let mut pause = POLL_MIN;
         loop {
             tokio::select! {
                 biased;
                 outcome = &mut pushing => return outcome,
                 Some(command) = self.commands.recv() => self.command(state, command, true),
-                () = tokio::time::sleep(STUCK_LOOK) => self.every_turn(state, sent),
+                () = tokio::time::sleep(pause) => {
+                    let walked = state.walked;
+                    self.every_turn(state, sent);
+                    pause = pace.next(state.walked > walked);
+                }
             }
         }
     }
