@@ -94,7 +94,10 @@ fn capture_goes_on_and_the_next_process_continues() {
 
     write(&disk, 8, 2);
     let capture = open(&disk, &bpffs);
-    assert_eq!(capture.origin(), &Origin::TakenOver(env!("CARGO_PKG_VERSION").into()));
+    assert_eq!(
+        capture.origin(),
+        &Origin::TakenOver { software: env!("CARGO_PKG_VERSION").into(), same_programs: true }
+    );
     assert_eq!(capture.kept(), ["db"]);
     let group = capture.take_over_group("db", &[disk.whole()]).unwrap().unwrap();
     assert_eq!(capture.kept(), Vec::<String>::new());

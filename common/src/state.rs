@@ -135,7 +135,9 @@ impl GapReason {
             Self::VolumeChanged => "the volume's size changed",
             Self::JournalLost => "part of the agent's journal was lost, so the whole volume is compared",
             Self::Failback => "the group came home from a takeover",
-            Self::Rollback => "the replicas were being rolled back or taken over (still open: run the same command again)",
+            Self::Rollback => {
+                "the replicas were being rolled back or taken over (still open: run the same command again)"
+            }
         }
     }
 }

@@ -105,8 +105,9 @@ fn make_room(slot: &Slot, timeline: &Timeline, dir: &Path) -> Result<(), History
     }
     // One at a time: some file systems show the room that it makes only later.
     if expire(slot, timeline, "the disk is nearly full")? {
-        let text =
-            format!("the window is shorter than retention says: {free} bytes are free on the disk, {floor} are kept free");
+        let text = format!(
+            "the window is shorter than retention says: {free} bytes are free on the disk, {floor} are kept free"
+        );
         tracing::warn!(group = slot.name, free, floor, "old points expired early to keep the disk from filling up");
         slot.board().notice = Some(text);
         return Ok(());

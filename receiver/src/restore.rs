@@ -143,9 +143,7 @@ impl Target {
         let io = |e: IoError| failed(&self.path, &e);
         let len = volume.len();
         let file = match &self.partial {
-            Some(partial) => {
-                DirectFile::create_new(partial, len, 0o600).map_err(io)?
-            }
+            Some(partial) => DirectFile::create_new(partial, len, 0o600).map_err(io)?,
             None => DirectFile::open_rw_exclusive(&self.path).map_err(io)?,
         };
         let ended = || Problem::failed(format!("nothing was restored to {}", self.path.display()), "it was ended", "");

@@ -12,13 +12,13 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+use support::Receiver;
 use support::agent::{Agent, Got, hello};
 use support::host::now_ns;
 use support::looker::Looker;
 use support::nbd::Nbd;
 use support::past::Past;
 use support::stream::{Source, record, wire};
-use support::Receiver;
 use tokio::task::block_in_place;
 use varve_common::control::{ExportKind, ReceiverRequest, RetentionReply, ViewReply};
 use varve_common::format::{Mark, MarkKind};
@@ -61,7 +61,8 @@ impl World {
         let source = Source::new(7, volumes);
         let looker = Looker { paths: receiver.paths.clone(), past: Arc::new(Mutex::new(Past::new(volumes))) };
         let time_ns = now_ns() - 600 * SECOND;
-        let mut world = Self { receiver, identity, source, agent: None, looker, time_ns, next_image: 1, consistent: false };
+        let mut world =
+            Self { receiver, identity, source, agent: None, looker, time_ns, next_image: 1, consistent: false };
         world.connect().await;
         world.mark(MarkKind::Begin, Some(GapReason::InitialSync)).await;
         // The volumes hold zeroes, as the fresh replicas do.
@@ -401,7 +402,8 @@ async fn a_view_stays_right_while_a_group_that_failed_catches_up() {
     let mut truth = vec![0; 1 << 20];
     block_in_place(|| Nbd::open(&uri).unwrap().read(&mut truth, 0).unwrap());
     eprintln!("view of {:?}: first byte {}, last {}", view.point, truth[0], truth[truth.len() - 1]);
-    let (stop, wrong, reads) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let (stop, wrong, reads) =
+        (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
     let watch = {
         let (stop, wrong, reads, truth) = (stop.clone(), wrong.clone(), reads.clone(), truth.clone());
         std::thread::spawn(move || {
@@ -508,7 +510,16 @@ async fn scratch_writes_cost_no_history(mkfs: &[&str]) {
     tokio::time::sleep(Duration::from_secs(3)).await;
     let now = std::fs::read_dir(world.group_dir().join("history/layers")).unwrap().count();
     eprintln!("wrote {wrote:?}; layers {layers} before, {now} after; {:?}", world.looker.points().window);
-    eprintln!("{}", world.receiver.log().lines().filter(|l| l.contains("WARN") || l.contains("ERROR")).collect::<Vec<_>>().join("\n"));
+    eprintln!(
+        "{}",
+        world
+            .receiver
+            .log()
+            .lines()
+            .filter(|l| l.contains("WARN") || l.contains("ERROR"))
+            .collect::<Vec<_>>()
+            .join("\n")
+    );
     let opened = block_in_place(|| world.looker.open(&named("first"))).unwrap();
     if let Ok(first) = &opened {
         block_in_place(|| world.looker.close(first));
@@ -614,7 +625,16 @@ async fn a_time_is_not_answered_with_a_point_of_long_ago() {
     world.receiver.start(None);
     world.connect().await;
     let opened = block_in_place(|| world.looker.open(&at)).unwrap();
-    eprintln!("{}", world.receiver.log().lines().filter(|l| l.contains("ERROR") || l.contains("WARN")).collect::<Vec<_>>().join("\n"));
+    eprintln!(
+        "{}",
+        world
+            .receiver
+            .log()
+            .lines()
+            .filter(|l| l.contains("ERROR") || l.contains("WARN"))
+            .collect::<Vec<_>>()
+            .join("\n")
+    );
     match opened {
         Ok(view) => {
             eprintln!("{:?}", view.point);
@@ -661,7 +681,16 @@ async fn points_behind_a_damaged_landing_log_are_right() {
     }
     world.receiver.start(None);
     assert!(!world.connect().await);
-    eprintln!("{}", world.receiver.log().lines().filter(|l| l.contains("ERROR") || l.contains("WARN")).collect::<Vec<_>>().join("\n"));
+    eprintln!(
+        "{}",
+        world
+            .receiver
+            .log()
+            .lines()
+            .filter(|l| l.contains("ERROR") || l.contains("WARN"))
+            .collect::<Vec<_>>()
+            .join("\n")
+    );
     // The agent sends what is dirty, ends the gap, and goes on.
     let frame = world.image_frame(&[(0, 4096, Some(&image))]);
     world.raw(&frame).await;
@@ -733,7 +762,8 @@ async fn a_rollback_holds_whatever_else_is_asked() {
         let rolled = block_in_place(|| world.looker.rollback(&named("first"))).unwrap();
         assert!(rolled.unwrap().held);
         std::thread::sleep(Duration::from_millis(20));
-        let released = block_in_place(|| world.looker.ask::<()>(&ReceiverRequest::RollbackRelease { group: GROUP.into() }));
+        let released =
+            block_in_place(|| world.looker.ask::<()>(&ReceiverRequest::RollbackRelease { group: GROUP.into() }));
         if let Some(Err(problem)) = released {
             lost = Some((round, problem));
             break;
@@ -892,7 +922,11 @@ async fn a_group_that_was_forgotten_while_its_agent_came_is_not_invisible() {
     eprintln!("again: {:?}", agent.hello(&hello(GROUP, &world.source, 0)).await);
     agent.durable = durable;
     world.agent = Some(agent);
-    assert!(seen.is_some(), "the agent streams, acknowledged to {}, and the receiver has no such group", world.agent.as_ref().unwrap().durable);
+    assert!(
+        seen.is_some(),
+        "the agent streams, acknowledged to {}, and the receiver has no such group",
+        world.agent.as_ref().unwrap().durable
+    );
 }
 
 /// A rollback that is cut off leaves every older point as it was.

@@ -245,7 +245,9 @@ async fn while_data_flows(seed: u64, time: Duration) {
             let time_ns = looker.past.lock().unwrap().time_ns(index);
             match looker.look(&at, index, &mut rng, false) {
                 Seen::Right => {}
-                Seen::Refused(problem) => assert!(time_ns <= from + 1000, "{at}, the window begins at {from}: {problem:?}"),
+                Seen::Refused(problem) => {
+                    assert!(time_ns <= from + 1000, "{at}, the window begins at {from}: {problem:?}")
+                }
                 other => panic!("{at}: {other:?}"),
             }
         }
@@ -304,7 +306,15 @@ async fn back_and_forth(seed: u64, rounds: usize) {
         let (at, index) = point(&mut rng);
         let before = looker.past.lock().unwrap().len() - 1;
         // A crash in the middle of it, then the same again.
-        let steps = ["history-before", "history-after", "apply-before", "apply-half", "apply-after", "mark-before", "land-after"];
+        let steps = [
+            "history-before",
+            "history-after",
+            "apply-before",
+            "apply-half",
+            "apply-after",
+            "mark-before",
+            "land-after",
+        ];
         let failpoint = format!("{}:{}", steps[rng.random_range(0..steps.len())], rng.random_range(1..3));
         eprintln!("round {round}: from step {before} to step {index} ({at}), {failpoint}");
         host.disconnect();
@@ -407,7 +417,9 @@ fn copy_tree(from: &Path, to: &Path) {
 fn is_honest(seen: &Seen) -> bool {
     match seen {
         Seen::Right | Seen::Errors(_) => true,
-        Seen::Refused(problem) => matches!(problem.kind, ProblemKind::Failed | ProblemKind::Refused | ProblemKind::NotFound),
+        Seen::Refused(problem) => {
+            matches!(problem.kind, ProblemKind::Failed | ProblemKind::Refused | ProblemKind::NotFound)
+        }
         Seen::Gone => false,
     }
 }
@@ -428,7 +440,8 @@ fn check_lost(looker: &Looker, scrubbed: &ScrubReply, rng: &mut StdRng, points: 
         let context = || format!("{what}: {at} (step {index}): {seen:?}; lost are {lost:?}; {scrubbed:?}");
         // Records may share a time, and times are shown to the microsecond.
         let inside = lost.iter().any(|(from, to)| (from + 2000..to.saturating_sub(2000)).contains(&time_ns));
-        let outside = !lost.iter().any(|(from, to)| (from.saturating_sub(2000)..=to.saturating_add(2000)).contains(&time_ns));
+        let outside =
+            !lost.iter().any(|(from, to)| (from.saturating_sub(2000)..=to.saturating_add(2000)).contains(&time_ns));
         if outside {
             assert_eq!(seen, Seen::Right, "{}", context());
             right += 1;

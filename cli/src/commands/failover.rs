@@ -123,7 +123,9 @@ fn text_of(context: &Context, reply: &FailoverReply) -> String {
     if reply.left_out_bytes > 0 {
         let newest = words::exact_time(&reply.newest.time);
         let bytes = words::bytes(reply.left_out_bytes);
-        lines.push(format!("  left out: {bytes} that changed until {newest}, the newest point (they stay in the history)"));
+        lines.push(format!(
+            "  left out: {bytes} that changed until {newest}, the newest point (they stay in the history)"
+        ));
     }
     lines.push(match (reply.not_here_bytes, reply.source_heard_seconds) {
         (Some(bytes), Some(seconds)) => format!(

@@ -171,7 +171,9 @@ fn events_of(mark: &Mark, before: &StreamState, after: &StreamState) -> Vec<Even
         MarkKind::GapEnd => vec![Event::GapEnd { height: after.height, time_ns }, rebase],
         MarkKind::Begin | MarkKind::GapBegin => match after.gap {
             // A mark of our own may stand where a gap's end was lost: the chronicle has heard of that end.
-            Some(reason) if before.ever_consistent && (before.gap != after.gap || mark.height_min > 0) => vec![opens(reason), rebase],
+            Some(reason) if before.ever_consistent && (before.gap != after.gap || mark.height_min > 0) => {
+                vec![opens(reason), rebase]
+            }
             _ => vec![rebase],
         },
     }

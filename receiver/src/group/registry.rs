@@ -10,11 +10,13 @@ use super::open::{APPLIED_NAME, HISTORY_NAME, LANDING_NAME, OpenGroup, Past};
 use super::replicas;
 use crate::apply::mark::AppliedFile;
 use crate::apply::work::Queue;
-use crate::failback::cutover::begin_at_home;
 use crate::failback::Homecoming;
+use crate::failback::cutover::begin_at_home;
 use crate::failpoint;
 use crate::failure::{Failure, refuse, refuse_for_now};
-use crate::limits::{DISK_FREE_BYTES_MIN, GROUPS_MAX, INDEX_CACHE_BYTES, INDEX_FILES_OPEN_MAX, RELEASE_TIMEOUT, TAKEOVER_TIMEOUT};
+use crate::limits::{
+    DISK_FREE_BYTES_MIN, GROUPS_MAX, INDEX_CACHE_BYTES, INDEX_FILES_OPEN_MAX, RELEASE_TIMEOUT, TAKEOVER_TIMEOUT,
+};
 use crate::session::hello;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

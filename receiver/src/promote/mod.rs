@@ -29,7 +29,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use varve_common::control::{ExportKind, FailoverReply, PointReply, TakeoverStatus, ViewVolume as VolumeReply, show_time};
+use varve_common::control::{
+    ExportKind, FailoverReply, PointReply, TakeoverStatus, ViewVolume as VolumeReply, show_time,
+};
 use varve_common::format::{Mark, MarkKind};
 use varve_common::point::PointSpec;
 use varve_common::problem::Problem;
@@ -583,7 +585,9 @@ fn link(run_dir: &Path, name: &str, number: usize) -> PathBuf {
 
 fn links(run_dir: &Path, name: &str) -> impl Iterator<Item = PathBuf> {
     let (dir, name) = (run_dir.to_path_buf(), name.to_owned());
-    (0..varve_common::limits::VOLUMES_PER_GROUP_MAX).map(move |number| link(&dir, &name, number)).filter(|link| link.is_symlink())
+    (0..varve_common::limits::VOLUMES_PER_GROUP_MAX)
+        .map(move |number| link(&dir, &name, number))
+        .filter(|link| link.is_symlink())
 }
 
 type Devices = (Vec<Attached>, Vec<VolumeReply>, Vec<String>);
@@ -597,7 +601,8 @@ fn attach(
     rolled: &Arc<AtomicBool>,
     run_dir: &Path,
 ) -> Result<Devices, Problem> {
-    let failed = |e: varve_io::IoError| Problem::failed("the replica cannot be read", e.chain(), "see the receiver's log");
+    let failed =
+        |e: varve_io::IoError| Problem::failed("the replica cannot be read", e.chain(), "see the receiver's log");
     let meta = slot.board().meta.clone();
     let points = volumes_at(slot, timeline, height, None)?;
     let (mut devices, mut volumes) = (Vec::new(), Vec::new());

@@ -313,7 +313,8 @@ impl StreamWriter {
             if batches.send(batch).is_err() {
                 return self.fail("the landing log is closed".to_owned());
             }
-            let landed = runtime.block_on(progress.wait_for(|now| now.landed_batches > before || now.failure.is_some()));
+            let landed =
+                runtime.block_on(progress.wait_for(|now| now.landed_batches > before || now.failure.is_some()));
             match landed.map(|now| now.failure.clone()) {
                 Ok(None) => self.lock().landed = end,
                 Ok(Some(failure)) => return self.fail(failure.text.clone()),

@@ -40,7 +40,9 @@ pub fn check_against(meta: &GroupMeta, hello: &Hello) -> Result<(), Refused> {
             meta.name, takeover.since, meta.epoch
         );
         let next = match takeover.committed {
-            true => "leave this host's volumes as they are; when it shall run here again: 'varve failback' on the receiver",
+            true => {
+                "leave this host's volumes as they are; when it shall run here again: 'varve failback' on the receiver"
+            }
             false => "on the receiver: 'varve failover commit' or 'varve failover abort' of this group",
         };
         return Err(refuse(RefusedReason::Epoch, text, next));

@@ -59,7 +59,9 @@ pub async fn serve(registry: Arc<Registry>, peer: Peer, mut send: SendStream, mu
     let (host, remote) = (peer.host.as_str(), peer.remote);
     let hello = match timeout(HELLO_TIMEOUT, greet(&mut send, &mut recv)).await {
         Ok(Ok(Greeting::Source(hello))) => hello,
-        Ok(Ok(Greeting::Homecoming(hello))) => return failback::stream::serve(&registry, &peer, hello, send, recv).await,
+        Ok(Ok(Greeting::Homecoming(hello))) => {
+            return failback::stream::serve(&registry, &peer, hello, send, recv).await;
+        }
         Ok(Err(End::Refused(refused))) => {
             tracing::warn!(host, %remote, why = refused.text, "a stream was refused before it named its group");
             match refused.reason {

@@ -1,11 +1,11 @@
 //! What is written to a writable view: kept beside it, and gone with it.
 
+use crate::keeper::free_space;
+use crate::limits::{OVERLAY_CREDIT_BYTES, OVERLAY_WORDS_MAX};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use crate::keeper::free_space;
-use crate::limits::{OVERLAY_CREDIT_BYTES, OVERLAY_WORDS_MAX};
 use std::path::{Path, PathBuf};
 use varve_common::format::BLOCK_BYTES;
 use varve_io::IoError;

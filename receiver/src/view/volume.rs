@@ -6,7 +6,9 @@
 //! anew, and if those of this read are still the same, neither was anything of them.
 
 use super::overlay::Overlay;
-use crate::limits::{CATCH_UP_TIME_MAX, VIEW_MAPS_BYTES_MAX, VIEW_PIECE_BYTES, VIEW_READ_BYTES, VIEW_READ_DEPTH, VIEW_READERS_MAX};
+use crate::limits::{
+    CATCH_UP_TIME_MAX, VIEW_MAPS_BYTES_MAX, VIEW_PIECE_BYTES, VIEW_READ_BYTES, VIEW_READ_DEPTH, VIEW_READERS_MAX,
+};
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;

@@ -637,7 +637,8 @@ impl Host {
         past.streams.push(stream);
         let stream = past.streams.len() - 1;
         let step = |kind, time_ns| Step { stream, position: 0, time_ns, kind, plain: Vec::new(), change: None };
-        let marks = std::iter::once((Kind::Begin, began_ns)).chain(done.map(|(time_ns, now)| (Kind::GapEnd(now), time_ns)));
+        let marks =
+            std::iter::once((Kind::Begin, began_ns)).chain(done.map(|(time_ns, now)| (Kind::GapEnd(now), time_ns)));
         for (kind, time_ns) in marks {
             let index = past.len();
             past.vague.insert(index);
