@@ -73,8 +73,8 @@ fn cannot(verb: &str, path: &Path, error: impl Into<Box<dyn std::error::Error + 
     .because(error)
 }
 
-fn is_bpffs(path: &Path) -> bool {
-    statfs(path).is_ok_and(|statfs| statfs.filesystem_type().0 as i64 == BPFFS_MAGIC)
+pub(crate) fn is_bpffs(path: &Path) -> bool {
+    statfs(path).is_ok_and(|statfs| statfs.filesystem_type().0 == BPFFS_MAGIC)
 }
 
 impl Pins {
