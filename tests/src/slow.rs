@@ -30,15 +30,43 @@ impl SlowDevice {
     /// With nbdkit's filters and their parameters: `error` with `error-pwrite-rate=1%`, `rate` with `rate=10M`, …
     #[track_caller]
     pub fn with_filters(scratch: &Scratch, name: &str, bytes: u64, filters: &[&str], parameters: &[&str]) -> Self {
+        let mut args = vec!["--threads=64".to_owned()];
+        args.extend(filters.iter().map(|filter| format!("--filter={filter}")));
+        args.extend(["memory".to_owned(), bytes.to_string()]);
+        args.extend(parameters.iter().map(ToString::to_string));
+        Self::with_server(scratch, name, &args)
+    }
+
+    /// Whose writes last when they were flushed, not before: while the file `trigger` is there, the next flush fails and
+    /// takes the file away, and everything that was written since the last good one is gone, as with a disk whose cache
+    /// lost its power. Gives what the disk holds as well.
+    #[track_caller]
+    pub fn forgetful(scratch: &Scratch, name: &str, bytes: u64, trigger: &Path) -> (Self, std::path::PathBuf) {
+        let [disk, kept] = ["disk", "kept"].map(|part| scratch.file(&format!("{name}.{part}"), bytes));
+        let (d, k, t) = (disk.display(), kept.display(), trigger.display());
+        let args = [
+            "eval".to_owned(),
+            format!("get_size=echo {bytes}"),
+            format!("pread=exec dd if={d} iflag=count_bytes,skip_bytes count=$3 skip=$4 bs=64k status=none"),
+            format!("pwrite=exec dd of={d} oflag=seek_bytes seek=$4 bs=64k conv=notrunc status=none"),
+            "can_write=exit 0".to_owned(),
+            "can_flush=exit 0".to_owned(),
+            format!(
+                "flush=if [ -e {t} ]; then rm {t}; cp {k} {d}; echo EIO cache lost >&2; exit 1; else exec cp {d} {k}; fi"
+            ),
+        ];
+        (Self::with_server(scratch, name, &args), disk)
+    }
+
+    #[track_caller]
+    fn with_server(scratch: &Scratch, name: &str, more: &[String]) -> Self {
         let limit = Duration::from_secs(20);
         let dir = scratch.dir(name);
         let (socket, point) = (dir.join("nbd"), dir.join("fuse"));
         std::fs::create_dir(&point).unwrap();
 
-        let mut args = vec!["--foreground".to_owned(), "--threads=64".into(), format!("--unix={}", socket.display())];
-        args.extend(filters.iter().map(|filter| format!("--filter={filter}")));
-        args.extend(["memory".to_owned(), bytes.to_string()]);
-        args.extend(parameters.iter().map(ToString::to_string));
+        let mut args = vec!["--foreground".to_owned(), format!("--unix={}", socket.display())];
+        args.extend(more.iter().cloned());
         let mut server = Child::start("nbdkit", &args, &dir.join("nbdkit.log"), |_| {});
         wait_until(limit, "nbdkit listens", || {
             assert_eq!(server.exit_code(), None, "nbdkit ended: {}", server.log());
