@@ -64,6 +64,10 @@ install: ## programs, units, docs below $(DESTDIR)$(PREFIX); run 'make build' fi
 	install -m 0644 README.md LICENSE NOTICE docs/*.md "$(DESTDIR)$(DOCDIR)/"
 
 uninstall: ## what 'make install' put there; data and configuration stay
+	@# Capture outlives the agent: nobody would end it later.
+	@if [ -z "$(DESTDIR)" ] && [ -x "$(PREFIX)/bin/varve-agent" ]; then \
+	  if [ -d /run/systemd/system ]; then systemctl disable --now varve-agent 2>/dev/null || true; fi; \
+	  "$(PREFIX)/bin/varve-agent" --unpin-all; fi
 	rm -f $(foreach b,$(BINS),"$(DESTDIR)$(PREFIX)/bin/$(b)") $(foreach u,$(UNITS),"$(DESTDIR)$(UNITDIR)/$(u)")
 	rm -f "$(DESTDIR)$(TMPFDIR)/varve.conf"
 	rm -rf "$(DESTDIR)$(DOCDIR)"

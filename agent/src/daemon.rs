@@ -633,7 +633,8 @@ impl Daemon {
 fn open_capture(options: &CaptureOptions, pins: &Path, store: &Store) -> Result<Capture, CaptureError> {
     let capture = Capture::open(options, pins)?;
     match capture.origin() {
-        Origin::New | Origin::TakenOver(_) => {}
+        Origin::New | Origin::TakenOver { same_programs: true, .. } => {}
+        origin @ Origin::TakenOver { .. } => tracing::info!("capture is {origin}; nothing is lost by that"),
         Origin::Replaced(why) => tracing::warn!("the pinned capture was replaced, all volumes are compared: {why}"),
         Origin::Unpinned(why) => tracing::warn!("capture is not pinned, it ends with the agent: {why}"),
     }

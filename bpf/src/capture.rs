@@ -47,8 +47,13 @@ const COMPLETION_PROGRAMS: usize = 4;
 pub enum Origin {
     /// Loaded now, and pinned.
     New,
-    /// Pins of an earlier agent, of the version named: its groups can be taken over.
-    TakenOver(String),
+    /// Pins of an earlier agent: its groups can be taken over.
+    TakenOver {
+        /// The version that pinned them.
+        software: String,
+        /// Its programs are those that this version would load. If not they run on all the same, until the pins go.
+        same_programs: bool,
+    },
     /// There were pins that could not be gone on with, for the reason named. They are gone.
     Replaced(String),
     /// Loaded now, and it ends with this process, for the reason named.
@@ -59,7 +64,10 @@ impl std::fmt::Display for Origin {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::New => write!(f, "new"),
-            Self::TakenOver(software) => write!(f, "taken over from varve {software}"),
+            Self::TakenOver { software, same_programs: true } => write!(f, "taken over from varve {software}"),
+            Self::TakenOver { software, same_programs: false } => {
+                write!(f, "taken over from varve {software}, whose programs run on until the next boot")
+            }
             Self::Replaced(why) => write!(f, "replaced what was pinned: {why}"),
             Self::Unpinned(why) => write!(f, "not pinned: {why}"),
         }
@@ -147,7 +155,11 @@ impl Capture {
 
         let mut origin = Origin::New;
         if let Some(Ok(pins)) = pins.as_ref().filter(|pins| pins.as_ref().is_ok_and(Pins::has_set)) {
-            match Self::take_over(pins, &config[0]) {
+            let mut fresh = Vec::new();
+            for program in attached(programs) {
+                fresh.push(program_handle(program)?.tag());
+            }
+            match Self::take_over(pins, &config[0], &fresh) {
                 Ok(capture) => return Ok(capture),
                 Err(why) => origin = Origin::Replaced(why),
             }
@@ -172,17 +184,7 @@ impl Capture {
             links: Vec::new(),
         };
         sign(&table(&objects.maps[10], 1)?[0])?;
-        // In the order of `pins::PROGRAMS`, see there.
-        for watched in [
-            &programs.request_done,
-            &programs.request_again,
-            &programs.bio_done,
-            &programs.bio_again,
-            &programs.capture_getrq,
-            &programs.capture_back,
-            &programs.capture_front,
-            &programs.capture,
-        ] {
+        for watched in attached(programs) {
             objects.programs.push(program_handle(watched)?);
             let link = watched
                 .attach()
@@ -206,9 +208,11 @@ impl Capture {
         Ok(Capture { shared: Arc::new(shared), origin })
     }
 
-    /// Goes on with what is pinned; the error says which check failed. `proved` is what was found and proved now.
-    fn take_over(pins: &Pins, proved: &ConfigEntry) -> Result<Self, String> {
+    /// Goes on with what is pinned; the error says which check failed. `proved` is what was found and proved now, `fresh`
+    /// the hashes of the programs that we would load.
+    fn take_over(pins: &Pins, proved: &ConfigEntry, fresh: &[[u8; 8]]) -> Result<Self, String> {
         let (objects, software) = pins.open()?;
+        let same_programs = objects.programs.iter().map(ProgramHandle::tag).eq(fresh.iter().copied());
         let shared = Shared::over(objects, Some(pins.clone())).map_err(|e| explain(&e))?;
         let constants = |config: &ConfigEntry| {
             [&config.page_base, &config.data_base, &config.ratio].map(|word| word.load(Ordering::Acquire))
@@ -217,7 +221,7 @@ impl Capture {
             return Err("its way from a page to its data is not the one that was proved now".into());
         }
         shared.recover().map_err(|e| explain(&e))?;
-        let origin = Origin::TakenOver(software);
+        let origin = Origin::TakenOver { software, same_programs };
         info!(%origin, "pinned capture goes on");
         Ok(Capture { shared: Arc::new(shared), origin })
     }
@@ -351,6 +355,20 @@ fn table<T: crate::layout::Shared>(map: &impl MapCore, entries: usize) -> Result
 /// The attachment without libbpf's object, so that it does not depend on the skeleton's life.
 pub(crate) fn keep(link: &Link) -> Result<OwnedFd, CaptureError> {
     link.as_fd().try_clone_to_owned().map_err(|e| CaptureError::kernel("keep an attachment", e))
+}
+
+/// The programs that are attached, in the order of [`pins::PROGRAMS`], see there.
+fn attached<'a, 'o>(programs: &'a crate::skeleton::VarveProgs<'o>) -> [&'a libbpf_rs::ProgramMut<'o>; 8] {
+    [
+        &programs.request_done,
+        &programs.request_again,
+        &programs.bio_done,
+        &programs.bio_again,
+        &programs.capture_getrq,
+        &programs.capture_back,
+        &programs.capture_front,
+        &programs.capture,
+    ]
 }
 
 fn map_handle(map: &libbpf_rs::MapMut<'_>) -> Result<MapHandle, CaptureError> {

@@ -36,6 +36,25 @@ pub fn checks() -> Vec<Check> {
     checks
 }
 
+/// Whether capture can go on without the agent. `pins` is where it would be pinned.
+pub fn pins(pins: &Path) -> Check {
+    let parent = pins.parent().unwrap_or(Path::new("/"));
+    let (pinned, place) = (crate::is_pinned(pins), crate::pins::is_bpffs(parent));
+    // Below another root than / the agent mounts a bpffs itself, so its absence is no failure before the first start.
+    let system = parent == Path::new("/sys/fs/bpf");
+    Check {
+        name: "pinned capture",
+        ok: place || !system,
+        found: match (pinned, place) {
+            (true, _) => format!("{} holds a running capture", pins.display()),
+            (false, true) => "nothing is pinned".into(),
+            (false, false) => format!("no bpf file system on {}", parent.display()),
+        },
+        why: "what is pinned there goes on capturing while the agent is stopped, killed or upgraded",
+        next: "mount -t bpf bpf /sys/fs/bpf, then restart the agent",
+    }
+}
+
 /// What explains most failures, without loading anything.
 fn quick() -> Vec<Check> {
     vec![architecture(), kernel(), types(), lockdown(), permission(), compiler()]
@@ -169,6 +188,13 @@ mod tests {
         assert!(version("5.19-rc1") >= Some(KERNEL_MIN));
         assert!(version("5.18.3") < Some(KERNEL_MIN));
         assert_eq!(version("strange"), None);
+    }
+
+    #[test]
+    fn a_place_for_pins() {
+        assert!(pins(Path::new("/sys/fs/bpf/varve")).ok, "every system with BPF has it");
+        let elsewhere = pins(Path::new("/nowhere/sys/fs/bpf/varve"));
+        assert!(elsewhere.ok && elsewhere.found.contains("no bpf file system"), "{elsewhere:?}");
     }
 
     #[test]

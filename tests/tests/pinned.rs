@@ -127,8 +127,8 @@ fn an_agent_killed_while_it_starts_leaves_everything_to_the_next() {
     let load = Fio::new(device.path()).block("512-64k").option("blockalign=512").depth(4).seed(seed.number());
     let load = load.rate(10 << 20).seconds(600).start(&scratch);
     pair.production.kill(Role::Agent);
-    for _ in 0..40 {
-        short_life(&pair, &program, Duration::from_millis(rng.random_range(0..400)));
+    for _ in 0..30 {
+        short_life(&pair, &program, Duration::from_millis(rng.random_range(0..700)));
     }
     pair.production.start(Role::Agent);
     load.stop();
@@ -333,6 +333,58 @@ fn unprotect_and_unpin_all_leave_no_pin() {
     pair.production.start(Role::Agent);
     wait_until(LIMIT, "a new ring", || pair.production.log(Role::Agent)[from..].contains("resumed=false"));
     assert_equal(&pair, "again", &[a.path()], &replicas);
+}
+
+/// What a map of one entry holds, changed: the test plays an agent of another version.
+#[allow(unsafe_code, reason = "bpf(2) has no other form, and the product is not linked here")]
+fn change_pinned(map: &Path, change: impl FnOnce(&mut [u8])) {
+    const BPF_MAP_LOOKUP_ELEM: i64 = 1;
+    const BPF_MAP_UPDATE_ELEM: i64 = 2;
+    const BPF_OBJ_GET: i64 = 7;
+    let bpf = |command: i64, attributes: &[u64; 8]| {
+        // SAFETY: the attributes are longer than any that these commands read, and the pointers in them are valid.
+        let result = unsafe { nix::libc::syscall(nix::libc::SYS_bpf, command, attributes, size_of_val(attributes)) };
+        assert!(result >= 0, "bpf {command}: {}", std::io::Error::last_os_error());
+        result
+    };
+    let path = std::ffi::CString::new(map.to_str().unwrap()).unwrap();
+    let fd = bpf(BPF_OBJ_GET, &[path.as_ptr() as u64, 0, 0, 0, 0, 0, 0, 0]);
+    let (key, mut value) = (0u32, vec![0u8; 256]);
+    let element = |value: &mut Vec<u8>| [fd as u64, &raw const key as u64, value.as_mut_ptr() as u64, 0, 0, 0, 0, 0];
+    bpf(BPF_MAP_LOOKUP_ELEM, &element(&mut value));
+    change(&mut value);
+    bpf(BPF_MAP_UPDATE_ELEM, &element(&mut value));
+    nix::unistd::close(fd as i32).unwrap();
+}
+
+/// An agent of another version left pins of a layout that this one does not know.
+#[test]
+fn pins_of_another_layout_are_replaced_and_named() {
+    require_root();
+    let scratch = Scratch::memory();
+    let device = LoopDevice::new(&scratch, "volume", 16 << 20);
+    let mut pair = Pair::new();
+    let replicas = pair.protect("db", &[device.path()]);
+    pair.wait_protected("db", LIMIT);
+    let (name, from) = (incarnation(&pair, "db"), pair.production.log(Role::Agent).len());
+    pair.production.stop(Role::Agent);
+    change_pinned(&pair.production.root().join("sys/fs/bpf/varve/set/map_identity"), |bytes| {
+        bytes[8..12].copy_from_slice(&77u32.to_ne_bytes());
+    });
+    Fio::new(device.path()).block("4k").depth(4).rate(4 << 20).seconds(1).start(&scratch).finish();
+    pair.production.start(Role::Agent);
+    let why = "its layout is 77";
+    let log = pair.production.log(Role::Agent)[from..].to_owned();
+    assert!(log.lines().any(|line| line.contains(" WARN ") && line.contains(why)), "{log}");
+    let status = pair.production.group("db").unwrap();
+    assert!(status["ring"]["origin"].as_str().unwrap().contains(why), "{status:#}");
+    assert_equal(&pair, "db", &[device.path()], &replicas);
+    assert_ne!(incarnation(&pair, "db"), name);
+    let doctor = pair.production.varve(&["doctor", "--json"]).json();
+    let check = doctor["checks"].as_array().unwrap().iter().find(|check| check["name"] == "pinned capture").unwrap();
+    assert!(check["result"] == "ok" && check["found"].as_str().unwrap().contains("running capture"), "{check:#}");
+    pair.production.varve(&["unprotect", "db", "--yes"]).ok();
+    assert_eq!(pins(&pair.production), Vec::<PathBuf>::new(), "the older ones, too");
 }
 
 /// A volume whose number names another disk now.

@@ -86,7 +86,12 @@ pub struct GroupHandle {
 
 /// Goes on with what an agent before left of the group, if it did and if that is proved to be this group; else begins
 /// anew. Says which, in words.
-fn begin_capture(name: &str, specs: &[VolumeSpec], surroundings: &Surroundings) -> Result<(Group, String), Problem> {
+fn begin_capture(
+    name: &str,
+    specs: &[VolumeSpec],
+    synced_once: bool,
+    surroundings: &Surroundings,
+) -> Result<(Group, String), Problem> {
     let capture = &surroundings.capture;
     let understood = |group: Group| match group.kept() {
         Some(_) => Ok(group),
@@ -111,7 +116,11 @@ fn begin_capture(name: &str, specs: &[VolumeSpec], surroundings: &Surroundings) 
             capture.give_up(name);
             format!("new, because what was pinned cannot be gone on with: {why}")
         }
-        None if matches!(capture.origin(), Origin::TakenOver(_)) => "new".to_owned(),
+        None if matches!(capture.origin(), Origin::TakenOver { .. }) => "new".to_owned(),
+        // The file is from before: a boot takes all pins with it, and who wrote in between is not known.
+        None if synced_once && *capture.origin() == Origin::New => {
+            "new, because nothing was pinned: the host was booted, or capture was ended by hand".to_owned()
+        }
         None => capture.origin().to_string(),
     };
     let group = capture.add_named_group(name, rand::random(), surroundings.ring_bytes, specs).map_err(|error| {
@@ -142,7 +151,7 @@ impl GroupHandle {
             volumes.iter().map(|volume| DirectFile::open_read(&volume.path)).collect();
         let files = files.map_err(|error| cannot(error.chain()))?;
         let specs: Vec<_> = volumes.iter().map(|volume| volume.spec.clone()).collect();
-        let (group, origin) = begin_capture(&name, &specs, surroundings)?;
+        let (group, origin) = begin_capture(&name, &specs, file.synced_once, surroundings)?;
         let source: Arc<Group> = Arc::new(group);
         let shared = Arc::new(GroupShared::new(
             name.clone(),

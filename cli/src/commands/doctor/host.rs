@@ -7,7 +7,8 @@ use crate::context::Context;
 pub(super) fn section(context: &Context) -> Section {
     let mut section = Section::new("host");
     let recovery_only = Daemon::Receiver.is_here(&context.paths) && !Daemon::Agent.is_here(&context.paths);
-    for check in varve_bpf::doctor::checks() {
+    let pins = varve_bpf::doctor::pins(&context.paths.bpffs());
+    for check in varve_bpf::doctor::checks().into_iter().chain([pins]) {
         let level = match (check.ok, recovery_only) {
             (true, _) => Level::Ok,
             (false, false) => Level::Fail,
