@@ -137,6 +137,11 @@ impl Recorder {
         self.complete_to
     }
 
+    /// The highest stamp of all records: an image may stand above [`Recorder::complete_to`].
+    pub fn highest_stamp(&self) -> u64 {
+        self.timeline.layers().iter().map(|layer| layer.last_height).max().unwrap_or(0).max(self.complete_to)
+    }
+
     /// Before the first layer there is no past: history begins at `height`.
     fn begin_at(&mut self, height: u64) {
         if self.layer.is_none() && self.next_number == 1 {

@@ -41,6 +41,8 @@ pub struct Timeline {
     /// By region, hashed: raised after a before-image can be found and before the replica changes.
     versions: Box<[AtomicU64]>,
     applied: Mutex<Applied>,
+    /// How often the replicas were found to be behind where they had been: a group that failed applies again.
+    setbacks: AtomicU64,
     advanced: Condvar,
     pins: Mutex<BTreeMap<u64, usize>>,
     files: Cache<u32, Arc<LayerFile>>,
@@ -150,6 +152,7 @@ impl Timeline {
             state: RwLock::new(state),
             versions: (0..VERSIONS).map(|_| AtomicU64::new(0)).collect(),
             applied: Mutex::default(),
+            setbacks: AtomicU64::new(0),
             advanced: Condvar::new(),
             pins: Mutex::default(),
             files: Cache::new(LAYER_FILES_OPEN_MAX),
@@ -389,6 +392,9 @@ impl Timeline {
     /// The replicas are there.
     pub(crate) fn set_applied(&self, height: u64, time_ns: u64) {
         let mut applied = lock(&self.applied);
+        if height < applied.height {
+            self.setbacks.fetch_add(1, Ordering::SeqCst);
+        }
         *applied = Applied { height, time_ns: time_ns.max(applied.time_ns) };
         drop(applied);
         self.advanced.notify_all();
@@ -397,6 +403,12 @@ impl Timeline {
     /// How far the replicas are.
     pub fn applied(&self) -> Applied {
         *lock(&self.applied)
+    }
+
+    /// Changes when the replicas fall behind where they were. Only what is read while they are at a point's height or above, and
+    /// this stays the same, is what the point says: while changes are applied again, a block may be older than it was.
+    pub fn setbacks(&self) -> u64 {
+        self.setbacks.load(Ordering::SeqCst)
     }
 
     /// Waits until the replicas are at `height`; whether they are.
