@@ -1,6 +1,7 @@
 //! The race between image reads and writes, as a model: random interleavings of writes that are captured, dropped, under
 //! way, complete; of regions taken, registered, read in two halves, probed, sent; of a stream that is walked and sent in
-//! pieces. Whatever the order, the replica must equal the disk in the end. Replays by proptest's seed.
+//! pieces; and of an agent that is killed in between, of which only what is pinned is left. Whatever the order, the replica
+//! must equal the disk in the end. Replays by proptest's seed.
 
 use super::regions::{Next, Regions, image_extents};
 use super::sync::{Purpose, RegionRead};
@@ -36,6 +37,8 @@ struct World {
     walked: usize,
     sent: usize,
     dirty: [bool; REGIONS as usize],
+    /// Taken from `dirty` and not finished: pinned as well.
+    taken: [bool; REGIONS as usize],
     tracker: Tracker,
     hands: Vec<(RegionId, u64, Hand)>,
     regions: Regions,
@@ -71,6 +74,7 @@ impl World {
             walked: 0,
             sent: 0,
             dirty: [true; REGIONS as usize],
+            taken: [false; REGIONS as usize],
             tracker: Tracker::default(),
             hands: Vec::new(),
             regions: Regions::default(),
@@ -127,6 +131,7 @@ impl World {
         let region = region % REGIONS as usize;
         let extent = region_extent(region as u64, REGIONS * REGION_BYTES);
         if !self.tracker.is_active(0, extent.start) && std::mem::take(&mut self.dirty[region]) {
+            self.taken[region] = true;
             let id = self.tracker.register(0, extent, self.stream.len() as u64);
             self.hands.push((id, region as u64, Hand::Registered));
         }
@@ -210,7 +215,9 @@ impl World {
             }
             Next::Done(id) => {
                 self.tracker.forget(id);
-                self.regions.remove(id);
+                if let Some(read) = self.regions.remove(id) {
+                    self.taken[read.region as usize] = false;
+                }
             }
         }
     }
@@ -221,6 +228,21 @@ impl World {
             let (_, next) = self.regions.probed(id, differs).expect("under way");
             self.act(next);
         }
+    }
+
+    /// The agent is killed, and the next one takes over. The disk, the writes under way, the stream and the bitmaps are the
+    /// kernel's; how far the stream came is the receiver's; all else is gone.
+    fn kill(&mut self) {
+        self.tracker = Tracker::default();
+        self.hands.clear();
+        self.regions = Regions::default();
+        self.replies.clear();
+        self.walked = self.sent;
+        for (dirty, taken) in self.dirty.iter_mut().zip(&mut self.taken) {
+            *dirty |= std::mem::take(taken);
+        }
+        // Told in the welcome: what the stream brought is in the replica, and images perhaps.
+        self.fresh &= self.sent == 0;
     }
 
     fn finish(&mut self) {
@@ -251,7 +273,7 @@ proptest! {
     #[test]
     fn the_replica_equals_the_disk(
         fresh in any::<bool>(),
-        steps in prop::collection::vec((0u8..16, any::<u16>(), 1usize..300), 50..400),
+        steps in prop::collection::vec((0u8..17, any::<u16>(), 1usize..300), 50..400),
     ) {
         let mut world = World::new(fresh);
         for (step, number, length) in steps {
@@ -264,6 +286,7 @@ proptest! {
                 10 => world.take(number),
                 11 | 12 => world.read(number),
                 13 | 14 => world.send(number % 5),
+                15 if number % 8 == 0 => world.kill(),
                 _ => world.reply(),
             }
         }
