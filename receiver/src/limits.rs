@@ -148,3 +148,7 @@ pub const HOME_CONNECT_TIME_MAX: Duration = Duration::from_secs(30);
 pub const HOME_CUT_OVER_TIME_MAX: Duration = Duration::from_secs(3600);
 /// The longest that the operator waits for the agent to say that it has heard.
 pub const HOME_TOLD_TIME_MAX: Duration = Duration::from_secs(20);
+/// The longest that a disk here or there may take for a region of a group that comes home.
+pub const HOME_STUCK_TIME_MAX: Duration = Duration::from_secs(60);
+/// How long history is kept for an agent that has gone, so that it need not compare everything when it comes again.
+pub const HOME_KEPT_TIME_MAX: Duration = Duration::from_secs(3600);

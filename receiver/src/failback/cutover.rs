@@ -70,7 +70,11 @@ pub async fn cut_over(
             let phase = "home".to_owned();
             Ok(FailbackReply { home, phase, epoch, sent_bytes, compared_bytes, pause_seconds, seconds, next, ..reply })
         }
-        Err(why) => {
+        Err(Failed { why, unsure: true }) => {
+            let next = "put the disk of the receiver's state right and restart it: then it runs here or at home, and says which";
+            Err(Problem::failed(what, why, next))
+        }
+        Err(Failed { why, .. }) => {
             let still_here = context.slot.board().meta.as_ref().is_some_and(|meta| meta.takeover.is_some());
             if still_here {
                 promotions.resume(context).await;
@@ -84,6 +88,19 @@ pub async fn cut_over(
     }
 }
 
+/// It was not given back.
+struct Failed {
+    why: String,
+    /// It may have been: the files could not be written. Then nobody may write here.
+    unsure: bool,
+}
+
+impl<T: Into<String>> From<T> for Failed {
+    fn from(why: T) -> Self {
+        Self { why: why.into(), unsure: false }
+    }
+}
+
 /// With the devices away. Gives what was compared, the epoch at home, and whether the agent has heard it.
 async fn give_back(
     context: &Context,
@@ -91,9 +108,9 @@ async fn give_back(
     host: &str,
     quick: bool,
     orders: tokio::sync::mpsc::Sender<Order>,
-) -> Result<(Armed, u64, bool), String> {
+) -> Result<(Armed, u64, bool), Failed> {
     let desk = context.registry.seize(&context.slot).await.map_err(|refused| refused.text)?;
-    let Some(open) = &desk.open else { return Err("its files are not open".to_owned()) };
+    let Some(open) = &desk.open else { return Err("its files are not open".into()) };
     let height = open.live.view().landed.height;
     catch_up(open, height).await?;
     let (epoch, token): (u64, [u8; 16]) = (meta.epoch + 1, rand::random());
@@ -103,7 +120,7 @@ async fn give_back(
     let armed = timeout(HOME_CUT_OVER_TIME_MAX, answered).await.map_err(|_| "the agent hangs".to_owned())?;
     let armed = armed.map_err(|_| "the agent has gone".to_owned())??;
     if open.live.view().landed.height != height {
-        return Err("something was written here meanwhile".to_owned());
+        return Err("something was written here meanwhile".into());
     }
     failpoint::hit(failpoint::HOME_ARMED);
     let home = Home {
@@ -121,7 +138,12 @@ async fn give_back(
             volume.path.clone_from(path);
         }
     };
-    context.registry.change_meta(&context.slot, change).await.map_err(|refused| refused.text)?;
+    if let Err(refused) = context.registry.change_meta(&context.slot, change).await {
+        // Whether it is on the disk all the same is not known: what was is written again, before anybody writes here.
+        let undone = context.registry.change_meta(&context.slot, |_| {}).await;
+        let unsure = undone.is_err();
+        return Err(Failed { why: refused.text, unsure });
+    }
     failpoint::hit(failpoint::HOME_GIVEN);
     begin_at_home(&context.registry, &context.slot, open).await?;
     failpoint::hit(failpoint::HOME_BEGUN);

@@ -203,6 +203,14 @@ impl Homecoming {
         self.lock().orders.clone()
     }
 
+    /// The agent of this stream, the newest, did not come again for long: it compares everything if it does.
+    fn forget_kept(&self, number: u64) {
+        let mut inner = self.lock();
+        if inner.streams == number {
+            inner.kept = None;
+        }
+    }
+
     /// Nobody comes home any more.
     fn end_all(&self) {
         let mut inner = self.lock();

@@ -3,7 +3,7 @@
 use super::blocks::Blocks;
 use super::feed::{self, Region};
 use super::stream::{Incoming, Talk};
-use crate::limits::{HOME_REGIONS_AHEAD, HOME_REGIONS_MAX};
+use crate::limits::{HOME_REGIONS_AHEAD, HOME_REGIONS_MAX, HOME_STUCK_TIME_MAX};
 use crate::view::views::volumes_at;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -88,6 +88,9 @@ impl Talk {
                     }
                     other => return Err(unexpected(other)),
                 },
+                () = tokio::time::sleep(HOME_STUCK_TIME_MAX) => {
+                    return Err(format!("nothing went on for {} s", HOME_STUCK_TIME_MAX.as_secs()));
+                }
                 region = regions.recv(), if !fed && under_way.len() < HOME_REGIONS_MAX => match region {
                     Some(region) => {
                         let region = region?;

@@ -6,7 +6,9 @@ use super::{Armed, At, Order};
 use crate::failure::{protocol, refuse, refuse_for_now};
 use crate::group::meta::{GroupMeta, Takeover, unhex};
 use crate::group::registry::{Registry, Slot};
-use crate::limits::{ANSWER_TIMEOUT, CATCH_UP_TIME_MAX, HOME_LOOK_INTERVAL, HOME_READY_TIME_MAX, HOME_WAITING_MAX};
+use crate::limits::{
+    ANSWER_TIMEOUT, CATCH_UP_TIME_MAX, HOME_KEPT_TIME_MAX, HOME_LOOK_INTERVAL, HOME_READY_TIME_MAX, HOME_WAITING_MAX,
+};
 use crate::promote::is_rolled;
 use crate::session::{Peer, writer};
 use bytes::Bytes;
@@ -80,6 +82,11 @@ pub async fn serve(
         FailbackPurpose::Write => talk.bring_home(&mut order).await,
     };
     slot.failback.end_stream(number);
+    // What is kept for it keeps history from expiring.
+    tokio::spawn(async move {
+        tokio::time::sleep(HOME_KEPT_TIME_MAX).await;
+        slot.failback.forget_kept(number);
+    });
     reader.abort();
     match ended {
         Ok(()) => tracing::info!(host, group, ?purpose, "coming home: stream done"),
