@@ -35,6 +35,9 @@ const RETRY_TICKS: u64 = 10;
 /// Ticks between two looks at whether the volumes are still what they were.
 const LOOK_TICKS: u64 = 3;
 
+/// How the problem of a volume that grew or shrank ends.
+const SIZE_CHANGED: &str = "changed its size";
+
 /// A group that could not be started: tried again, and never called protected.
 struct Failed {
     file: GroupFile,
@@ -146,9 +149,16 @@ impl Daemon {
         for (volume, bytes) in volumes.iter().zip(&file.bytes) {
             if volume.spec.bytes != *bytes {
                 return Err(Problem::refused(
-                    format!("{} changed its size", volume.path),
-                    format!("it had {bytes} bytes when it was protected and has {} now", volume.spec.bytes),
-                    format!("'varve unprotect {0}', then protect it again with a new replica", file.name),
+                    format!("{} {SIZE_CHANGED}", volume.path),
+                    format!(
+                        "it had {bytes} bytes when it was protected and has {} now, and a history is of one size",
+                        volume.spec.bytes
+                    ),
+                    format!(
+                        "'varve unprotect {0}', then 'varve protect' it under another name: the history of '{0}' stays at \
+                         the recovery host until 'varve forget {0}' there",
+                        file.name
+                    ),
                 ));
             }
         }
@@ -609,7 +619,12 @@ impl Daemon {
         let mut file = handle.file.clone();
         file.synced_once |= handle.shared.facts().ever_consistent;
         // From now on nobody may read that it is protected, however long its end takes.
-        handle.shared.gap_opened(reason);
+        if reason == GapReason::VolumeChanged {
+            handle.volume_changed().await;
+        }
+        if handle.shared.facts().gap != Some(reason) {
+            handle.shared.gap_opened(reason);
+        }
         handle.end().await;
         groups().remove(name);
         self.start_or_remember_locked(file).await;
@@ -657,7 +672,7 @@ impl Failed {
             link: Link::Disconnected,
             data: if self.file.synced_once { Data::Gap } else { Data::InitialSync },
             reason: Some(format!("not protected: {}. {}", self.problem, self.problem.next)),
-            gap_reason: None,
+            gap_reason: self.problem.what.ends_with(SIZE_CHANGED).then_some(GapReason::VolumeChanged),
             epoch: 1,
             rpo_seconds: None,
             lag_bytes: 0,

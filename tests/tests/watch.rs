@@ -249,19 +249,77 @@ fn wait_for_some(mut ask: impl FnMut() -> Option<Value>) -> Value {
     found
 }
 
-/// What grew behind the agent's back is not called protected, and both the status and the alert say what to do.
+/// What grew or shrank is not called protected any more, on either side; its points up to then stay, and there is a way on.
 #[test]
 fn a_volume_that_changes_its_size() {
     require_root();
     let scratch = Scratch::memory();
+    let mut watched = Watched::new("", "");
+    for (group, bytes) in [("grows", 12 << 20), ("shrinks", 4 << 20)] {
+        let device = LoopDevice::new(&scratch, group, 8 << 20);
+        let filled = vec![7; 1 << 20];
+        std::fs::write(device.path(), &filled).unwrap();
+        watched.pair.protect(group, &[device.path()]);
+        watched.pair.wait_protected(group, LIMIT);
+        watched.pair.production.varve(&["bookmark", group, "before"]).ok();
+        watched.pair.wait_applied(group, LIMIT);
+        device.resize(bytes);
+        let status = |role| watched.side(role).group(group).unwrap_or_default();
+        let alerted = |role, id: &str| status(role)["alerts"].as_array().unwrap().iter().any(|alert| alert["id"] == id);
+        wait_until(LIMIT, "the agent alerts", || alerted(Role::Agent, "not-protected"));
+        let agent = status(Role::Agent);
+        assert!(agent["reason"].as_str().unwrap().contains("changed its size"), "{agent:#}");
+        assert!(agent["alerts"][0]["text"].as_str().unwrap().contains("varve unprotect"), "{agent:#}");
+        assert_eq!((&agent["data"], &agent["gap_reason"]), (&"gap".into(), &"volume-changed".into()), "{agent:#}");
+        let receiver = status(Role::Receiver);
+        assert_eq!(
+            (&receiver["data"], &receiver["gap_reason"]),
+            (&"gap".into(), &"volume-changed".into()),
+            "{receiver:#}"
+        );
+        assert!(alerted(Role::Receiver, "gap"), "{receiver:#}");
+        // What was good stays good, in its size.
+        let restored = scratch.join(&format!("{group}.restored"));
+        let to = restored.to_str().unwrap();
+        watched.pair.recovery.varve(&["restore", group, "--at", "bookmark:before", "--volume", "0", "--to", to]).ok();
+        let restored = std::fs::read(&restored).unwrap();
+        assert!(restored.len() == 8 << 20 && restored.starts_with(&filled), "{} bytes", restored.len());
+        // A daemon that is started anew knows no better.
+        watched.pair.production.restart(Role::Agent);
+        assert_eq!(watched.pair.production.group(group).unwrap()["gap_reason"], "volume-changed");
+        // On, as the status says.
+        watched.pair.production.varve(&["unprotect", group, "--yes"]).ok();
+        let again = format!("{group}-again");
+        watched.pair.protect(&again, &[device.path()]);
+        watched.pair.wait_protected(&again, LIMIT);
+        watched.pair.production.varve(&["unprotect", &again, "--yes"]).ok();
+    }
+}
+
+/// Somebody writes to the replica: found by a verify, told by both sides, mended by a repair.
+#[test]
+fn a_replica_that_was_changed_behind_its_back() {
+    require_root();
+    let scratch = Scratch::memory();
     let device = LoopDevice::new(&scratch, "volume", 8 << 20);
     let watched = Watched::new("", "");
-    watched.pair.protect(GROUP, &[device.path()]);
+    let replicas = watched.pair.protect(GROUP, &[device.path()]);
     watched.pair.wait_protected(GROUP, LIMIT);
-    device.resize(4 << 20);
-    watched.wait(Role::Agent, &["not-protected"]);
-    let status = watched.pair.production.group(GROUP).unwrap();
-    assert!(status["reason"].as_str().unwrap().contains("changed its size"), "{status:#}");
-    assert!(status["alerts"][0]["text"].as_str().unwrap().contains("varve unprotect"), "{status:#}");
-    assert_ne!(status["data"], "protected");
+    watched.pair.wait_applied(GROUP, LIMIT);
+    std::os::unix::fs::FileExt::write_all_at(
+        &std::fs::File::options().write(true).open(&replicas[0]).unwrap(),
+        &[0xee; 4096],
+        3 << 20,
+    )
+    .unwrap();
+    watched.pair.production.varve(&["verify", GROUP]).expect_code(1);
+    for role in [Role::Agent, Role::Receiver] {
+        watched.wait(role, &["replica-differs"]);
+    }
+    watched.pair.production.varve(&["verify", GROUP, "--repair"]).ok();
+    for role in [Role::Agent, Role::Receiver] {
+        watched.wait(role, &[]);
+    }
+    watched.pair.production.varve(&["verify", GROUP]).ok();
+    assert_same(device.path(), &replicas[0]);
 }

@@ -28,19 +28,24 @@ use crate::store::GroupFile;
 use crate::volume::Checked;
 use source::Source as _;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use varve_bpf::{Capture, Group, Origin, VolumeSpec};
 use varve_common::limits::SYNC_REGIONS_MAX;
 use varve_common::problem::Problem;
+use varve_common::state::Link;
 use varve_common::wire::messages::VolumeHello;
 use varve_io::aligned::BufPool;
 use varve_io::direct::DirectFile;
 
 /// Commands that wait for a worker.
 const COMMANDS_MAX: usize = 32;
+/// How long it may take to tell the receiver of a gap before the group ends.
+const GAP_LIMIT: Duration = Duration::from_secs(3);
+/// Between two looks at whether it was told.
+const GAP_LOOK: Duration = Duration::from_millis(20);
 /// How long a group may take to end.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
@@ -244,6 +249,22 @@ impl GroupHandle {
     /// Begins a verify: its number.
     pub async fn verify(&self, repair: bool) -> Result<u64, Problem> {
         self.ask(|answer| Command::Verify(repair, answer)).await
+    }
+
+    /// A volume is not what it was: tells the receiver, if there is one that listens, that from here on no point can be
+    /// recovered.
+    pub async fn volume_changed(&self) {
+        let asked = tokio::time::timeout(GAP_LIMIT, self.ask(Command::VolumeChanged)).await;
+        let Ok(Ok(position)) = asked else { return };
+        let told = async {
+            let streaming = || self.shared.facts().link == Link::Streaming;
+            while streaming() && self.shared.durable.load(Ordering::Acquire) <= position {
+                tokio::time::sleep(GAP_LOOK).await;
+            }
+        };
+        if tokio::time::timeout(GAP_LIMIT, told).await.is_err() {
+            tracing::warn!(group = %self.file.name, "the receiver was not told of the gap in time");
+        }
     }
 
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<Result<T, Problem>>) -> Command) -> Result<T, Problem> {

@@ -56,7 +56,7 @@ pub fn check_against(meta: &GroupMeta, hello: &Hello) -> Result<(), Refused> {
         return Err(refuse(RefusedReason::Epoch, text, next));
     }
     let refuse_volumes = |text: String| {
-        let next = "unprotect the group, 'varve forget' it on the receiver, and protect it again";
+        let next = "unprotect the group and protect it under another name, which keeps its history here; or 'varve forget' it here";
         Err(refuse(RefusedReason::Volumes, text, next))
     };
     if hello.volumes.len() != meta.volumes.len() {

@@ -65,6 +65,8 @@ pub enum Command {
     Bookmark(String, oneshot::Sender<Result<(u64, u64, bool), Problem>>),
     /// Begin a verify; answered with its number.
     Verify(bool, oneshot::Sender<Result<u64, Problem>>),
+    /// A volume is not what it was: a gap begins, which this worker will not end. Answered with its position.
+    VolumeChanged(oneshot::Sender<Result<u64, Problem>>),
 }
 
 /// A bookmark on its way.

@@ -33,6 +33,13 @@ impl Worker {
                 };
                 let _ = answer.send(begun);
             }
+            Command::VolumeChanged(answer) => {
+                let position = self.source.stream().producer();
+                self.gap_begins(state, GapReason::VolumeChanged, position);
+                // What is acknowledged after the gap's mark proves that the mark has landed.
+                let _ = self.source.mark(RecordKind::Canary, &[]);
+                let _ = answer.send(Ok(position));
+            }
         }
     }
 

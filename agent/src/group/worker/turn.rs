@@ -158,7 +158,9 @@ impl Worker {
 
     /// Ends the gap if nothing is missing any more.
     pub(super) fn finish_gap(&mut self, state: &mut State, session: &Session) {
-        if state.gap.open().is_none() || !session.regions.is_empty() {
+        // What is not in the stream because a volume grew is in no bitmap either.
+        let may_end = state.gap.open().is_some_and(|reason| reason != GapReason::VolumeChanged);
+        if !may_end || !session.regions.is_empty() {
             return;
         }
         if !self.sync.shared().nothing_left(&*self.source) || !self.source.settled() {
