@@ -262,7 +262,7 @@ impl Daemon {
             ring_bytes: config.ring_bytes,
             lagging_after: config.lagging_after,
             compression: config.compression,
-            journal: self.journals(&config),
+            journal: Some(self.journals(&config)),
         };
         let (store, mut synced) = (self.store.clone(), file.clone());
         synced.synced_once = true;
@@ -277,10 +277,9 @@ impl Daemon {
         GroupHandle::start(file, volumes, &surroundings, on_consistent)
     }
 
-    /// Where the groups' journals lie; `None`: they have none.
-    fn journals(&self, config: &AgentConfig) -> Option<journal::Settings> {
-        (config.journal_bytes_max > 0)
-            .then(|| journal::Settings { dir: self.paths.agent_journals(), bytes_max: config.journal_bytes_max })
+    /// Where the groups' journals lie.
+    fn journals(&self, config: &AgentConfig) -> journal::Settings {
+        journal::Settings { dir: self.paths.agent_journals(), bytes_max: config.journal_bytes_max }
     }
 
     /// Of a group that is not protected any more.

@@ -6,6 +6,8 @@ mod gap;
 mod kept;
 #[cfg(test)]
 mod played;
+#[cfg(test)]
+mod played_journal;
 mod regions;
 mod session;
 mod shared;

@@ -6,6 +6,7 @@ use super::source::{Source, Stream, Track, Troubles};
 use super::sync::SyncThread;
 use super::worker::{Command, Worker};
 use crate::clock;
+use crate::journal::Settings;
 use crate::link::LinkView;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -35,6 +36,8 @@ const LIMIT: Duration = Duration::from_secs(20);
 pub struct PlayedStream {
     bytes: Mutex<Vec<u8>>,
     consumer: AtomicU64,
+    /// As it is told; 0: without end. It takes what comes in any case.
+    pub capacity: AtomicU64,
 }
 
 impl PlayedStream {
@@ -64,7 +67,10 @@ impl Stream for PlayedStream {
         self.consumer.load(Ordering::Acquire)
     }
     fn capacity(&self) -> u64 {
-        1 << 40
+        match self.capacity.load(Ordering::Relaxed) {
+            0 => 1 << 40,
+            capacity => capacity,
+        }
     }
     fn release(&self, position: u64) {
         assert!(position >= self.consumer() && position <= self.producer(), "release({position})");
@@ -232,6 +238,10 @@ pub struct Stage {
 
 impl Stage {
     pub async fn set() -> Self {
+        Self::with(None).await
+    }
+
+    pub async fn with(journal: Option<Settings>) -> Self {
         let dir = tempfile::tempdir().expect("temp dir");
         let authority = Arc::new(Authority::create(&dir.path().join("pki"), "recovery").expect("authority"));
         let hosts = Arc::new(Hosts::open(dir.path().join("hosts.json")).expect("hosts"));
@@ -291,7 +301,7 @@ impl Stage {
             frames: BufPool::new(4, 2 << 20),
             volumes: vec![VolumeHello { path: "/dev/played".into(), bytes, replica: None }],
             compression: false,
-            journal: None,
+            journal,
             on_consistent: Box::new(|| ()),
         };
         let task = tokio::spawn(worker.run());

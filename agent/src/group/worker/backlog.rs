@@ -35,6 +35,9 @@ impl Worker {
     /// Opens the journal: that reads all of it, so the ring is looked after meanwhile.
     pub(super) async fn open_journal(&mut self, state: &mut State) -> Option<Spilling> {
         let settings = self.journal.clone()?;
+        if settings.bytes_max == 0 && !settings.exists(&self.shared.name) {
+            return None;
+        }
         let (shared, known) = (self.shared.clone(), state.known_there);
         let open = move || Journal::open(&settings, &shared.name, shared.incarnation, &*shared);
         let journal = match self.meanwhile(state, None, tokio::task::spawn_blocking(open)).await? {
@@ -44,8 +47,9 @@ impl Worker {
                 return None;
             }
         };
-        // A ring that went on after the journal's end: bytes between them are lost, unless the receiver has them.
-        state.journal_lost = known && journal.detached().is_some_and(|it| it.incarnation == self.shared.incarnation);
+        // Nothing could be read, or the ring went on after the journal's end: bytes are lost, unless the receiver has them.
+        let hole = journal.detached().is_some_and(|it| it.incarnation == self.shared.incarnation);
+        state.journal_lost = known && (hole || journal.status().error.is_some());
         if let (Some(_), Some((reason, position))) = (journal.range(), journal.gap())
             && !known
         {
@@ -215,7 +219,8 @@ impl Worker {
             epoch: self.shared.facts().epoch,
             incarnation: detached.incarnation,
             oldest: detached.start,
-            newest: detached.end,
+            // Nobody knows how far that ring went; what the receiver has of it decides.
+            newest: u64::MAX,
             volumes: self.volumes.clone(),
             software: env!("CARGO_PKG_VERSION").to_owned(),
         };
@@ -237,6 +242,9 @@ impl Worker {
             }
             Drain::From(position) => {
                 tracing::info!(group = %name, position, end = detached.end, "the journal of an earlier ring is sent");
+                // A gap that only what is there already knows of was told long ago.
+                journal.release_detached(position);
+                let Some(detached) = journal.detached() else { return None };
                 let sent_max = Arc::new(AtomicU64::new(position));
                 let (bound, acked) = (sent_max.clone(), journal.clone());
                 let (mut events, reader) = session::spawn_reader(recv, self.shared.clone(), move |durable| {
@@ -299,6 +307,7 @@ impl Worker {
                     return Err(ended);
                 }
             }
+            self.report(state, session).await?;
             if session.sent < detached.end {
                 let gap = detached.gap.filter(|_| session.remote_consistent);
                 if let Some((reason, _)) = gap.filter(|(_, position)| *position <= session.sent) {

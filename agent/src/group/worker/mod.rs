@@ -471,7 +471,7 @@ impl Worker {
                 self.shared.release(position);
                 session.sent = position;
                 state.walked = state.walked.max(position);
-                state.closing = None;
+                (state.closing, state.journal_lost) = (None, false);
                 if !session.remote_consistent && state.gap.open().is_none() {
                     // The GapEnd never landed, or the receiver lost what it had: the replica is whole again only when all
                     // that was sent before has been sent again.
