@@ -119,8 +119,9 @@ async fn run(
         height_min: 0,
     };
     let incarnation: [u8; 16] = rand::random();
-    // Later than all before, also if the source's clock is ahead of ours: a time names one point.
-    let time_ns = now_ns().max(landed.at.time_ns + 1);
+    // Later than all before, so that a time names one point; and no later, so that the source's next record is later still:
+    // times are of its clock, not of ours.
+    let time_ns = landed.at.time_ns + 1;
     land(open, &live, mark(MarkKind::Begin, Some(GapReason::Rollback), incarnation, time_ns)).await.map_err(failed)?;
     let done_bytes = Arc::new(AtomicU64::new(0));
     let total = measure_again(&timeline, planned.pin.height()).await.unwrap_or(planned.extent.bytes);
@@ -138,7 +139,7 @@ async fn run(
             () = tokio::time::sleep(PROGRESS_INTERVAL) => progress.tell(done_bytes.load(Ordering::Relaxed), total).await,
         }
     }
-    let time_ns = now_ns().max(time_ns + 1);
+    let time_ns = time_ns + 1;
     land(open, &live, mark(MarkKind::GapEnd, None, incarnation, time_ns)).await.map_err(failed)?;
     let height = live.view().landed.height;
     open.queue.hurry();

@@ -40,26 +40,49 @@ impl Density {
     }
 }
 
-/// A layer that cannot be read has no points to offer: the log says which.
-fn found(point: Result<Option<RecordPoint>, HistoryError>) -> Option<HeightTime> {
-    let point = point.unwrap_or_else(|error| {
-        tracing::error!(%error, "the points of a layer cannot be read");
-        None
-    });
-    point.map(|point| (point.height, point.time_ns))
+/// Looks things up, and remembers that it could not: "no record" must not be said of a layer that cannot be read.
+struct Lookup<'a> {
+    timeline: &'a Timeline,
+    failed: std::cell::RefCell<Option<HistoryError>>,
 }
 
-impl Times for Timeline {
+impl Lookup<'_> {
+    fn found(&self, point: Result<Option<RecordPoint>, HistoryError>) -> Option<HeightTime> {
+        let point = point.unwrap_or_else(|error| {
+            tracing::error!(%error, "the points of a layer cannot be read");
+            self.failed.replace(Some(error));
+            None
+        });
+        point.map(|point| (point.height, point.time_ns))
+    }
+}
+
+impl Times for Lookup<'_> {
     fn at_or_before(&self, time_ns: u64) -> Option<HeightTime> {
-        found(self.at_or_before_time(time_ns))
+        self.found(self.timeline.at_or_before_time(time_ns))
     }
 
     fn after(&self, time_ns: u64) -> Option<HeightTime> {
-        found(self.after_time(time_ns))
+        self.found(self.timeline.after_time(time_ns))
     }
 
     fn at_height(&self, height: u64) -> Option<HeightTime> {
-        found(self.at_or_before_height(height))
+        self.found(self.timeline.at_or_before_height(height))
+    }
+}
+
+/// For what is only shown.
+impl Times for Timeline {
+    fn at_or_before(&self, time_ns: u64) -> Option<HeightTime> {
+        Lookup { timeline: self, failed: None.into() }.at_or_before(time_ns)
+    }
+
+    fn after(&self, time_ns: u64) -> Option<HeightTime> {
+        Lookup { timeline: self, failed: None.into() }.after(time_ns)
+    }
+
+    fn at_height(&self, height: u64) -> Option<HeightTime> {
+        Lookup { timeline: self, failed: None.into() }.at_height(height)
     }
 }
 
@@ -71,7 +94,21 @@ impl Timeline {
     pub fn locate(&self, spec: &PointSpec, now_ns: u64) -> Result<LocatedPoint, PointError> {
         let applied = self.applied();
         let newest = (applied.height, applied.time_ns);
-        self.chronicle().locate(spec, now_ns, self, self.begin().unwrap_or(0), newest)
+        // Another layer's record would be taken for the one that was meant. A name and a position are exact without.
+        let exact = matches!(spec, PointSpec::Bookmark(_) | PointSpec::Position { .. });
+        loop {
+            let begin = self.begin();
+            let lookup = Lookup { timeline: self, failed: None.into() };
+            let found = self.chronicle().locate(spec, now_ns, &lookup, begin.unwrap_or(0), newest);
+            match lookup.failed.into_inner() {
+                // A layer has expired while it was looked at; that happens a layer a time.
+                Some(_) if self.begin() != begin => {}
+                Some(error) if !exact => {
+                    return Err(PointError::Damaged { what: error.to_string(), before: None, after: None });
+                }
+                _ => return found,
+            }
+        }
     }
 
     /// What `varve points` shows, but for what points cost. `parts`: how many stretches the density is shown in.

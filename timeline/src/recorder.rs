@@ -55,7 +55,7 @@ impl Recorder {
             next_number: 1,
         };
         match recorder.timeline.newest_layer()? {
-            None => {}
+            None => recorder.begin_anew(history)?,
             Some((number, true)) => {
                 recorder.next_number = number + 1;
                 if let Some(info) = recorder.timeline.layer_info(number) {
@@ -64,7 +64,12 @@ impl Recorder {
                     recorder.newest_point = (recorder.complete_to, info.last_time_ns);
                 }
             }
-            Some((number, false)) => recorder.open_layer(number)?,
+            Some((number, false)) => match recorder.open_layer(number) {
+                Err(error @ (HistoryError::Damaged { .. } | HistoryError::Format { .. })) => {
+                    recorder.put_aside(number, history, &error)?;
+                }
+                other => other?,
+            },
         }
         if recorder.next_number > 1 && recorder.complete_to < history {
             recorder.lost_end(history)?;
@@ -105,6 +110,33 @@ impl Recorder {
         self.layer = Some(current);
         // It was full already and the daemon ended before its run was there.
         if full { self.close_layer() } else { Ok(()) }
+    }
+
+    /// There is no layer. Either nothing was ever replaced: then history begins at the first point; or the layers are gone.
+    fn begin_anew(&mut self, history: u64) -> Result<(), HistoryError> {
+        let Some(first) = self.timeline.chronicle().point_at_or_above(0) else { return Ok(()) };
+        if history <= first {
+            self.complete_to = first.min(self.complete_to);
+            return Ok(());
+        }
+        tracing::error!(history, "all layers are gone: the points that need them are lost");
+        self.complete_to = history;
+        self.timeline.tell(&[Event::damaged(0, history, "all layers are gone")])
+    }
+
+    /// The newest layer cannot be read at all. It stays beside the others under another name.
+    fn put_aside(&mut self, number: u32, history: u64, error: &HistoryError) -> Result<(), HistoryError> {
+        let path = crate::layer::path_of(&self.timeline.layers_dir(), number);
+        tracing::error!(%error, layer = number, "the newest layer cannot be read and is put aside: points are lost");
+        let mut aside = path.clone().into_os_string();
+        aside.push(".damaged");
+        std::fs::rename(&path, &aside).map_err(|e| varve_io::IoError::new("put aside", &path, e))?;
+        varve_io::crashsafe::fsync_dir(self.timeline.layers_dir())?;
+        self.next_number = number + 1;
+        let last = self.timeline.layers().last().map_or(0, |layer| layer.last_height);
+        self.complete_to = history.max(last);
+        let what = format!("layer {number} cannot be read");
+        self.timeline.tell(&[Event::damaged(self.timeline.begin().unwrap_or(0), self.complete_to, &what)])
     }
 
     /// The newest layer does not reach as far as it did: what was torn off looks like an append that was never finished, but

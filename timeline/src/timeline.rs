@@ -160,12 +160,35 @@ impl Timeline {
             layer_bytes: AtomicU64::new(LAYER_BYTES),
         });
         let newest = numbers.last().copied();
+        let mut lost = Vec::new();
         for number in loaded.unindexed.into_iter().filter(|number| Some(*number) != newest) {
             if let Err(error) = timeline.index_again(number) {
                 tracing::error!(%error, layer = number, "a layer cannot be read: points that need it are lost");
+                lost.push(number);
             }
         }
+        timeline.tell_lost(&numbers, &lost)?;
         Ok(timeline)
+    }
+
+    /// Layers that are not there, or cannot be read: every older point may need them.
+    fn tell_lost(&self, numbers: &BTreeSet<u32>, unreadable: &[u32]) -> Result<(), HistoryError> {
+        let mut lost: BTreeSet<u32> = unreadable.iter().copied().collect();
+        for (number, next) in numbers.iter().zip(numbers.iter().skip(1)) {
+            // One is enough: what is before the next that is there is lost.
+            lost.extend((number + 1 != *next).then_some(next - 1));
+        }
+        for number in lost {
+            let next = numbers.range(number + 1..).next().copied();
+            let Some(next) = next else { continue };
+            let known = self.layer_info(next).map(|info| info.first_height);
+            let begins = known.map_or_else(|| self.layer(next).map(|layer| layer.first_height()), Ok);
+            let Ok(to) = begins else { continue };
+            let what = format!("layer {number} is missing or cannot be read");
+            tracing::error!(layer = number, "a layer is missing or cannot be read: points that need it are lost");
+            self.tell(&[Event::damaged(self.begin().unwrap_or(0), to, &what)])?;
+        }
+        Ok(())
     }
 
     /// Layers are closed when they have this many bytes instead of [`LAYER_BYTES`], if that is less.
@@ -436,6 +459,8 @@ impl Timeline {
         if height < begin {
             return Err(HistoryError::Expired { begin });
         }
+        // What cannot be read is not promised.
+        state.catalogue.plan(height).map_err(|e| self.plan_failed(&e))?;
         *pins.entry(height).or_default() += 1;
         Ok(Pin { timeline: self.clone(), height })
     }
@@ -488,13 +513,16 @@ impl Timeline {
         let run = state.runs.get(&RunKey::of_layer(number)).cloned();
         drop(state);
         let Some(run) = run else { return Ok(self.layer(number)?.chunks()?.0) };
-        let tail = run.tail()?;
-        let damaged = || HistoryError::Damaged {
-            path: run.path().to_path_buf(),
-            offset: 0,
-            what: "its chunks are not a whole number of rows".to_owned(),
-        };
-        Ok(directory::decode(&tail).ok_or_else(damaged)?.iter().map(chunk_info).collect())
+        let tail = run.tail();
+        match tail.as_ref().ok().and_then(|tail| directory::decode(tail)) {
+            Some(rows) => Ok(rows.iter().map(chunk_info).collect()),
+            // The layer knows it, too; its index is made again.
+            None => {
+                tracing::warn!(layer = number, "an index of the history is damaged; it is made again");
+                self.index_again(number)?;
+                Ok(self.layer(number)?.chunks()?.0)
+            }
+        }
     }
 
     /// Makes one run of the next level, if one is due; whether it did.

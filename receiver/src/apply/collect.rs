@@ -105,12 +105,14 @@ impl Batch {
         for record in Records::new(frame.position, plain) {
             let record = record.map_err(|e| damaged(e.to_string()))?;
             check_record(&record, volumes).map_err(|e| damaged(e.to_string()))?;
-            time_ns = Some(record.header.time_ns.get());
+            // As the stream's state has it: a time that is not older than any before.
+            let now_ns = record.header.time_ns.get().max(time_ns.unwrap_or(state.at.time_ns));
+            time_ns = Some(now_ns);
             let height = state.height + (record.end - frame.position);
-            self.points.push((height, record.header.time_ns.get()));
+            self.points.push((height, now_ns));
             if record.kind == RecordKind::Bookmark {
                 let name = String::from_utf8_lossy(record.payload).into_owned();
-                let (time_ns, consistency) = (record.header.time_ns.get(), Consistency::Crash);
+                let (time_ns, consistency) = (now_ns, Consistency::Crash);
                 let event = Event::Bookmark { height, time_ns, name, consistency };
                 // The agent checks names. One that gets past it must not stop the group.
                 match event.is_possible() {
@@ -158,7 +160,7 @@ impl Batch {
 /// What the timeline is told of a mark that was passed. A gap's begin is the last good point; what the stream says after it
 /// stands higher.
 fn events_of(mark: &Mark, before: &StreamState, after: &StreamState) -> Vec<Event> {
-    let time_ns = mark.time_ns;
+    let time_ns = after.at.time_ns;
     let opens = |reason| Event::GapBegin { height: before.height, time_ns, reason };
     let rebase = Event::Begin {
         height: after.height,

@@ -311,12 +311,14 @@ pub async fn scrub(
             }
         });
         let scrubbed = scrubbed.map_err(|e| history_problem(&what, &e))?;
+        let begin_ns = timeline.layers().first().map_or(0, |layer| layer.first_time_ns);
         let time = |height: u64| Times::at_height(&*timeline, height).map(|(_, time_ns)| show_time(time_ns));
         let damaged = scrubbed.lost.iter().map(|lost| LayerDamage {
             layer: u64::from(lost.layer),
             what: lost.what.clone(),
-            from: time(lost.from),
-            to: time(lost.to.saturating_sub(1)),
+            // Before the first record there is the point at which history begins.
+            from: (lost.from < lost.to).then(|| time(lost.from).unwrap_or_else(|| show_time(begin_ns))),
+            to: time(lost.to.saturating_sub(1)).filter(|_| lost.from < lost.to),
         });
         Ok(ScrubReply { group, layers: scrubbed.layers, bytes: scrubbed.bytes, damaged: damaged.collect() })
     });

@@ -89,7 +89,8 @@ impl StreamState {
             Effect::Data { end, time_ns } => {
                 self.height += end - self.at.position;
                 self.at.position = end;
-                self.at.time_ns = time_ns.unwrap_or(self.at.time_ns);
+                // The source's clock may be set back; the timeline's does not go back.
+                self.at.time_ns = time_ns.map_or(self.at.time_ns, |time_ns| time_ns.max(self.at.time_ns));
             }
             Effect::Mark(mark) => self.pass_mark(&mark),
         }
@@ -99,7 +100,8 @@ impl StreamState {
     }
 
     fn pass_mark(&mut self, mark: &Mark) {
-        self.at = Point { incarnation: mark.incarnation, position: mark.position, time_ns: mark.time_ns };
+        let time_ns = mark.time_ns.max(self.at.time_ns);
+        self.at = Point { incarnation: mark.incarnation, position: mark.position, time_ns };
         self.height = (self.height + MARK_HEIGHT).max(mark.height_min);
         match mark.kind {
             MarkKind::Begin | MarkKind::GapBegin => self.gap = mark.reason,
@@ -186,7 +188,7 @@ pub fn check_content(position: u64, plain: &[u8], volumes: &[u64]) -> Result<Opt
     for record in Records::new(position, plain) {
         let record = record?;
         check_record(&record, volumes)?;
-        time_ns = Some(record.header.time_ns.get());
+        time_ns = time_ns.max(Some(record.header.time_ns.get()));
     }
     Ok(time_ns)
 }
