@@ -223,6 +223,23 @@ fn half_a_set_is_taken_away() {
     capture.unpin().unwrap();
 }
 
+/// Where the machine's own installation pins: nothing is mounted, and nobody but root may look.
+#[test]
+fn the_systems_own_bpffs_is_used_as_it_is() {
+    use std::os::unix::fs::MetadataExt;
+    let disk = loop_device(8 * MIB);
+    let pins = PathBuf::from(format!("/sys/fs/bpf/varve-test-{}", std::process::id()));
+    let mounts = || std::fs::read_to_string("/proc/self/mounts").unwrap().matches("/sys/fs/bpf").count();
+    let before = mounts();
+    let options = CaptureOptions { probe: disk.path.clone() };
+    let capture = Capture::open(&options, &pins).unwrap();
+    assert!(capture.is_pinned() && varve_bpf::is_pinned(&pins));
+    assert_eq!((mounts(), std::fs::metadata(&pins).unwrap().mode() & 0o777), (before, 0o700));
+    drop(capture);
+    assert!(varve_bpf::unpin_all(&pins).unwrap());
+    assert!(!pins.exists());
+}
+
 /// Without a consumer the ring gets full: bits and the place of the first drop are there for whoever comes.
 #[test]
 fn a_ring_that_ran_full_alone_has_its_dirty_regions() {
