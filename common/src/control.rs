@@ -924,7 +924,7 @@ pub struct ScrubReply {
 /// A damaged layer and the points that it takes away.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerDamage {
-    /// The layer's number.
+    /// The layer's number; 0: it was found earlier, and which one is not known any more.
     pub layer: u64,
     /// What was found.
     pub what: String,

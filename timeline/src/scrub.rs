@@ -13,7 +13,7 @@ use std::ops::ControlFlow;
 /// Damage, and the points from `from` to below `to` that need what is damaged.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lost {
-    /// The layer.
+    /// The layer; 0: it was found earlier, and which one is not known any more.
     pub layer: u32,
     /// The oldest height that cannot be read.
     pub from: u64,
@@ -51,6 +51,11 @@ impl Timeline {
         let layers = self.layers();
         for (index, info) in layers.iter().enumerate() {
             let before = found.bytes;
+            let previous = index.checked_sub(1).map(|index| layers[index].number);
+            if let Some(missing) = previous.map(|number| number + 1).filter(|number| *number < info.number) {
+                let (from, to) = (self.begin().unwrap_or(0), info.first_height);
+                found.lost.push(Lost { layer: missing, from, to, what: "it is missing".to_owned() });
+            }
             let stopped = self.scrub_layer(info, layers.get(index + 1), traced_max, &mut found, &mut tell)?;
             found.layers += 1;
             found.bytes = found.bytes.max(before + info.bytes);
@@ -79,7 +84,20 @@ impl Timeline {
             .map(|lost| Event::damaged(lost.from, lost.to, &lost.what))
             .collect();
         self.tell(&events)?;
+        self.add_known(&mut found);
         Ok(found)
+    }
+
+    /// What was lost earlier and cannot be found any more: a layer that was begun anew, a chronicle's end.
+    fn add_known(&self, found: &mut Scrubbed) {
+        let begin = self.begin().unwrap_or(0);
+        for damage in self.chronicle().damages().iter().filter(|damage| damage.to > begin) {
+            let covered = |lost: &Lost| lost.from <= damage.from.max(begin) && damage.to <= lost.to;
+            if !found.lost.iter().any(covered) {
+                let (from, to, what) = (damage.from, damage.to, damage.what.clone());
+                found.lost.push(Lost { layer: 0, from, to, what });
+            }
+        }
     }
 
     /// Whether it was ended.

@@ -313,12 +313,18 @@ pub async fn scrub(
         let scrubbed = scrubbed.map_err(|e| history_problem(&what, &e))?;
         let begin_ns = timeline.layers().first().map_or(0, |layer| layer.first_time_ns);
         let time = |height: u64| Times::at_height(&*timeline, height).map(|(_, time_ns)| show_time(time_ns));
+        // Where the last record cannot be read itself, the next one says how far it goes.
+        let end = |to: u64| {
+            let last = timeline.at_or_before_height(to.saturating_sub(1)).ok().flatten();
+            let last = last.or_else(|| timeline.after_height(to).ok().flatten());
+            show_time(last.map_or_else(|| timeline.applied().time_ns, |last| last.time_ns))
+        };
         let damaged = scrubbed.lost.iter().map(|lost| LayerDamage {
             layer: u64::from(lost.layer),
             what: lost.what.clone(),
             // Before the first record there is the point at which history begins.
             from: (lost.from < lost.to).then(|| time(lost.from).unwrap_or_else(|| show_time(begin_ns))),
-            to: time(lost.to.saturating_sub(1)).filter(|_| lost.from < lost.to),
+            to: (lost.from < lost.to).then(|| end(lost.to)),
         });
         Ok(ScrubReply { group, layers: scrubbed.layers, bytes: scrubbed.bytes, damaged: damaged.collect() })
     });

@@ -319,7 +319,7 @@ impl<F: FnMut(Finding) -> ControlFlow<()>> Scan<'_, F> {
         let whole = match self.layer.file.read_exact_at(&mut data[..bytes], info.offset) {
             Ok(()) => true,
             // Some sector of it: each record is read for itself, to know which.
-            Err(e) if e.is_device_failure() => false,
+            Err(e) if cannot_be_read(&e) => false,
             Err(e) => return Err(e.into()),
         };
         for entry in entries {
@@ -334,7 +334,7 @@ impl<F: FnMut(Finding) -> ControlFlow<()>> Scan<'_, F> {
             let what = match checked {
                 Ok(()) => continue,
                 Err(HistoryError::Damaged { what, .. }) => what,
-                Err(HistoryError::Io(e)) if e.is_device_failure() => e.chain(),
+                Err(HistoryError::Io(e)) if cannot_be_read(&e) => e.chain(),
                 Err(e) => return Err(e),
             };
             self.found.damaged_records += 1;
@@ -368,4 +368,9 @@ pub(super) fn read_header(file: &DirectFile, group: &[u8; 16], number: u32) -> R
         return Err(damaged(format!("it is layer {}", header.number.get())));
     }
     Ok(header)
+}
+
+/// The device fails there, or the file has been cut since it was opened.
+pub(super) fn cannot_be_read(error: &IoError) -> bool {
+    error.is_device_failure() || error.kind() == std::io::ErrorKind::UnexpectedEof
 }

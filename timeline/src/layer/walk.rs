@@ -464,7 +464,7 @@ impl<'a> Window<'a> {
                 read = self.file.read_exact_at(&mut buf[..needed], start);
             }
             match read {
-                Err(e) if self.tolerant && e.is_device_failure() => return Ok(None),
+                Err(e) if self.tolerant && super::file::cannot_be_read(&e) => return Ok(None),
                 other => other?,
             }
             (self.start, self.len) = (start, wanted as usize);
