@@ -109,7 +109,8 @@ impl Timeline {
         found: &mut Scrubbed,
         tell: &mut impl FnMut(u64) -> ControlFlow<()>,
     ) -> Result<bool, HistoryError> {
-        let file = match self.layer(info.number) {
+        // By its name: what is held open may have been removed, or be another file by now.
+        let file = match self.layer_anew(info) {
             Ok(file) => file,
             Err(HistoryError::Io(error)) if !error.is_not_found() => return Err(error.into()),
             Err(error) => {

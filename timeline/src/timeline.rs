@@ -378,6 +378,14 @@ impl Timeline {
         self.files.get_or_insert_with(&number, || LayerFile::open(&self.layers_dir(), self.group, number).map(Arc::new))
     }
 
+    /// As [`Timeline::layer`], from the directory.
+    pub(crate) fn layer_anew(&self, info: &LayerInfo) -> Result<Arc<LayerFile>, HistoryError> {
+        if info.open {
+            return self.layer(info.number);
+        }
+        LayerFile::open(&self.layers_dir(), self.group, info.number).map(Arc::new)
+    }
+
     /// What happened beside the data. The lock is short: readers clone what they need.
     pub fn chronicle(&self) -> Chronicle {
         lock(&self.chronicle).chronicle().clone()
