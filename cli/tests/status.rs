@@ -53,6 +53,36 @@ fn json_has_every_field_of_the_contract() {
 }
 
 #[test]
+fn metrics_say_who_is_silent() {
+    let root = Root::production();
+    root.write("etc/varve/receiver.toml", "");
+    let mut group = group("db", "source");
+    let alert = json!({ "id": "from-the-future", "severity": "critical", "text": "t", "since": "s", "next": "n" });
+    group["alerts"] = json!([alert]);
+    root.daemon("agent", knows("agent", vec![group]));
+    let said = root.varve(&["metrics"]);
+    assert_eq!((said.code, said.err.as_str()), (0, ""));
+    for line in [
+        "varve_daemon_up{daemon=\"receiver\"} 0",
+        "varve_group_rpo_seconds{daemon=\"agent\",group=\"db\"} 0.5",
+        "varve_group_data{daemon=\"agent\",group=\"db\",data=\"protected\"} 1",
+        "varve_group_data{daemon=\"agent\",group=\"db\",data=\"gap\"} 0",
+        "varve_alert{daemon=\"agent\",group=\"db\",id=\"from-the-future\",severity=\"critical\"} 1",
+        "varve_group_events_total{daemon=\"agent\",group=\"db\",counter=\"frames_sent\"} 7",
+    ] {
+        assert!(said.out.lines().any(|found| found == line), "no '{line}' in\n{}", said.out);
+    }
+    let answer = root.varve(&["metrics", "--json"]).json();
+    assert_eq!(answer["silent"], json!(["receiver"]));
+    assert!(answer["metrics"].as_array().expect("metrics").iter().any(|metric| metric["name"] == "varve_alert"));
+    // Nobody answers: the numbers say so as well.
+    let nobody = Root::production();
+    let said = nobody.varve(&["metrics"]);
+    assert_eq!(said.code, 4);
+    assert!(said.out.contains("varve_daemon_up{daemon=\"agent\"} 0"), "{said:?}");
+}
+
+#[test]
 fn a_host_with_both_roles_is_one_picture() {
     let root = Root::production();
     root.write("etc/varve/receiver.toml", "");

@@ -196,7 +196,8 @@ pub fn group(name: &str, role: &str) -> Value {
         "durable": "abababab:0", "applied": "abababab:0",
         "window": { "from": null, "to": "2026-11-20T14:03:22.512345Z" }, "gaps": [],
         "volumes": [{ "path": "/dev/vdb", "bytes": 1073741824, "replica": "/srv/db-0.img" }],
-        "resync": null, "verify": null, "ring": null, "history": null, "counters": { "frames_sent": 7 } })
+        "resync": null, "verify": null, "ring": null, "journal": null, "history": null, "alerts": [], "watch": null,
+        "counters": { "frames_sent": 7 } })
 }
 
 /// A daemon that knows the groups given and nothing else.
