@@ -5,6 +5,7 @@
 #![allow(missing_docs, reason = "tests say what they test by their names")]
 
 use nix::sys::signal::Signal;
+use rand::Rng;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -231,4 +232,79 @@ fn a_full_journal_is_a_gap_and_what_came_before_is_kept() {
     load.stop();
     assert_whole(&pair, &host, &replica);
     assert_view(&pair, "inside", &inside);
+}
+
+/// Killed at any moment of an outage, again and again, with and without the receiver: no gap, no image.
+#[test]
+fn kills_at_any_moment_lose_nothing() {
+    let seed = Seed::new();
+    let mut rng = seed.rng();
+    let host = Host::new();
+    let mut pair = Pair::with_agent_config(SMALL_RING);
+    let replica = protect(&pair, &host);
+    let load = host.load(40 << 20);
+    let mut digests = Vec::new();
+    for round in 0..3 {
+        pair.recovery.kill(Role::Receiver);
+        for _ in 0..3 {
+            std::thread::sleep(Duration::from_millis(rng.random_range(50..1500)));
+            pair.production.kill(Role::Agent);
+            std::thread::sleep(Duration::from_millis(rng.random_range(0..150)));
+            pair.production.start(Role::Agent);
+        }
+        let name = format!("round-{round}");
+        digests.push((host.moment(&pair, &name), name));
+        pair.recovery.start(Role::Receiver);
+        // While it drains.
+        std::thread::sleep(Duration::from_millis(rng.random_range(50..900)));
+        pair.production.kill(Role::Agent);
+        pair.production.start(Role::Agent);
+        wait_until(LIMIT, "the journal is drained", || journal_used(&pair) == 0);
+    }
+    load.stop();
+    assert_whole(&pair, &host, &replica);
+    for (digest, name) in &digests {
+        assert_view(&pair, name, digest);
+    }
+    assert_eq!((counter(&pair, "dropped_records"), counter(&pair, "image_bytes")), (0, 0));
+    assert_eq!(status(&pair)["gaps"].as_array().map_or(0, Vec::len), 0, "{:#}", status(&pair));
+}
+
+/// A backlog of many rings is shipped at least five times as fast as new writes come in, and RPO falls all the while.
+#[test]
+fn catching_up_is_faster_than_what_comes_in() {
+    const ARRIVAL: u64 = 20 << 20;
+    let host = Host::new();
+    let mut pair = Pair::with_agent_config("ring_mib = 32\njournal_max_mib = 2048\n");
+    let replica = protect(&pair, &host);
+    let images = counter(&pair, "image_bytes");
+    pair.recovery.kill(Role::Receiver);
+    let fast = host.load(150 << 20);
+    wait_spilled(&pair, 600 << 20);
+    fast.stop();
+    let load = host.load(ARRIVAL);
+    std::thread::sleep(Duration::from_secs(1));
+    pair.recovery.start(Role::Receiver);
+    let lag = || status(&pair)["lag_bytes"].as_u64().unwrap();
+    let rpo = || status(&pair)["rpo_seconds"].as_f64().unwrap_or(f64::MAX);
+    wait_until(LIMIT, "it streams", || status(&pair)["link"] == "streaming");
+    let (began, backlog, mut oldest, mut rises) = (Instant::now(), lag(), rpo(), 0);
+    while lag() > 64 << 20 {
+        std::thread::sleep(Duration::from_millis(250));
+        let now = rpo();
+        rises += u32::from(now > oldest + 0.3);
+        oldest = now;
+        assert!(began.elapsed() < LIMIT);
+    }
+    // What came in meanwhile was shipped, too.
+    let seconds = began.elapsed().as_secs_f64();
+    let shipped = (backlog - lag()) as f64 / seconds + ARRIVAL as f64;
+    println!("{} MiB of backlog at {:.0} MB/s, RPO rose {rises} times", backlog >> 20, shipped / 1e6);
+    load.stop();
+    assert_whole(&pair, &host, &replica);
+    assert_eq!(counter(&pair, "image_bytes"), images);
+    assert!(shipped >= 5.0 * ARRIVAL as f64, "{shipped} bytes a second");
+    let (stream, disk) = (counter(&pair, "journal_bytes"), counter(&pair, "journal_disk_bytes"));
+    println!("{:.4} bytes on disk for a byte of the stream", disk as f64 / stream as f64);
+    assert!(disk * 100 <= stream * 105);
 }

@@ -143,7 +143,9 @@ struct Inner {
     offered: u64,
     /// The open gap.
     gap: Option<(GapReason, u64)>,
-    /// The ring is being spilled until it is a quarter full,
+    /// There is no session.
+    away: bool,
+    /// The ring is being spilled until it is half as full as it was allowed to be,
     active: bool,
     /// or until the journal ends here.
     flush: Option<u64>,
@@ -202,13 +204,16 @@ impl Journal {
     fn find(&self, settings: &Settings, tape: &dyn Tape) -> Result<(), IoError> {
         let dir = settings.dir.join(&self.group);
         let mut segments = Segments::open(&dir, &self.group, settings.segment_bytes(), settings.bytes_max)?;
-        let found = recover::recover(&segments)?;
+        let (consumer, producer, _) = tape.extent();
+        let found = recover::recover(&segments, (self.incarnation, consumer))?;
+        for (segment, offset) in &found.torn {
+            segment.wipe(*offset)?;
+        }
         if let Some(why) = &found.damage {
             tracing::error!(group = %self.group, "the journal is damaged and ends early: {why}");
         }
         let mut inner = lock(&self.inner);
         if let (Some((start, end)), Some(last)) = (found.index.range(), found.end) {
-            let (consumer, producer, _) = tape.extent();
             let ring = (last.incarnation == self.incarnation).then_some((consumer, producer));
             let (letter, why, meeting) = meet(Ring::seen_from((start, end), ring));
             tracing::info!(group = %self.group, start, end, consumer, "a journal was found: case {letter}, {why}");
@@ -290,15 +295,17 @@ impl Journal {
         self.wake.notify_all();
     }
 
-    /// The ring's bytes before `until` may be spilled, and this gap is open. Spills if the ring is more than half full.
-    pub fn offer(&self, until: u64, gap: Option<(GapReason, u64)>, extent: (u64, u64, u64)) {
+    /// The ring's bytes before `until` may be spilled, and this gap is open. Spills if the ring is more than half full,
+    /// or, with the receiver `away`, an eighth: then it has room for the time that an agent needs to be started again.
+    pub fn offer(&self, until: u64, gap: Option<(GapReason, u64)>, away: bool, extent: (u64, u64, u64)) {
         let (consumer, producer, capacity) = extent;
         if self.bytes_max == 0 {
             return;
         }
         let mut inner = lock(&self.inner);
-        inner.offered = until;
-        let pressing = producer - consumer > capacity / 2 && until > consumer;
+        (inner.offered, inner.away) = (until, away);
+        let limit = if away { capacity / 8 } else { capacity / 2 };
+        let pressing = producer - consumer > limit && until > consumer;
         if (pressing && !inner.active) || inner.gap != gap {
             inner.active |= pressing;
             inner.gap = gap;

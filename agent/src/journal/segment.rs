@@ -60,6 +60,11 @@ impl Segment {
         self.file.write_all_at_durable(&block, 0)
     }
 
+    /// Whatever chunk begins at `offset` does not count.
+    pub fn wipe(&self, offset: u64) -> Result<(), IoError> {
+        self.file.write_all_at_durable(&AlignedBuf::new(BLOCK_BYTES), offset)
+    }
+
     /// Nothing in it counts from here on.
     fn void(&self) -> Result<(), IoError> {
         self.file.write_all_at_durable(&AlignedBuf::new(BLOCK_BYTES), 0)

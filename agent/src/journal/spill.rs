@@ -158,7 +158,7 @@ impl Spiller<'_> {
         // Where the ring was acknowledged beyond the journal's end, the ring's begin is the place.
         let from = inner.ended().map_or(consumer, |end| end.max(consumer));
         // Small chunks are wasted space and syncs.
-        let enough = (CHUNK_BYTES_MAX as u64).min(capacity / 8);
+        let enough = (CHUNK_BYTES_MAX as u64).min(capacity / 32);
         inner.offered > from && (inner.active && inner.offered - from >= enough || inner.flush.is_some())
     }
 
@@ -189,7 +189,7 @@ impl Spiller<'_> {
         }
     }
 
-    /// Spills until the ring is a quarter full, or as far as is wanted.
+    /// Spills a batch, until the ring is as empty as is wanted.
     fn spill(&mut self, until: u64) -> Result<(), NoSegment> {
         let before = {
             let inner = lock(&self.journal.inner);
@@ -211,7 +211,7 @@ impl Spiller<'_> {
         self.write(before, &taken)?;
         let (consumer, producer, capacity) = self.tape.extent();
         let mut inner = lock(&self.journal.inner);
-        if producer - consumer <= capacity / 4 {
+        if producer - consumer <= if inner.away { capacity / 16 } else { capacity / 4 } {
             inner.active = false;
         }
         if inner.flush.is_some_and(|flush| inner.ended().is_some_and(|end| end >= flush)) {

@@ -13,7 +13,7 @@
 
 use super::{BLOCK_BYTES, FORMAT_VERSION, FormatError};
 use crate::limits::NAME_BYTES_MAX;
-use crate::record::{RECORD_BYTES_MAX, RecordError, Records};
+use crate::record::{RECORD_BYTES_MAX, RING_HEADER_BYTES, RecordError, RecordHeader, Records};
 use crate::state::GapReason;
 use crate::wire::messages::Incarnation;
 use zerocopy::little_endian::{U16, U32, U64};
@@ -247,7 +247,8 @@ const ANY: Option<bool> = None;
 /// A batch of chunks is written while nothing else is under way and lies in one segment, so a crash tears only the last
 /// batch, and the ring still holds what was in it. A tear looks like A, B or C. What is written after a recovery goes
 /// into another segment: behind a tear may stand chunks of the torn batch, and were the torn ones to come again to the
-/// same place, the chain would run into them. As it is, none of them is ever reached.
+/// same place, the chain would run into them. As it is, none of them is ever reached. The header of a torn one is wiped
+/// before anything else is written: whoever believes headers ([`peek`]) must not meet it.
 const CASES: [Case; 10] = [
     Case {
         letter: 'A',
@@ -370,19 +371,10 @@ pub struct Found {
 /// Looks for a chunk at the start of `bytes`, which begin at `offset` of the segment with this header and reach to the
 /// segment's end or for [`CHUNK_TOTAL_BYTES_MAX`]. `before`: the chunk before; `None` if there is none in the journal.
 pub fn look(segment: &JournalSegmentHeader, offset: u64, bytes: &[u8], before: Option<End>) -> (Facts, Option<Found>) {
-    let mut facts = Facts::default();
-    let Some(header) = ChunkHeader::decode(bytes, segment.sequence.get(), offset) else { return (facts, None) };
-    facts.header = header.incarnation == segment.incarnation;
-    facts.sane = header.is_sane() && header.total_bytes() <= bytes.len();
-    if !facts.header || !facts.sane {
-        return (facts, None);
-    }
+    let (mut facts, header) = head(segment, offset, bytes, bytes.len() as u64, before);
+    let Some(header) = header else { return (facts, None) };
     let body = &bytes[CHUNK_HEADER_BYTES..][..header.bytes.get() as usize];
     facts.body = crc32fast::hash(body) == header.crc.get();
-    facts.first = header.flags & FLAG_FIRST != 0;
-    facts.chained = before.is_none_or(|before| before.chain == header.previous_crc.get());
-    facts.follows = before
-        .is_none_or(|before| before.position == header.position.get() && before.incarnation == header.incarnation);
     if !facts.body {
         return (facts, None);
     }
@@ -393,6 +385,46 @@ pub fn look(segment: &JournalSegmentHeader, offset: u64, bytes: &[u8], before: O
         }
         Err(_) => (facts, None),
     }
+}
+
+/// The same for a chunk that is known to have been synced: its records are believed (they are checked when they are
+/// read), so its first block is enough. `left`: bytes to the segment's end. The time is that of the first record,
+/// whatever it says.
+pub fn peek(
+    segment: &JournalSegmentHeader,
+    offset: u64,
+    block: &[u8],
+    left: u64,
+    before: Option<End>,
+) -> (Facts, Option<Found>) {
+    let (mut facts, header) = head(segment, offset, block, left, before);
+    let Some(header) = header else { return (facts, None) };
+    (facts.body, facts.records) = (true, true);
+    let record = block.get(CHUNK_HEADER_BYTES + RING_HEADER_BYTES as usize..).unwrap_or_default();
+    let record = RecordHeader::read_from_prefix(record).ok().filter(|_| header.bytes.get() > 0);
+    (facts, Some(Found { header, first_write_ns: record.map(|(record, _)| record.time_ns.get()) }))
+}
+
+/// What a chunk's header alone says.
+fn head(
+    segment: &JournalSegmentHeader,
+    offset: u64,
+    bytes: &[u8],
+    left: u64,
+    before: Option<End>,
+) -> (Facts, Option<ChunkHeader>) {
+    let mut facts = Facts::default();
+    let Some(header) = ChunkHeader::decode(bytes, segment.sequence.get(), offset) else { return (facts, None) };
+    facts.header = header.incarnation == segment.incarnation;
+    facts.sane = header.is_sane() && header.total_bytes() as u64 <= left;
+    if !facts.header || !facts.sane {
+        return (facts, None);
+    }
+    facts.first = header.flags & FLAG_FIRST != 0;
+    facts.chained = before.is_none_or(|before| before.chain == header.previous_crc.get());
+    facts.follows = before
+        .is_none_or(|before| before.position == header.position.get() && before.incarnation == header.incarnation);
+    (facts, Some(header))
 }
 
 /// The time of the first record that changes data, if `bytes` are whole records.
@@ -498,11 +530,13 @@ mod tests {
             let segment = JournalSegmentHeader::new("db", [7; 16], 3, 8 << 20);
             let _ = JournalSegmentHeader::decode(&bytes);
             let _ = look(&segment, 4096, &bytes, None);
+            let _ = peek(&segment, 4096, &bytes, 1 << 20, None);
             let mut header = chunk();
             (header.flags, header.bytes, header.crc) = (flags, length.into(), crc32fast::hash(&bytes).into());
             let mut all = header.encode().to_vec();
             all.extend(&bytes);
             let _ = look(&segment, 4096, &all, Some(End { chain: 5, position: 800, incarnation: [7; 16] }));
+            let _ = peek(&segment, 4096, &all, 1 << 20, None);
         }
     }
 }

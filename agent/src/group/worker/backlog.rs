@@ -77,7 +77,7 @@ impl Worker {
         let extent = self.shared.extent();
         // A receiver that has never known this ring will be told of its begin, and that is where the ring begins then.
         if sent.is_some() || extent.0 > 0 {
-            journal.offer(state.walked, open_gap(state), extent);
+            journal.offer(state.walked, open_gap(state), sent.is_none(), extent);
         }
     }
 
@@ -244,7 +244,7 @@ impl Worker {
                 tracing::info!(group = %name, position, end = detached.end, "the journal of an earlier ring is sent");
                 // A gap that only what is there already knows of was told long ago.
                 journal.release_detached(position);
-                let Some(detached) = journal.detached() else { return None };
+                let detached = journal.detached()?;
                 let sent_max = Arc::new(AtomicU64::new(position));
                 let (bound, acked) = (sent_max.clone(), journal.clone());
                 let (mut events, reader) = session::spawn_reader(recv, self.shared.clone(), move |durable| {
