@@ -53,3 +53,5 @@ pub const DAMAGES_MAX: usize = 1024;
 pub const CHRONICLE_BYTES_MAX: u64 = 128 << 20;
 /// A chronicle with fewer slots is never rewritten.
 pub const CHRONICLE_SLOTS_SMALL: u64 = 4096;
+/// Damaged runs that one look makes again before it gives up.
+pub const RUNS_MENDED_MAX: usize = 16;

@@ -225,10 +225,14 @@ impl Recorder {
     /// # Errors
     /// If the disk refuses.
     pub fn events(&mut self, events: &[Event]) -> Result<(), HistoryError> {
-        for event in events {
-            if let Event::GapEnd { height, .. } = event {
-                self.begin_at(*height);
-            }
+        // The first point of all; later ends of gaps are not where history begins, though nothing was replaced yet.
+        let first = self.timeline.chronicle().point_at_or_above(0).is_none();
+        let end = events.iter().find_map(|event| match event {
+            Event::GapEnd { height, .. } if first => Some(*height),
+            _ => None,
+        });
+        if let Some(height) = end {
+            self.begin_at(height);
         }
         self.timeline.tell(events)
     }

@@ -4,7 +4,7 @@ use crate::catalogue::LayerInfo;
 use crate::chronicle::Event;
 use crate::entry::Entry;
 use crate::error::HistoryError;
-use crate::layer::{Damage, Finding};
+use crate::layer::{Damage, Finding, LayerFile};
 use crate::merge::EntrySource;
 use crate::run::{RunKey, RunScan};
 use crate::timeline::Timeline;
@@ -120,16 +120,25 @@ impl Timeline {
         };
         let mut records: Vec<(Entry, String)> = Vec::new();
         let mut untraced = 0;
-        let scanned = file.scan(|finding| match finding {
-            Finding::Chunk(chunk) => tell(u64::from(chunk.bytes)),
-            Finding::Record { entry, what } => {
-                match records.len() < traced_max {
-                    true => records.push((entry, what)),
-                    false => untraced += 1,
+        let mut scan = |file: &LayerFile| {
+            file.scan(|finding| match finding {
+                Finding::Chunk(chunk) => tell(u64::from(chunk.bytes)),
+                Finding::Record { entry, what } => {
+                    match records.len() < traced_max {
+                        true => records.push((entry, what)),
+                        false => untraced += 1,
+                    }
+                    ControlFlow::Continue(())
                 }
-                ControlFlow::Continue(())
+            })
+        };
+        let scanned = match scan(&file) {
+            // It was the open one and was closed meanwhile: what was reserved behind its end is gone.
+            Err(HistoryError::Io(error)) if info.open && error.kind() == std::io::ErrorKind::UnexpectedEof => {
+                scan(&*self.layer(info.number)?)?
             }
-        })?;
+            other => other?,
+        };
         found.bytes += scanned.bytes;
         if untraced > 0 {
             found.untraced += untraced;

@@ -9,7 +9,7 @@ use crate::chronicle::{Chronicle, ChronicleFile, Event, StreamFacts};
 use crate::entry::Entry;
 use crate::error::HistoryError;
 use crate::layer::{self, ChunkInfo, LayerFile};
-use crate::limits::{LAYER_BYTES, LAYER_FILES_OPEN_MAX, VERSIONS};
+use crate::limits::{LAYER_BYTES, LAYER_FILES_OPEN_MAX, RUNS_MENDED_MAX, VERSIONS};
 use crate::open_index::OpenIndex;
 use crate::resolve::{self, Part, Plan};
 use crate::run::{Run, RunHead, RunKey, RunWriter};
@@ -364,7 +364,25 @@ impl Timeline {
     /// # Errors
     /// As [`Timeline::plan`], and a damaged index.
     pub fn resolve(&self, volume: u16, start: u64, bytes: u64, height: u64) -> Result<Vec<Part>, HistoryError> {
+        for _ in 0..RUNS_MENDED_MAX {
+            let resolved = resolve::resolve(&self.plan(height)?, volume, start, bytes, height);
+            match resolved {
+                Err(HistoryError::Damaged { path, offset, what }) if self.mend(&path)? => {
+                    tracing::warn!(path = %path.display(), offset, what, "an index of the history is damaged; it is made again");
+                }
+                other => return other,
+            }
+        }
         resolve::resolve(&self.plan(height)?, volume, start, bytes, height)
+    }
+
+    /// Makes a run again, if the file is one; whether it is.
+    fn mend(&self, path: &Path) -> Result<bool, HistoryError> {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let key = RunKey::from_file_name(name).filter(|_| path.parent() == Some(&self.runs_dir()));
+        let Some(key) = key else { return Ok(false) };
+        self.replace_run(key)?;
+        Ok(true)
     }
 
     /// The file of a layer.
