@@ -25,7 +25,10 @@ fn json_has_every_field_of_the_contract() {
     assert_eq!((said.code, said.err.as_str(), said.out.lines().count()), (0, "", 1));
     let answer = said.json();
     assert_eq!(keys(&answer), ["daemons", "groups", "problems"]);
-    assert_eq!(answer["groups"], json!([expected]), "what the agent says, unchanged");
+    // Fields are only added: an agent that does not know the newest ones is shown as it answers.
+    for (field, value) in expected.as_object().expect("a group") {
+        assert_eq!(&answer["groups"][0][field], value, "{field}: what the agent says, unchanged");
+    }
     assert_eq!(answer["daemons"], status("agent", vec![])["daemons"]);
     assert_eq!(answer["problems"], json!([]));
     // CLI.md, word for word.
