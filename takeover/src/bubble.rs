@@ -11,7 +11,8 @@
 use crate::proc;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::sched::{CloneFlags, CpuSet, sched_getaffinity, sched_setaffinity, setns, unshare};
+use nix::unistd::Pid;
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -64,36 +65,50 @@ impl Bubble {
         mount(Some(dir), dir, NONE, MsFlags::MS_BIND, NONE).map_err(|error| named("bind", dir, error))?;
         mount(NONE, dir, NONE, MsFlags::MS_PRIVATE, NONE).map_err(|error| named("make private", dir, error))?;
         let bubble = Self { dir: dir.to_owned() };
-        let (tell_id, id) = mpsc::channel();
-        let (held, wait) = mpsc::channel::<()>();
+        let (tell, told) = mpsc::channel();
+        let (order, orders) = mpsc::channel();
         std::thread::scope(|scope| {
-            let inside = scope.spawn(move || {
-                let made = set_up(wishes);
-                let _ = tell_id.send(made.map(|()| nix::unistd::gettid()));
-                // The namespaces are this thread's until the files hold them.
-                let _ = wait.recv();
-            });
-            let made = match id.recv() {
-                Ok(Ok(thread)) => bubble.hold(thread.as_raw()),
-                Ok(Err(why)) => Err(why),
-                Err(_) => Err("the bubble's thread ended".to_owned()),
-            };
-            drop(held);
+            let inside = scope.spawn(move || first_thread(wishes, &tell, &orders));
+            let made = bubble.hold_all(&told, &order);
+            drop(order);
             let _ = inside.join();
             made
         })?;
         Ok(bubble)
     }
 
-    fn hold(&self, thread: i32) -> Result<(), String> {
-        for (kind, _) in KINDS {
-            let file = self.dir.join(kind);
-            File::create(&file).map_err(|error| named("make", &file, error))?;
-            let namespace = PathBuf::from(format!("/proc/self/task/{thread}/ns/{kind}"));
-            mount(Some(&namespace), &file, NONE, MsFlags::MS_BIND, NONE)
-                .map_err(|error| named("hold the namespace with", &file, error))?;
+    /// Holds the namespaces of the bubble's first thread. The mounts come first and the rest when they are set up: what
+    /// a kill leaves in between is not taken for a whole bubble.
+    fn hold_all(&self, told: &mpsc::Receiver<Told>, order: &mpsc::Sender<Order>) -> Result<(), String> {
+        let ended = || "the bubble's first thread ended".to_owned();
+        let mut cpus = 0..CpuSet::count();
+        let thread = loop {
+            let thread = told.recv().map_err(|_| ended())??;
+            match self.hold("mnt", thread) {
+                Ok(()) => break thread,
+                // Since 6.18 the ids of namespaces come in batches, one for each CPU, and the kernel takes a namespace
+                // with a smaller id than our own for an older one, which might hold itself. One that is made on the CPU
+                // where ours was made has a greater id; which that was, nobody says.
+                Err(Errno::EINVAL) => {
+                    let cpu = cpus.next().ok_or("the kernel refuses to hold the bubble's mounts")?;
+                    order.send(Order::Again { cpu }).map_err(|_| ended())?;
+                }
+                Err(error) => return Err(named("hold the namespace with", &self.dir.join("mnt"), error)),
+            }
+        };
+        order.send(Order::SetUp).map_err(|_| ended())?;
+        told.recv().map_err(|_| ended())??;
+        for (kind, _) in KINDS.iter().filter(|(kind, _)| *kind != "mnt") {
+            self.hold(kind, thread).map_err(|error| named("hold the namespace with", &self.dir.join(kind), error))?;
         }
         Ok(())
+    }
+
+    fn hold(&self, kind: &str, thread: i32) -> Result<(), Errno> {
+        let file = self.dir.join(kind);
+        File::create(&file).map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+        let namespace = PathBuf::from(format!("/proc/self/task/{thread}/ns/{kind}"));
+        mount(Some(&namespace), &file, NONE, MsFlags::MS_BIND, NONE)
     }
 
     /// The one that `dir` holds, if it is whole.
@@ -218,10 +233,44 @@ fn unmount(at: &Path) -> Result<(), String> {
     }
 }
 
-/// On the bubble's first thread.
-fn set_up(wishes: &Wishes<'_>) -> Result<(), String> {
+/// What the bubble's first thread says: its id when its namespaces are new, and again when they are set up.
+type Told = Result<i32, String>;
+
+enum Order {
+    /// Make the mounts' namespace anew, on this CPU.
+    Again { cpu: usize },
+    /// It is held: set it up.
+    SetUp,
+}
+
+/// The namespaces are this thread's until the files hold them: it stays until there are no more orders.
+fn first_thread(wishes: &Wishes<'_>, tell: &mpsc::Sender<Told>, orders: &mpsc::Receiver<Order>) {
+    let id = nix::unistd::gettid().as_raw();
+    let me = Pid::from_raw(0);
+    let anywhere = sched_getaffinity(me);
     let flags = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC;
-    unshare(flags).map_err(|error| format!("this host does not allow new namespaces: {error}"))?;
+    let refused = |error| format!("this host does not allow new namespaces: {error}");
+    let _ = tell.send(unshare(flags).map_err(refused).map(|()| id));
+    while let Ok(order) = orders.recv() {
+        let made = match order {
+            Order::Again { cpu } => {
+                let mut only = CpuSet::new();
+                let moved = only.set(cpu).and_then(|()| sched_setaffinity(me, &only));
+                // A CPU that is not ours to use: the next one.
+                if moved.is_ok() { unshare(CloneFlags::CLONE_NEWNS).map_err(refused) } else { Ok(()) }
+            }
+            Order::SetUp => {
+                if let Ok(anywhere) = &anywhere {
+                    let _ = sched_setaffinity(me, anywhere);
+                }
+                set_up(wishes)
+            }
+        };
+        let _ = tell.send(made.map(|()| id));
+    }
+}
+
+fn set_up(wishes: &Wishes<'_>) -> Result<(), String> {
     // What the host unmounts goes from here as well; nothing goes the other way.
     mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_SLAVE, NONE)
         .map_err(|error| format!("the host's mounts cannot be detached: {error}"))?;

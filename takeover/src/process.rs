@@ -4,19 +4,19 @@
 use crate::proc;
 use crate::step::{StepError, Work};
 use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// Of what a program printed, this much is read: its end.
 const OUTPUT_READ_BYTES: u64 = 256 << 10;
-/// A file of output that grew beyond this is emptied.
+/// A file of output that takes more than this is shortened.
 const OUTPUT_KEPT_BYTES: u64 = 4 << 20;
 /// Between asking a program to end and making it.
 const GRACE: Duration = Duration::from_secs(2);
@@ -112,11 +112,10 @@ fn spawn(work: &Work<'_>, words: &[String]) -> Result<Child, StepError> {
     let Some(path) = work.tools.find(program) else {
         return Err(StepError::new(format!("there is no program {program}")).with_next("install it, then go on"));
     };
-    let no_output = |error| StepError::new(format!("{} cannot be written: {error}", work.output.display()));
-    // Appending, so that emptying it moves the end for everybody who has it open.
-    let output = File::options().create(true).append(true).open(&work.output).map_err(no_output)?;
-    output.set_len(0).map_err(no_output)?;
-    let errors = output.try_clone().map_err(no_output)?;
+    let no_output = |error| StepError::new(format!("what {program} prints cannot be kept: {error}"));
+    work.output.set_len(0).map_err(no_output)?;
+    let output = work.output.try_clone().map_err(no_output)?;
+    let errors = work.output.try_clone().map_err(no_output)?;
     let mut command = Command::new(&path);
     command.args(arguments).env_clear().envs(work.environment()).current_dir("/");
     command.stdin(Stdio::null()).stdout(output).stderr(errors).process_group(0);
@@ -160,15 +159,21 @@ pub(crate) fn how_it_ended(status: ExitStatus) -> String {
     }
 }
 
-/// The end of a file of output.
-pub(crate) fn printed(path: &Path) -> String {
+/// The end of what was printed.
+fn printed(file: &File) -> String {
     let read = || -> std::io::Result<String> {
-        let mut file = File::open(path)?;
-        let from = file.metadata()?.len().saturating_sub(OUTPUT_READ_BYTES);
-        file.seek(SeekFrom::Start(from))?;
-        let mut bytes = Vec::new();
-        file.take(OUTPUT_READ_BYTES).read_to_end(&mut bytes)?;
-        let text = String::from_utf8_lossy(&bytes).into_owned();
+        let end = file.metadata()?.len();
+        let from = end.saturating_sub(OUTPUT_READ_BYTES);
+        let mut bytes = vec![0; usize::try_from(end - from).unwrap_or_default()];
+        // Whoever still prints may have made it shorter.
+        let mut filled = 0;
+        while filled < bytes.len() {
+            match file.read_at(&mut bytes[filled..], from + filled as u64)? {
+                0 => break,
+                more => filled += more,
+            }
+        }
+        let text = String::from_utf8_lossy(&bytes[..filled]).into_owned();
         // A line that was cut is not shown.
         Ok(match text.split_once('\n') {
             Some((_, rest)) if from > 0 => rest.to_owned(),
@@ -178,9 +183,16 @@ pub(crate) fn printed(path: &Path) -> String {
     read().unwrap_or_default().trim_end().to_owned()
 }
 
-fn shorten(path: &Path) {
-    let long = std::fs::metadata(path).is_ok_and(|facts| facts.len() > OUTPUT_KEPT_BYTES);
-    if long && let Ok(file) = File::options().write(true).open(path) {
+/// Gives back the space of all but the end; the places in the file stay, so nothing that is being printed gets lost.
+fn shorten(file: &File) {
+    let Ok(facts) = file.metadata() else { return };
+    if facts.blocks() * 512 <= OUTPUT_KEPT_BYTES {
+        return;
+    }
+    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    let old = i64::try_from(facts.len().saturating_sub(OUTPUT_READ_BYTES)).unwrap_or(i64::MAX);
+    if fallocate(file, flags, 0, old).is_err() {
+        // A filesystem without holes.
         let _ = file.set_len(0);
     }
 }

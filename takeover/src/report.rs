@@ -156,11 +156,22 @@ pub enum Progress {
     Ended(StepReport),
 }
 
+/// On one line: of a script that has several, the first.
 fn words(words: &[String]) -> String {
-    match words {
-        [shell, dash, script] if shell == "/bin/sh" && dash == "-c" => script.clone(),
+    let text = match words {
+        [shell, dash, script] if shell == "/bin/sh" && dash == "-c" => script.trim().to_owned(),
         words => words.join(" "),
+    };
+    match text.split_once('\n') {
+        Some((first, _)) => format!("{first} …"),
+        None => text,
     }
+}
+
+/// The lines of a script that has several.
+fn script(words: &[String]) -> impl Iterator<Item = &str> {
+    let script = words.get(2).map_or("", String::as_str).trim();
+    script.lines().filter(move |_| script.contains('\n'))
 }
 
 impl Probe {
@@ -189,7 +200,7 @@ impl Action {
                 format!("give the volume group {vg} new ids and the name {name}, activate it")
             }
             Self::Lvm { name, .. } => format!("activate the volume group {name}"),
-            Self::Mount { device, at, fstype, options } => {
+            Self::Mount { device, at, fstype, options, .. } => {
                 let with = if options.is_empty() { String::new() } else { format!(" with {}", options.join(",")) };
                 format!("mount {} ({fstype}) at {}{with}", device.display(), at.display())
             }
@@ -280,8 +291,14 @@ impl fmt::Display for DryRun {
         for step in &self.steps {
             let limit = span(step.timeout_seconds);
             writeln!(f, "  {:>2}. {} ({}, up to {limit}): {}", step.number, step.name, step.kind, step.what)?;
+            if let Action::Command { run, .. } | Action::Program { run } = &step.action {
+                script(run).try_for_each(|line| writeln!(f, "        | {line}"))?;
+            }
             if let Some(undo) = &step.undo {
                 writeln!(f, "      undo: {undo}")?;
+            }
+            if let Action::Command { undo, .. } = &step.action {
+                script(undo).try_for_each(|line| writeln!(f, "        | {line}"))?;
             }
         }
         for problem in &self.problems {

@@ -320,9 +320,9 @@ fn actions(plan: &Plan, context: &Context) -> Result<Vec<Action>, Problem> {
     let device_name =
         |(number, device): (usize, &Device)| (format!("volume{number}"), device.device.display().to_string());
     let mut names: Names = context.devices.iter().enumerate().map(device_name).collect();
-    let mut actions = Vec::new();
+    let (mut actions, mut known) = (Vec::new(), Vec::new());
     for step in &plan.steps {
-        let action = action(step, context, &mut names).map_err(|unknown| {
+        let action = action(step, context, &mut names, &mut known).map_err(|unknown| {
             let what = format!("{}: {{{unknown}}} stands for nothing in step '{}'", plan.file.display(), step.name);
             Problem::usage(what, "no earlier step gives that name", "correct the plan")
         })?;
@@ -331,7 +331,7 @@ fn actions(plan: &Plan, context: &Context) -> Result<Vec<Action>, Problem> {
     Ok(actions)
 }
 
-fn action(step: &Step, context: &Context, names: &mut Names) -> Result<Action, String> {
+fn action(step: &Step, context: &Context, names: &mut Names, known: &mut Vec<Link>) -> Result<Action, String> {
     let test = context.mode == Mode::Test;
     let skip = test && step.in_test == InTest::Skip;
     let all = |words: &[String], names: &Names| words.iter().map(|word| expand(word, names)).collect();
@@ -343,6 +343,7 @@ fn action(step: &Step, context: &Context, names: &mut Names) -> Result<Action, S
                 let path = if skip { &link.device } else { &link.path };
                 names.insert(name.clone(), path.display().to_string());
             }
+            known.extend(links.iter().map(|(link, _)| link.clone()));
             Action::Attach { links: links.into_iter().map(|(link, _)| link).collect() }
         }
         Kind::Lvm { vg, devices } => {
@@ -361,7 +362,9 @@ fn action(step: &Step, context: &Context, names: &mut Names) -> Result<Action, S
                 options.push("nouuid".to_owned());
             }
             let device = PathBuf::from(expand(device, names)?);
-            Action::Mount { device, at: at.clone(), fstype: fstype.clone(), options }
+            let linked = known.iter().find(|link| link.path == device).map(|link| link.device.clone());
+            let real = linked.unwrap_or_else(|| device.clone());
+            Action::Mount { device, real, at: at.clone(), fstype: fstype.clone(), options }
         }
         Kind::Address { address, prefix, interface, announce, take_from_others } => Action::Address {
             address: *address,
@@ -567,9 +570,10 @@ impl Engine<'_> {
         }
     }
 
-    fn work(&self, place: usize) -> Work<'_> {
+    fn work(&self, place: usize) -> Result<Work<'_>, StepError> {
         let timeout = Duration::from_millis(self.state.steps[place].timeout_ms);
-        Work {
+        let no_file = |error| StepError::new(format!("what its programs print cannot be kept: {error}"));
+        Ok(Work {
             number: place + 1,
             run: self.state.run.clone(),
             test: self.state.mode == Mode::Test,
@@ -577,10 +581,10 @@ impl Engine<'_> {
             timeout,
             cancel: self.cancel,
             tools: self.tools,
-            output: self.store.output(place + 1),
-            child: self.store.child(),
+            output: self.store.output(place + 1).map_err(no_file)?,
+            child: self.store.child().map_err(no_file)?,
             variables: &self.state.variables,
-        }
+        })
     }
 
     /// Does something for a step where it belongs: inside the bubble or not.
@@ -590,7 +594,7 @@ impl Engine<'_> {
         place: usize,
         what: impl FnOnce(&Work<'_>) -> Result<T, StepError> + Send,
     ) -> Result<T, StepError> {
-        let work = self.work(place);
+        let work = self.work(place)?;
         match &self.bubble {
             Some(bubble) if action.is_inside() => {
                 bubble.enter(|| what(&work)).unwrap_or_else(|why| Err(StepError::new(why)))
@@ -676,7 +680,7 @@ impl Engine<'_> {
     fn already(&mut self, place: usize, wanted: &Action) -> Result<Option<String>, StepError> {
         let (status, old) = (self.state.steps[place].status, self.state.steps[place].action.clone());
         if status == Status::Begun {
-            end_leftovers(&self.work(place))?;
+            end_leftovers(&self.work(place)?)?;
         }
         let touched = matches!(status, Status::Begun | Status::Done);
         if touched && old != *wanted {
@@ -842,7 +846,7 @@ impl Engine<'_> {
 
     fn back(&mut self, place: usize, action: &Action) -> Result<String, StepError> {
         // Of a step that was killed, or whose undo was.
-        end_leftovers_unless_program(action, &self.work(place), self.state.steps[place].status)?;
+        end_leftovers_unless_program(action, &self.work(place)?, self.state.steps[place].status)?;
         if self.state.mode == Mode::Test && self.bubble.is_none() && action.is_inside() {
             return Ok("gone with the bubble".to_owned());
         }

@@ -5,6 +5,7 @@ use crate::report::StepOutcome;
 use crate::step::Action;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use varve_common::control::PointReply;
 use varve_common::paths::Paths;
@@ -173,14 +174,14 @@ impl Store {
         })
     }
 
-    /// What a step's programs print.
-    pub(crate) fn output(&self, number: usize) -> PathBuf {
-        self.dir.join(format!("{OUTPUT}{number}"))
+    /// For what a step's programs print.
+    pub(crate) fn output(&self, number: usize) -> std::io::Result<File> {
+        File::options().create(true).read(true).append(true).open(self.dir.join(format!("{OUTPUT}{number}")))
     }
 
-    /// Which child runs.
-    pub(crate) fn child(&self) -> PathBuf {
-        self.dir.join(CHILD)
+    /// For which child runs.
+    pub(crate) fn child(&self) -> std::io::Result<File> {
+        File::options().create(true).read(true).write(true).truncate(false).open(self.dir.join(CHILD))
     }
 }
 

@@ -14,7 +14,7 @@ fn every_step_is_done_and_taken_back() {
         let runner = host.runner(PLAN, Mode::Live);
         let dry = runner.dry_run();
         assert_eq!(dry.problems, []);
-        assert_eq!(host.seen(), before, "a dry run touches nothing");
+        host.assert_as(&before);
 
         let report = runner.run(&mut quiet).unwrap();
         assert_eq!(report.outcome, Outcome::Done, "{report}");
@@ -28,7 +28,7 @@ fn every_step_is_done_and_taken_back() {
         assert!(again.why.contains("still in place"), "{again}");
 
         println!("{}", host.undo(Mode::Live));
-        assert_eq!(host.seen(), before, "undo leaves nothing");
+        host.assert_as(&before);
         let nothing = varve_takeover::undo(&host.undoing(Mode::Live), &mut quiet).expect_err("nothing is left");
         assert_eq!(nothing.kind.exit_code(), 5);
     });

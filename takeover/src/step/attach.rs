@@ -12,7 +12,13 @@ pub(crate) fn links_dir(paths: &Paths, group: &str, test: bool) -> PathBuf {
 }
 
 pub(super) fn to_make(links: &[Link]) -> Vec<PathBuf> {
-    links.first().and_then(|link| link.path.parent()).map(super::mount::missing_dirs).unwrap_or_default()
+    let dir = links.first().and_then(|link| link.path.parent());
+    // All of them are Varve's own, whoever made them: another takeover or a test. The last one out removes them.
+    let own = |dir: &Path| {
+        let mut above = dir.ancestors().skip(1).take_while(|dir| dir.file_name().is_some_and(|name| name != "dev"));
+        above.by_ref().map(Path::to_path_buf).chain([dir.to_path_buf()]).collect()
+    };
+    dir.map(own).unwrap_or_default()
 }
 
 pub(super) fn probe(links: &[Link]) -> Found {

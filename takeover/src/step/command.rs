@@ -1,6 +1,6 @@
 //! Programs: those that end, and (in a test) those that stay.
 
-use super::{ChildNote, Found, StepError, Work};
+use super::{Found, StepError, Work};
 use crate::{proc, process};
 use std::time::Duration;
 
@@ -36,8 +36,7 @@ pub(super) fn undo_program(work: &Work<'_>) -> Result<String, StepError> {
 
 /// Ends what a step started and a killed run left.
 pub(crate) fn end_leftovers(work: &Work<'_>) -> Result<String, StepError> {
-    let note: Option<ChildNote> = std::fs::read(&work.child).ok().and_then(|text| serde_json::from_slice(&text).ok());
-    let note = note.filter(|note| note.run == work.run && note.step == work.number && note.boot == proc::boot_id());
+    let note = work.noted_child();
     let find = || {
         let mut pids = proc::marked(&work.run, Some(work.number));
         // A program may have thrown its environment away; its group is still the one it was started in.

@@ -21,13 +21,17 @@ use crate::proc::{RUN_MARK, STEP_MARK};
 use crate::tools::Tools;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::net::IpAddr;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 /// Of what a failed program printed, this much is kept: its end.
 const OUTPUT_SHOWN_BYTES: usize = 8 << 10;
+
+const NOTE_BYTES_MAX: usize = 4096;
 
 /// A link to a device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,8 +62,10 @@ pub enum Action {
     },
     /// Mounts.
     Mount {
-        /// The block device.
+        /// The block device, or a link to it.
         device: PathBuf,
+        /// The device itself: when the mount is taken back, the link may be gone or show to another one.
+        real: PathBuf,
         /// The directory.
         #[serde(rename = "where")]
         at: PathBuf,
@@ -165,10 +171,11 @@ pub(crate) struct Work<'a> {
     pub(crate) timeout: Duration,
     pub(crate) cancel: &'a AtomicBool,
     pub(crate) tools: &'a Tools,
-    /// What its programs print.
-    pub(crate) output: PathBuf,
+    /// What its programs print. Opened outside the bubble, as the next; appending, so that emptying it moves the end for
+    /// everybody who has it open.
+    pub(crate) output: File,
     /// Which child runs, for whoever comes after a kill.
-    pub(crate) child: PathBuf,
+    pub(crate) child: File,
     /// What programs are told: the group, the point, the devices.
     pub(crate) variables: &'a BTreeMap<String, String>,
 }
@@ -204,8 +211,16 @@ impl Work<'_> {
         let (run, boot) = (self.run.clone(), crate::proc::boot_id());
         let note = ChildNote { run, step: self.number, boot, pid, started };
         if let Ok(text) = serde_json::to_string(&note) {
-            let _ = std::fs::write(&self.child, text);
+            let _ = self.child.set_len(0).and_then(|()| self.child.write_all_at(text.as_bytes(), 0));
         }
+    }
+
+    /// Which child an earlier try of this step left.
+    pub(crate) fn noted_child(&self) -> Option<ChildNote> {
+        let mut text = vec![0; usize::try_from(self.child.metadata().ok()?.len()).ok()?.min(NOTE_BYTES_MAX)];
+        self.child.read_exact_at(&mut text, 0).ok()?;
+        let note: ChildNote = serde_json::from_slice(&text).ok()?;
+        (note.run == self.run && note.step == self.number && note.boot == crate::proc::boot_id()).then_some(note)
     }
 
     pub(crate) fn time_left(&self) -> Duration {
@@ -247,7 +262,7 @@ impl Action {
         match self {
             Self::Attach { links } => Ok(attach::probe(links)),
             Self::Lvm { name, devices, .. } => lvm::probe(work, name, devices),
-            Self::Mount { device, at, .. } => mount::probe(device, at),
+            Self::Mount { real, at, .. } => mount::probe(real, at),
             Self::Address { address, prefix, interface, .. } => {
                 address::probe(work, *address, *prefix, address::place(work, interface))
             }
@@ -265,7 +280,9 @@ impl Action {
         match self {
             Self::Attach { links } => attach::apply(links),
             Self::Lvm { vg, name, devices } => lvm::apply(work, vg, name, devices),
-            Self::Mount { device, at, fstype, options } => mount::apply(work, device, at, fstype, options),
+            Self::Mount { device, real, at, fstype, options } => {
+                mount::apply(work, (device, real), at, fstype, options)
+            }
             Self::Address { address, prefix, interface, announce, take_from_others } => {
                 address::apply(work, *address, *prefix, interface, *announce, *take_from_others)
             }
@@ -291,7 +308,7 @@ impl Action {
         match self {
             Self::Attach { links } => attach::undo(links, made),
             Self::Lvm { name, devices, .. } => lvm::undo(work, name, devices),
-            Self::Mount { device, at, .. } => mount::undo(work, device, at, made),
+            Self::Mount { real, at, .. } => mount::undo(work, real, at, made),
             Self::Address { address, prefix, interface, .. } => address::undo(work, *address, *prefix, interface),
             Self::Unit { unit } => unit::undo(work, unit),
             Self::Command { undo, .. } => command::undo(work, undo),

@@ -4,9 +4,10 @@ use super::{Found, StepError, Work};
 use crate::proc::{self, Mounted};
 use crate::process;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const BUSY_PAUSE: Duration = Duration::from_millis(200);
+const TEST_PATIENCE: Duration = Duration::from_millis(500);
 /// Of those who keep a filesystem busy, so many are named.
 const NAMED_MAX: usize = 5;
 
@@ -42,7 +43,7 @@ pub(super) fn probe(device: &Path, at: &Path) -> Result<Found, StepError> {
 
 pub(super) fn apply(
     work: &Work<'_>,
-    device: &Path,
+    (device, real): (&Path, &Path),
     at: &Path,
     fstype: &str,
     options: &[String],
@@ -67,13 +68,15 @@ pub(super) fn apply(
     }
     words.extend(["--source", &device_text, "--target", &at_text]);
     process::tool(work, &words)?;
-    match probe(device, at)? {
+    match probe(real, at)? {
         Found::Yes => Ok(String::new()),
         _ => Err(StepError::new(format!("mount said it is done, but {device_text} is not at {at_text}"))),
     }
 }
 
 pub(super) fn undo(work: &Work<'_>, device: &Path, at: &Path, made: &[PathBuf]) -> Result<String, StepError> {
+    // In a bubble nobody waits for who uses it: they are ended with the bubble, and then it is free.
+    let patience = Instant::now() + if work.test { TEST_PATIENCE } else { work.time_left() };
     while let Some(mount) = top(at)? {
         if !is_ours(&mount, device) {
             // Only what is on top can be unmounted.
@@ -85,7 +88,7 @@ pub(super) fn undo(work: &Work<'_>, device: &Path, at: &Path, made: &[PathBuf]) 
             break;
         }
         if let Err(error) = process::tool(work, &["umount", "--", &at.to_string_lossy()])
-            && !work.pause(BUSY_PAUSE)
+            && (!work.pause(BUSY_PAUSE) || Instant::now() >= patience)
         {
             return Err(busy(error, at));
         }

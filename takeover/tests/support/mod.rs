@@ -74,6 +74,8 @@ impl Host {
         };
         host.scratch.dir("mnt");
         host.scratch.dir("units");
+        host.scratch.dir("root/run/varve");
+        host.scratch.dir("root/dev");
         host.tool("systemctl", SYSTEMCTL);
         host
     }
@@ -123,8 +125,29 @@ impl Host {
         report
     }
 
+    /// Everything is as it was before.
+    #[track_caller]
+    pub fn assert_as(&self, before: &Seen) {
+        let now = self.seen();
+        let (gone, new) = (before.without(&now), now.without(before));
+        assert!(gone.is_empty() && new.is_empty(), "gone: {gone:#?}\nleft: {new:#?}");
+    }
+
     pub fn seen(&self) -> Seen {
         Seen::of(&self.group, &[self.dir(), &self.paths.takeover_links("x")])
+    }
+}
+
+impl Drop for Host {
+    /// A test that failed leaves nothing either.
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        let _ = varve_takeover::undo(&self.undoing(Mode::Live), &mut quiet);
+        let _ = varve_takeover::clean(&self.paths, &self.group, &self.tools);
+        try_run(&self.scratch.join("bin/systemctl").to_string_lossy(), &["stop", "web.service"]);
+        try_run("umount", &[&self.mnt().to_string_lossy()]);
     }
 }
 
@@ -166,6 +189,15 @@ pub struct Seen {
 }
 
 impl Seen {
+    fn lines(&self) -> BTreeSet<String> {
+        let files = self.files.iter().map(|file| file.display().to_string());
+        self.mounts.iter().chain(&self.addresses).chain(&self.processes).cloned().chain(files).collect()
+    }
+
+    fn without(&self, other: &Self) -> Vec<String> {
+        self.lines().difference(&other.lines()).cloned().collect()
+    }
+
     fn of(group: &str, dirs: &[&Path]) -> Self {
         let table = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
         // Without the numbers of the mounts.
