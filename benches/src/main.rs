@@ -12,6 +12,7 @@
 )]
 
 mod benches;
+mod feed;
 mod machine;
 mod pacer;
 mod plan;
@@ -19,6 +20,7 @@ mod process;
 mod pump;
 mod qemu;
 mod readme;
+mod recovery;
 mod report;
 mod statistics;
 mod status;

@@ -84,7 +84,7 @@ impl Report {
         self.benches.last_mut().expect("a bench has begun")
     }
 
-    /// A figure: the median of the samples. `unit` is `"x"` for a ratio.
+    /// A figure: the median of the samples. `unit` is `"x"` (or [`FINE`]) for a ratio.
     pub fn row(&mut self, what: &str, unit: &'static str, samples: &[f64], target: Target, detail: &str) {
         let value = median(samples);
         let met = match target {
@@ -179,10 +179,14 @@ impl Row {
     }
 }
 
+/// The unit of a ratio whose third digit matters.
+pub const FINE: &str = "x.xxx";
+
 /// A figure with its unit, as many digits as mean something.
 pub fn show(value: f64, unit: &str) -> String {
     let digits = match value.abs() {
         _ if unit == "x" => 2,
+        _ if unit == FINE => 3,
         v if v >= 100.0 || v == 0.0 => 0,
         v if v >= 10.0 => 1,
         v if v >= 0.1 => 2,
@@ -200,7 +204,7 @@ pub fn show(value: f64, unit: &str) -> String {
     if !fraction.is_empty() {
         grouped = format!("{grouped}.{fraction}");
     }
-    if unit == "x" { grouped } else { format!("{grouped} {unit}") }
+    if unit == "x" || unit == FINE { grouped } else { format!("{grouped} {unit}") }
 }
 
 #[cfg(test)]
@@ -212,6 +216,7 @@ mod tests {
         assert_eq!(show(1_234_567.8, "/s"), "1,234,568 /s");
         assert_eq!(show(999.6, "ns"), "1,000 ns");
         assert_eq!(show(0.954, "x"), "0.95");
+        assert_eq!(show(1.0234, FINE), "1.023");
         assert_eq!(show(-12.34, "ms"), "-12.3 ms");
         assert_eq!(show(0.0123, "%"), "0.012 %");
     }

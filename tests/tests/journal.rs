@@ -192,11 +192,12 @@ fn points_outlive_the_ring() {
     pair.production.stop(Role::Agent);
     // As a reboot does: nothing of the capture is left.
     let unpinned = std::process::Command::new(
-        std::path::PathBuf::from(std::env::var_os("VARVE_BIN_DIR").map_or_else(
-            || std::env::current_exe().unwrap().parent().unwrap().parent().unwrap().to_owned(),
-            std::path::PathBuf::from,
-        ))
-        .join("varve-agent"),
+        std::env::var_os("VARVE_BIN_DIR")
+            .map_or_else(
+                || std::env::current_exe().unwrap().parent().unwrap().parent().unwrap().to_owned(),
+                std::path::PathBuf::from,
+            )
+            .join("varve-agent"),
     )
     .arg("--unpin-all")
     .env("VARVE_ROOT", pair.production.root())

@@ -3,11 +3,15 @@
 mod capture;
 mod cost;
 mod first_sync;
+mod history_apply;
+mod history_space;
 mod idle;
 mod overload;
 mod path;
 mod peer;
+mod rollback;
 mod rpo;
+mod view;
 
 use crate::plan::Plan;
 use crate::report::Report;
@@ -31,9 +35,13 @@ pub const ALL: &[Bench] = &[
     Bench { name: "overload", title: "More than fits through", run: overload::run },
     Bench { name: "rpo", title: "RPO at a steady 20 MB/s", run: rpo::run },
     Bench { name: "sync", title: "First sync of a half-full volume", run: first_sync::run },
+    Bench { name: "history-apply", title: "Keeping what is replaced", run: history_apply::run },
+    Bench { name: "history-space", title: "What history takes on disk", run: history_space::run },
+    Bench { name: "view", title: "Views", run: view::run },
+    Bench { name: "rollback", title: "Rolling back", run: rollback::run },
     Bench { name: "idle", title: "Nothing to do", run: idle::run },
     Bench { name: "peer", title: "Beside qemu-storage-daemon", run: peer::run },
 ];
 
 /// The name of every bench's group.
-const GROUP: &str = "bench";
+pub const GROUP: &str = "bench";

@@ -312,19 +312,20 @@ pub async fn scrub(
         });
         let scrubbed = scrubbed.map_err(|e| history_problem(&what, &e))?;
         let begin_ns = timeline.layers().first().map_or(0, |layer| layer.first_time_ns);
-        let time = |height: u64| Times::at_height(&*timeline, height).map(|(_, time_ns)| show_time(time_ns));
-        // Where the last record cannot be read itself, the next one says how far it goes.
-        let end = |to: u64| {
-            let last = timeline.at_or_before_height(to.saturating_sub(1)).ok().flatten();
-            let last = last.or_else(|| timeline.after_height(to).ok().flatten());
-            show_time(last.map_or_else(|| timeline.applied().time_ns, |last| last.time_ns))
+        // Before the first record there is the point at which history begins.
+        let from = |height: u64| Times::at_height(&*timeline, height).map_or(begin_ns, |(_, time_ns)| time_ns);
+        // Up to the first record that can be had again: those before may be gone with their layer.
+        let to = |height: u64| {
+            let next = match timeline.after_height(height.saturating_sub(1)) {
+                Ok(next) => next.map(|next| next.time_ns),
+                Err(_) => timeline.layers().iter().find(|layer| layer.first_height >= height).map(|l| l.first_time_ns),
+            };
+            next.map_or_else(|| timeline.applied().time_ns, |time_ns| time_ns.saturating_sub(1))
         };
-        let damaged = scrubbed.lost.iter().map(|lost| LayerDamage {
-            layer: u64::from(lost.layer),
-            what: lost.what.clone(),
-            // Before the first record there is the point at which history begins.
-            from: (lost.from < lost.to).then(|| time(lost.from).unwrap_or_else(|| show_time(begin_ns))),
-            to: (lost.from < lost.to).then(|| end(lost.to)),
+        let damaged = scrubbed.lost.iter().map(|lost| {
+            let times = (lost.from < lost.to).then(|| (from(lost.from), to(lost.to).max(from(lost.from))));
+            let (from, to) = times.map(|(from, to)| (show_time(from), show_time(to))).unzip();
+            LayerDamage { layer: u64::from(lost.layer), what: lost.what.clone(), from, to }
         });
         Ok(ScrubReply { group, layers: scrubbed.layers, bytes: scrubbed.bytes, damaged: damaged.collect() })
     });

@@ -1,5 +1,6 @@
 //! A production host that is played: volumes, a workload, and an agent that goes by the rules of the real one (what it
 //! sends again, where it puts marks, when it sends images), with the model of all points beside it.
+#![allow(clippy::await_holding_lock, reason = "one task at a time")]
 
 use super::agent::{Agent, Got, hello};
 use super::past::{Change, Kind, Past, Step, Volumes};
@@ -460,7 +461,7 @@ impl Host {
             if step.stream != self.stream || !step.is_record() {
                 let behind = (index + 1..past.len()).map(|next| past.step(next));
                 let mut records = behind.filter(|next| next.is_record() && next.stream == self.stream);
-                if !records.next().is_some_and(|next| next.position <= durable) {
+                if records.next().is_none_or(|next| next.position > durable) {
                     break;
                 }
             } else if step.position > durable {

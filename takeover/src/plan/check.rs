@@ -40,11 +40,9 @@ impl Plan {
                         }
                     }
                 }
-                Kind::Lvm { vg, .. } => {
-                    if names.insert(vg.clone(), String::new()).is_some() {
-                        let what = format!("the name '{vg}' is taken");
-                        problems.push(self.problem(step, &what, "an earlier step gives it", "choose another name"));
-                    }
+                Kind::Lvm { vg, .. } if names.insert(vg.clone(), String::new()).is_some() => {
+                    let what = format!("the name '{vg}' is taken");
+                    problems.push(self.problem(step, &what, "an earlier step gives it", "choose another name"));
                 }
                 _ => {}
             }

@@ -327,7 +327,8 @@ impl Look<'_> {
             return Err(PointError::NoPosition { newest: newest() });
         }
         self.checked(height)?;
-        Ok(if height == self.newest.0 { self.newest } else { self.timed(height) })
+        // The height stays: what is found below it may be another state, where records cannot be read.
+        Ok(self.exact(height))
     }
 
     /// The newest point at or before a time, unless a gap was open then.
