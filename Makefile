@@ -8,7 +8,7 @@ DESTDIR ?=
 CARGO_FLAGS ?=
 
 BINS  := varve varve-agent varve-receiver
-UNITS := varve-agent.service varve-receiver.service
+UNITS := varve-agent.service varve-receiver.service varve-drill@.service varve-drill@.timer
 # Where Debian and Fedora read them. No sysusers: both daemons need root for block devices (see their units).
 UNITDIR := $(PREFIX)/lib/systemd/system
 TMPFDIR := $(PREFIX)/lib/tmpfiles.d

@@ -957,3 +957,130 @@ async fn a_rollback_that_is_cut_off_costs_no_point() {
     assert_eq!(world.byte_at(&named("one"), 0), 1);
     assert_eq!(world.byte_at(&named("two"), 0), 2);
 }
+
+/// The receiver is killed between the replica and the applied mark, and the layers are gone when it starts: the replica holds
+/// what is newer than the mark, and what that replaced is lost.
+async fn killed_before_the_mark(lose: impl Fn(&Path)) {
+    let mut world = World::new(&[16 << 20], "", None).await;
+    world.write(0, &payload(b'0', 4096)).await;
+    world.write(0, &payload(b'a', 4096)).await;
+    world.bookmark("before").await;
+    world.settle().await;
+    assert_eq!(world.byte_at(&named("before"), 0), b'a');
+    world.disconnect();
+    world.receiver.stop();
+    world.receiver.start(Some("apply-after:1"));
+    assert!(world.connect().await);
+    let mut plain = world.record(RecordKind::Write, 0, 4096, &payload(b'b', 4096));
+    plain.extend(world.record(RecordKind::Write, 0, 4096, &payload(b'c', 4096)));
+    let bytes = world.frame(&plain);
+    world.raw(&bytes).await;
+    block_in_place(|| world.receiver.wait());
+    world.disconnect();
+    lose(&world.group_dir().join("history"));
+    world.receiver.start(None);
+    world.connect().await;
+    world.bookmark("after").await;
+    world.settle().await;
+    if let Some(byte) = byte_if_open(&world, &named("before")) {
+        assert_eq!(byte, b'a', "refused, or what it was");
+    }
+    assert_eq!(world.byte_at(&named("after"), 0), b'c', "what comes is a point again");
+    world.write(0, &payload(b'd', 4096)).await;
+    world.settle().await;
+    assert_eq!(world.byte_at(&named("after"), 0), b'c', "and stays one");
+}
+
+/// What block 0 holds at a point, if that is handed out.
+fn byte_if_open(world: &World, at: &PointSpec) -> Option<u8> {
+    block_in_place(|| {
+        let view = match world.looker.open(at).unwrap() {
+            Ok(view) => view,
+            Err(problem) => {
+                eprintln!("{at} is refused: {problem:?}");
+                return None;
+            }
+        };
+        let mut buf = vec![0; 4096];
+        Nbd::open(view.volumes[0].uri.as_ref().unwrap()).unwrap().read(&mut buf, 0).unwrap();
+        world.looker.close(&view);
+        Some(buf[0])
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kill_that_also_costs_the_layers_makes_no_wrong_point() {
+    killed_before_the_mark(|history| {
+        files(&history.join("layers")).iter().chain(&files(&history.join("runs"))).for_each(|file| {
+            std::fs::remove_file(file).unwrap();
+        });
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kill_that_also_costs_the_newest_header_makes_no_wrong_point() {
+    killed_before_the_mark(|history| {
+        let newest = files(&history.join("layers")).pop().unwrap();
+        let mut bytes = std::fs::read(&newest).unwrap();
+        bytes[20] ^= 1;
+        std::fs::write(&newest, bytes).unwrap();
+    })
+    .await;
+}
+
+/// The newest closed layer and its index rot both.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_index_and_its_layer_that_rot_do_not_end_protection() {
+    let mut world = World::new(&[16 << 20], "", None).await;
+    many_layers(&mut world, 6).await;
+    world.disconnect();
+    world.receiver.stop();
+    let history = world.group_dir().join("history");
+    let run = files(&history.join("runs")).into_iter().rfind(|run| run.display().to_string().contains("/L0-")).unwrap();
+    rot_tail(&run);
+    let number = run.file_stem().unwrap().to_str().unwrap()[3..].to_owned();
+    let layer = history.join(format!("layers/{number}.layer"));
+    for newer in files(&history.join("layers")).iter().filter(|file| **file > layer) {
+        std::fs::remove_file(newer).unwrap();
+    }
+    let mut bytes = std::fs::read(&layer).unwrap();
+    bytes[20] ^= 1;
+    std::fs::write(&layer, bytes).unwrap();
+    world.receiver.start(None);
+    assert!(world.connect().await, "the replica is whole");
+    world.bookmark("after").await;
+    world.write(0, &payload(77, 4096)).await;
+    world.settle().await;
+    assert_eq!(world.byte_at(&PointSpec::Latest, 0), 77);
+    assert_eq!(world.byte_at(&named("after"), 0), 15);
+}
+
+/// A position, where the list of records that says which points there are cannot be read: not another point.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_position_is_not_answered_with_a_point_of_long_ago() {
+    let mut world = World::new(&[16 << 20], "", None).await;
+    world.write(0, &payload(10, 4096)).await;
+    world.settle().await;
+    let old = world.source.position;
+    many_layers(&mut world, 3).await;
+    world.disconnect();
+    world.receiver.stop();
+    let history = world.group_dir().join("history");
+    let layers = files(&history.join("layers"));
+    rot_tail(&files(&history.join("runs"))[0]);
+    let mut bytes = std::fs::read(&layers[0]).unwrap();
+    bytes[20] ^= 1;
+    std::fs::write(&layers[0], bytes).unwrap();
+    world.receiver.start(None);
+    world.connect().await;
+    let digits = world.source.incarnation.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let at = PointSpec::Position { incarnation_prefix: digits, offset: old };
+    let opened = block_in_place(|| world.looker.open(&at)).unwrap();
+    eprintln!("{opened:?}");
+    if let Ok(view) = opened {
+        let right = view.point.position.ends_with(&format!("{old}"));
+        block_in_place(|| world.looker.close(&view));
+        assert!(right, "position {old} was answered with {:?}", view.point);
+    }
+}

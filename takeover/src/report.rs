@@ -45,7 +45,6 @@ pub struct StepPlan {
     /// How it would be taken back, in words; `None`: nothing to take back.
     pub undo: Option<String>,
     /// Exactly.
-    #[serde(flatten)]
     pub action: Action,
 }
 

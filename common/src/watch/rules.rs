@@ -63,6 +63,7 @@ pub(super) struct Memory {
     backlog: VecDeque<(Duration, u64)>,
     link: Option<Still<Option<Link>>>,
     newest_gap: Option<Option<String>>,
+    had_points: bool,
     quiet: Duration,
     without_writes: Duration,
     has_written: bool,
@@ -114,7 +115,9 @@ impl Memory {
         let newest = facts.newest_gap.as_ref().map(|(from, _)| from.clone());
         let before = self.newest_gap.replace(newest.clone());
         let is_new = before.is_some_and(|before| before != newest);
-        facts.newest_gap.as_ref().filter(|_| is_new).map(|(_, reason)| *reason)
+        // What belongs to the first sync took no point away, whatever its reason is called.
+        let had_points = std::mem::replace(&mut self.had_points, facts.data != Data::InitialSync);
+        facts.newest_gap.as_ref().filter(|_| is_new && had_points).map(|(_, reason)| *reason)
     }
 
     /// When ring and journal are full, at the rate of the last seconds.
@@ -358,7 +361,7 @@ fn refused(facts: &Facts) -> Verdict {
 }
 
 fn gap(facts: &Facts, passed: Option<GapReason>) -> Verdict {
-    let open = facts.gap.filter(|reason| *reason != GapReason::InitialSync);
+    let open = facts.gap.filter(|reason| *reason != GapReason::InitialSync && facts.data != Data::InitialSync);
     let Some(reason) = open.or(passed) else { return Verdict::Good };
     let text = format!("points cannot be recovered from a gap on: {}", reason.explain());
     let next = match reason {

@@ -243,6 +243,19 @@ fn a_gap_that_nobody_looked_at_is_told() {
     assert_eq!(played.told(10, |_| {}), ["-gap"], "the first sync is none");
 }
 
+/// A receiver calls the gap of a first sync by the mark that began it.
+#[test]
+fn the_first_sync_is_no_gap_whatever_it_is_called() {
+    let mut played = Played::new(Role::Replica);
+    (played.facts.gap, played.facts.data) = (Some(GapReason::NewRing), Data::InitialSync);
+    assert_eq!(played.told(5, Played::well), [""; 0]);
+    played.facts.newest_gap = Some(("2026-11-20T14:00:00Z".into(), GapReason::NewRing));
+    (played.facts.gap, played.facts.data) = (None, Data::Protected);
+    assert_eq!(played.told(20, Played::well), [""; 0]);
+    played.facts.newest_gap = Some(("2026-11-20T15:00:00Z".into(), GapReason::NewRing));
+    assert_eq!(played.told(20, Played::well), ["+gap", "-gap"]);
+}
+
 #[test]
 fn what_a_receiver_says_of_its_storage() {
     type Change = fn(&mut Facts);

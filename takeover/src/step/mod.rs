@@ -44,7 +44,7 @@ pub struct Link {
 
 /// What a step does, exactly.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "action", rename_all = "kebab-case")]
+#[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Action {
     /// Makes links.
     Attach {
