@@ -294,8 +294,8 @@ fn words_that_are_not_understood() {
     root.varve(&["status", "--wacth"]).problem(2, "--wacth", "did you mean '--watch'", "varve status --help");
     root.varve(&["host", "invite"]).problem(2, "<NAME>", "varve host invite", "varve host invite --help");
     root.varve(&["join", "127.0.0.1"]).problem(2, "<TOKEN>", "varve join", "varve join --help");
-    for later in ["failover", "failback"] {
-        root.varve(&[later]).problem(2, later, "usage", "varve --help");
+    for other in ["failover", "failback"] {
+        root.varve(&[other]).problem(2, "GROUP", "usage", &format!("varve {other} --help"));
     }
     let said = root.varve(&["frobnicate", "--json"]);
     assert_eq!(said.code, 2);

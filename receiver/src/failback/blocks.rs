@@ -46,6 +46,9 @@ impl Blocks {
     /// Whatever a stretch touches. Beyond the end of a volume there is nothing.
     pub fn insert(&mut self, volume: u16, start: u64, end: u64) {
         let Some(&bytes) = self.sizes.get(usize::from(volume)) else { return };
+        if start >= bytes {
+            return;
+        }
         let words = &mut self.bits[usize::from(volume)];
         for number in start / self.unit..end.min(bytes).div_ceil(self.unit) {
             words[(number / 64) as usize] |= 1 << (number % 64);
