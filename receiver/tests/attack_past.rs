@@ -248,6 +248,41 @@ async fn the_last_good_point_survives_an_image_behind_a_discard() {
     assert_eq!(world.byte_at(&named("good"), 8 << 20), 0, "the last good point before the gap");
 }
 
+/// Images of zeroes are a few bytes each, so many are gathered into one write; what they replace is a region each.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_images_of_zeroes_replace_more_than_they_are_long() {
+    const REGIONS: u64 = 48;
+    let mut world = World::new(&[REGIONS << 20], "", None).await;
+    let mebibyte = payload(b'o', 1 << 20);
+    for region in 0..REGIONS {
+        world.write(region << 20, &mebibyte).await;
+    }
+    world.bookmark("good").await;
+    world.settle().await;
+    world.mark(MarkKind::GapBegin, Some(GapReason::RingFull)).await;
+    // One write for all of them, so that they wait behind the first.
+    let mut bytes = Vec::new();
+    for region in 0..REGIONS {
+        bytes.extend(world.image_frame(&[(region << 20, 1 << 20, None)]));
+    }
+    world.raw(&bytes).await;
+    let mut done = 0;
+    while done < REGIONS {
+        match world.agent.as_mut().unwrap().next().await {
+            Got::ImageDone(_) => done += 1,
+            Got::Ack(_) => {}
+            other => panic!("{other:?} instead of an image that is done"),
+        }
+    }
+    world.mark(MarkKind::GapEnd, None).await;
+    world.bookmark("zeroes").await;
+    world.settle().await;
+    for region in [0, 1, REGIONS / 2, REGIONS - 1] {
+        assert_eq!(world.byte_at(&named("good"), region << 20), b'o', "what the images replaced");
+        assert_eq!(world.byte_at(&named("zeroes"), region << 20), 0);
+    }
+}
+
 /// One write while the source's clock was wrong.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_clock_that_was_wrong_once_does_not_cost_the_history() {

@@ -264,8 +264,6 @@ impl Applier {
     ) -> Result<(), Failure> {
         let damaged = |why: &str| Failure::damaged(format!("an image that was checked: {why}"));
         let stamp = Stamp { height: self.cursor.state.height + IMAGE_HEIGHT };
-        let plan = &mut scratch.part;
-        plan.clear();
         let mut bytes = body.len();
         let (mut bodies, mut answers) = (vec![body], vec![answer]);
         while bytes + IMAGE_BODY_BYTES_MAX <= IMAGES_AT_ONCE_BYTES
@@ -275,6 +273,15 @@ impl Applier {
             bodies.push(body);
             answers.push(answer);
         }
+        if self.mark.slot().consistent != 0 {
+            // An image holds bytes of a later time. The mark on disk must say that a gap is open before they are there.
+            self.sync(unsynced)?;
+        }
+        let buffers: Vec<&[u8]> = bodies.iter().map(|body| &body[..]).collect();
+        let past_counts = self.cursor.state.ever_consistent;
+        let part = &mut scratch.part;
+        part.clear();
+        let mut staged = 0;
         let mut ids = Vec::with_capacity(bodies.len());
         for (buffer, body) in bodies.iter().enumerate() {
             let image = Image::decode(body).map_err(|e| damaged(&e.to_string()))?;
@@ -283,17 +290,18 @@ impl Applier {
                     let offset = bytes.as_ptr().addr() - body.as_ptr().addr();
                     Source { buffer: buffer as u32, offset: offset as u32 }
                 });
-                plan.push(Piece { volume: image.volume, start, end: start + length, source }, stamp);
+                let piece = Piece { volume: image.volume, start, end: start + length, source };
+                // Zeroes are short in an image, and what they replace is as long as the region.
+                if staged + stage_bytes(&piece) > BEFORE_STAGE_BYTES as u64 {
+                    self.part(part, &buffers, past_counts, None)?;
+                    staged = 0;
+                }
+                staged += stage_bytes(&piece);
+                part.push(piece, stamp);
             }
             ids.push(image.id);
         }
-        if self.mark.slot().consistent != 0 {
-            // An image holds bytes of a later time. The mark on disk must say that a gap is open before they are there.
-            self.sync(unsynced)?;
-        }
-        let buffers: Vec<&[u8]> = bodies.iter().map(|body| &body[..]).collect();
-        let past_counts = self.cursor.state.ever_consistent;
-        self.part(&mut scratch.part, &buffers, past_counts, None)?;
+        self.part(part, &buffers, past_counts, None)?;
         self.live.counters.image_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         unsynced.bytes += bytes;
         unsynced.image_bytes += bytes;
@@ -345,4 +353,3 @@ impl Applier {
 const _: () = assert!(STAGE_BYTES as u64 >= REGION_BYTES);
 // A record of the longest payload and an image of a region fit, whatever their alignment.
 const _: () = assert!(BEFORE_STAGE_BYTES as u64 >= ZERO_PIECE_BYTES + 2 * 4096 && ZERO_PIECE_BYTES > REGION_BYTES);
-const _: () = assert!(BEFORE_STAGE_BYTES >= IMAGES_AT_ONCE_BYTES + IMAGES_AT_ONCE_BYTES / 8);
