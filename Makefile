@@ -14,7 +14,7 @@ UNITDIR := $(PREFIX)/lib/systemd/system
 TMPFDIR := $(PREFIX)/lib/tmpfiles.d
 DOCDIR  := $(PREFIX)/share/doc/varve
 
-.PHONY: help build demo test bench fuzz lint install uninstall clean need-cargo need-root
+.PHONY: help build demo test soak bench fuzz lint install uninstall clean need-cargo need-root
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,12 @@ test: need-root need-cargo ## every test (installs what they need)
 	@if $(CARGO) nextest --version >/dev/null 2>&1; \
 	then set -x; $(CARGO) nextest run $(CARGO_FLAGS) --workspace --config-file tests/nextest.toml; \
 	else set -x; $(CARGO) test $(CARGO_FLAGS) --workspace --bins --lib --tests; fi
+
+# Long and random; `make test` has a short version of each. SOAK_SECONDS=1800.
+soak: need-root need-cargo ## random load and random faults for half an hour, every round judged
+	@scripts/install-deps build test
+	$(CARGO) build $(CARGO_FLAGS) --workspace --bins --tests
+	CARGO_FLAGS="$(CARGO_FLAGS)" scripts/soak
 
 bench: need-root build ## speed and memory, as ratios of paired runs
 	@scripts/install-deps test

@@ -1,7 +1,8 @@
 //! PostgreSQL on a given directory, reachable over a Unix socket only.
 
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -94,6 +95,17 @@ impl Postgres {
             .to_owned()
     }
 
+    /// A connection that stays: one statement after the other, without a program's start for each.
+    #[track_caller]
+    pub fn session(&self) -> Session {
+        let mut command = self.client("psql");
+        command.args(["-X", "-A", "-t", "-q", "-v", "ON_ERROR_STOP=1", USER]);
+        let log = std::fs::File::create(self.sockets.join("session.log")).unwrap();
+        let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log).spawn().expect("psql");
+        let (input, output) = (process.stdin.take().unwrap(), BufReader::new(process.stdout.take().unwrap()));
+        Session { process, input, output }
+    }
+
     /// Makes pgbench's tables: 16 MB a scale.
     #[track_caller]
     pub fn pgbench_init(&self, scale: u32) -> Output {
@@ -126,6 +138,34 @@ impl Drop for Postgres {
         // Immediate shutdown: the postmaster takes its children with it, which SIGKILL would leave behind for a while.
         self.server.signal(Signal::SIGQUIT);
         self.server.wait(Duration::from_secs(20));
+    }
+}
+
+/// See [`Postgres::session`]. `Drop` ends it.
+#[derive(Debug)]
+pub struct Session {
+    process: std::process::Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+impl Session {
+    /// Runs a statement (with its semicolon) that gives no rows: committed when this returns.
+    ///
+    /// # Errors
+    /// If the server refuses it or is gone.
+    pub fn execute(&mut self, sql: &str) -> Result<(), String> {
+        writeln!(self.input, "{sql}\n\\echo done").and_then(|()| self.input.flush()).map_err(|e| e.to_string())?;
+        let mut line = String::new();
+        self.output.read_line(&mut line).map_err(|e| e.to_string())?;
+        if line.trim() == "done" { Ok(()) } else { Err(format!("'{sql}' was answered with '{}'", line.trim())) }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
     }
 }
 

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::Signal;
 
-use crate::{Child, Output, Scratch, complain, run};
+use crate::campaign::Client;
+use crate::{Child, Output, Scratch, complain};
 
 /// How long a daemon may take to say that it is ready.
 const READY_LIMIT: Duration = Duration::from_secs(30);
@@ -50,7 +51,15 @@ impl Installation {
     /// An empty one.
     #[expect(clippy::new_without_default, reason = "it makes a directory")]
     pub fn new() -> Self {
-        let scratch = Scratch::disk();
+        Self::in_scratch(Scratch::disk())
+    }
+
+    /// An empty one on another disk than the usual.
+    pub fn inside(directory: &Path) -> Self {
+        Self::in_scratch(Scratch::inside(directory))
+    }
+
+    fn in_scratch(scratch: Scratch) -> Self {
         let root = scratch.dir("r");
         Installation { root, agent: None, receiver: None, environment: Vec::new(), programs: None, scratch }
     }
@@ -80,9 +89,40 @@ impl Installation {
     /// Runs `varve` in this installation.
     #[track_caller]
     pub fn varve<S: AsRef<std::ffi::OsStr>>(&self, args: &[S]) -> Output {
-        let mut command = Command::new(self.program("varve"));
-        command.args(args).env("VARVE_ROOT", &self.root).envs(self.environment.iter().cloned());
-        run(&mut command)
+        self.client().varve(args)
+    }
+
+    /// `varve` of this installation, for other threads.
+    #[track_caller]
+    pub fn client(&self) -> Client {
+        let program = self.program("varve");
+        Client { program, root: self.root.clone(), environment: self.environment.clone() }
+    }
+
+    /// Takes an environment variable away again.
+    pub fn unset_env(&mut self, name: &str) {
+        self.environment.retain(|(known, _)| known != name);
+    }
+
+    /// A daemon's program, to be run in another way than as the daemon.
+    #[track_caller]
+    pub fn command(&self, role: Role) -> Command {
+        let mut command = Command::new(self.program(role.program()));
+        command.env("VARVE_ROOT", &self.root).envs(self.environment.iter().cloned());
+        command
+    }
+
+    /// Process ids of everything that runs in this installation, found by its environment: the daemons, and what they or
+    /// `varve` have left behind.
+    pub fn processes(&self) -> Vec<u32> {
+        let mark = [b"VARVE_ROOT=", self.root.as_os_str().as_encoded_bytes()].concat();
+        let numbers = std::fs::read_dir("/proc").unwrap().flatten();
+        let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+        let mine = |pid: &u32| {
+            let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            environment.split(|byte| *byte == 0).any(|variable| variable == mark)
+        };
+        numbers.filter(mine).collect()
     }
 
     /// Starts a daemon and waits until it says that it is ready.

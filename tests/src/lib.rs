@@ -12,6 +12,7 @@
 )]
 
 mod aligned;
+pub mod campaign;
 mod command;
 mod database;
 mod device;
@@ -25,7 +26,7 @@ mod slow;
 
 pub use aligned::Aligned;
 pub use command::{Child, Output, run, run_ok};
-pub use database::{Pgbench, Postgres};
+pub use database::{Pgbench, Postgres, Session};
 pub use device::{LoopDevice, LoopOptions, logical_sector_bytes, size_bytes};
 pub use fio::{Fio, FioResult, FioRun};
 pub use installation::{Installation, Pair, Role, free_port};

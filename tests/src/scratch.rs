@@ -25,6 +25,11 @@ impl Scratch {
         Self::below(Path::new("/dev/shm"))
     }
 
+    /// In a directory of another one, on a filesystem of its own, say.
+    pub fn inside(base: &Path) -> Self {
+        Self::below(base)
+    }
+
     fn below(base: &Path) -> Self {
         static SWEEP: Once = Once::new();
         static NUMBER: AtomicU32 = AtomicU32::new(0);

@@ -157,11 +157,13 @@ impl Batch {
     }
 }
 
-/// What the timeline is told of a mark that was passed. A gap's begin is the last good point; what the stream says after it
-/// stands higher.
+/// What the timeline is told of a mark that was passed. A gap's begin is the last good point, in height and in time: the mark
+/// was made when the agent got there, which after an outage is long after the first write that is missing. What the stream says
+/// after it stands higher.
 fn events_of(mark: &Mark, before: &StreamState, after: &StreamState) -> Vec<Event> {
     let time_ns = after.at.time_ns;
-    let opens = |reason| Event::GapBegin { height: before.height, time_ns, reason };
+    let began_ns = if before.is_consistent() { before.at.time_ns } else { time_ns };
+    let opens = |reason| Event::GapBegin { height: before.height, time_ns: began_ns, reason };
     let rebase = Event::Begin {
         height: after.height,
         time_ns,
@@ -328,4 +330,35 @@ fn check_place(state: &StreamState, header: &EntryHeader, body: &[u8]) -> Option
         _ => return None,
     };
     Some(Checked { effect })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use varve_common::state::GapReason;
+
+    /// After an outage the mark of a gap is made minutes after the first write that is missing: none of the times between is
+    /// a point.
+    #[test]
+    fn a_gap_begins_with_the_last_good_point_in_time_too() {
+        let mut state = StreamState::fresh();
+        let mark = |kind, reason, time_ns| {
+            Effect::Mark(Mark { kind, reason, incarnation: [1; 16], position: 64, time_ns, epoch: 1, height_min: 0 })
+        };
+        let mut pass = |effect: Effect| {
+            let before = state;
+            state.pass(&effect);
+            match effect {
+                Effect::Mark(mark) => events_of(&mark, &before, &state),
+                Effect::Data { .. } => Vec::new(),
+            }
+        };
+        pass(mark(MarkKind::Begin, Some(GapReason::InitialSync), 10));
+        pass(mark(MarkKind::GapEnd, None, 20));
+        let events = pass(mark(MarkKind::GapBegin, Some(GapReason::RingFull), 1000));
+        assert!(matches!(events[0], Event::GapBegin { time_ns: 20, .. }), "{events:?}");
+        // Another reason for the gap that is open is of its own time.
+        let events = pass(mark(MarkKind::Begin, Some(GapReason::NewRing), 2000));
+        assert!(matches!(events[0], Event::GapBegin { time_ns: 2000, .. }), "{events:?}");
+    }
 }

@@ -128,7 +128,13 @@ impl Past {
         };
         // That of records does not go back; a mark has its own.
         let newest = self.steps.iter().rev().find(|landed| landed.step.is_record()).map_or(0, |landed| landed.time_ns);
-        let time_ns = if step.is_record() { step.time_ns.max(newest) } else { step.time_ns };
+        // A gap begins with the last point before it: the mark tells of it when the agent gets there.
+        let opens = !point && last.is_some_and(|last| last.point);
+        let time_ns = match step.is_record() {
+            true => step.time_ns.max(newest),
+            false if opens => self.steps.iter().map(|landed| landed.time_ns).max().unwrap_or(step.time_ns),
+            false => step.time_ns,
+        };
         let bytes = last.map_or(0, |last| last.bytes) + step.change.as_ref().map_or(0, |change| change.length as usize);
         let index = self.steps.len();
         if let Kind::GapEnd(volumes) = &step.kind {
