@@ -18,6 +18,11 @@ impl Seed {
         }
     }
 
+    /// A seed that follows from another one.
+    pub fn of(number: u64) -> Self {
+        Seed(number)
+    }
+
     /// The number, for tools that take one (fio's `randseed`).
     pub fn number(&self) -> u64 {
         self.0

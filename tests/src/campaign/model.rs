@@ -187,7 +187,9 @@ pub fn locate(base: &Image, ops: &[Op], seen: &Image, volumes: &[usize]) -> Resu
             let both = now.volumes[op.volume][op.range()].iter().zip(&seen.volumes[op.volume][op.range()]);
             both.filter(|(now, seen)| now != seen && **seen == op.leaves()).count()
         });
-        if wrong == begun {
+        // Done completely, it is the next state.
+        let done = |op: &Op| seen.volumes[op.volume][op.range()].iter().all(|stamp| *stamp == op.leaves());
+        if wrong == begun && !(begun > 0 && next.is_some_and(done)) {
             found.push(count);
         }
         nearest = nearest.min((wrong - begun, count));

@@ -253,7 +253,7 @@ fn replica_changed(bench: &mut Bench, from: u64, sectors: u64) {
     assert_eq!(found.code, 1, "{sectors} sectors from {first} on were changed, and verify says: {found:?}");
     let differing = found.json_lines().last().unwrap()["differing_bytes"].as_u64().unwrap();
     assert!(differing >= sectors * SECTOR as u64 && differing <= 2 * 65536, "{found:?}");
-    let repaired = bench.pair.recovery.varve(&["verify", GROUP, "--repair", "--yes", "--json"]);
+    let repaired = bench.pair.recovery.varve(&["verify", GROUP, "--repair", "--json"]);
     assert!([0, 1].contains(&repaired.code), "{repaired:?}");
     bench.pair.wait_protected(GROUP, LIMIT);
     // What the points before held there, nobody can know: they show what was found.

@@ -36,6 +36,7 @@ struct Sum {
 /// One cycle: so many rounds, unless the time is over before.
 fn cycle(seed: u64, rounds: u32, end: Instant, sum: &mut Sum) {
     println!("cycle {}: VARVE_SEED={seed}", sum.cycles);
+    let _named_if_it_fails = Seed::of(seed);
     let mut bench = Bench::new(seed, &mut StdRng::seed_from_u64(seed));
     for round in 0..rounds {
         if round > 0 && Instant::now() >= end {
@@ -84,8 +85,8 @@ fn report(sum: &Sum, began: Instant) {
 
 #[test]
 fn a_short_campaign() {
-    let (seed, began, mut sum) = (Seed::new(), Instant::now(), Sum::default());
-    cycle(seed.number(), 4, began + Duration::from_secs(25), &mut sum);
+    let (seed, began, mut sum) = (Seed::new().number(), Instant::now(), Sum::default());
+    cycle(seed, 4, began + Duration::from_secs(25), &mut sum);
     report(&sum, began);
 }
 
@@ -93,10 +94,10 @@ fn a_short_campaign() {
 #[ignore = "as long as VARVE_SOAK_SECONDS says"]
 fn soak() {
     let seconds = std::env::var("VARVE_SOAK_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1800);
-    let (seed, began, mut sum) = (Seed::new(), Instant::now(), Sum::default());
+    let (seed, began, mut sum) = (Seed::new().number(), Instant::now(), Sum::default());
     let end = began + Duration::from_secs(seconds);
     while Instant::now() < end {
-        cycle(seed.number() + u64::from(sum.cycles), 8, end, &mut sum);
+        cycle(seed + u64::from(sum.cycles), 8, end, &mut sum);
         report(&sum, began);
     }
 }
