@@ -7,6 +7,8 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use nix::sys::mman::{MmapAdvise, madvise};
+
 use crate::PAGE_BYTES;
 
 /// Heap memory aligned to 4096 bytes, zeroed, of a fixed size that is a multiple of 4096.
@@ -28,6 +30,15 @@ impl AlignedBuf {
         let start = unsafe { alloc::alloc_zeroed(layout) };
         let Some(start) = NonNull::new(start) else { alloc::handle_alloc_error(layout) };
         Self { start, bytes }
+    }
+
+    /// Gives the memory back to the kernel; what is read then is zeroes.
+    fn discard(&mut self) {
+        // SAFETY: whole pages of private anonymous memory that `self` owns and `&mut self` alone may use: afterwards they
+        // are there, and zero, which any byte may be.
+        let done = unsafe { madvise(self.start.cast(), self.bytes, MmapAdvise::MADV_DONTNEED) };
+        // Locked memory is not given back; it is only more than it need be.
+        let _ = done;
     }
 
     fn layout(bytes: usize) -> Layout {
@@ -111,6 +122,14 @@ impl BufPool {
         Some(PooledBuf { buf: Some(buf), home: Arc::clone(&self.shared) })
     }
 
+    /// Gives the memory of buffers that nobody holds back to the kernel until they are taken again. For when there will be
+    /// no work for a while: taking them then costs page faults.
+    pub fn rest(&self) {
+        for buf in self.shared.free.lock().unwrap_or_else(PoisonError::into_inner).iter_mut() {
+            buf.discard();
+        }
+    }
+
     /// How many buffers could be taken now.
     pub fn available(&self) -> usize {
         self.shared.free.lock().unwrap_or_else(PoisonError::into_inner).len()
@@ -174,6 +193,20 @@ mod tests {
     #[should_panic(expected = "not a multiple")]
     fn odd_size_is_a_mistake() {
         AlignedBuf::new(100);
+    }
+
+    #[test]
+    fn a_pool_that_rests_gives_its_memory_back() {
+        let pool = BufPool::new(2, 8 * PAGE_BYTES);
+        let mut held = pool.take().expect("one");
+        held.fill(1);
+        let mut other = pool.take().expect("two");
+        other.fill(2);
+        drop(other);
+        pool.rest();
+        assert!(held.iter().all(|&byte| byte == 1), "what is in use stays");
+        let again = pool.take().expect("the free one");
+        assert!(again.iter().all(|&byte| byte == 0), "its pages were given back");
     }
 
     #[test]

@@ -272,6 +272,7 @@ impl Reader {
 
     /// Blocks until a session is open and a region wants reading; `None`: the group ends.
     fn wait_for_work(&mut self) -> Option<u64> {
+        let mut rested = false;
         let mut orders = lock(&self.shared.orders);
         loop {
             if orders.stop {
@@ -283,7 +284,12 @@ impl Reader {
             }
             // The kernel sets bits without telling: the worker sees its counters and nudges; this is the second look.
             let pause = Duration::from_secs(1);
-            orders = self.shared.wake.wait_timeout(orders, pause).unwrap_or_else(PoisonError::into_inner).0;
+            let (locked, waited) = self.shared.wake.wait_timeout(orders, pause).unwrap_or_else(PoisonError::into_inner);
+            orders = locked;
+            if waited.timed_out() && !std::mem::replace(&mut rested, true) {
+                // A sync is over and the next may be a month away.
+                self.pool.rest();
+            }
         }
     }
 
