@@ -4,6 +4,7 @@ use rand::{RngCore, SeedableRng};
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
+use std::time::Duration;
 
 use varve_bpf::VolumeSpec;
 use varve_tests::{Fio, LoopDevice, MIB, Scratch, size_bytes};
@@ -37,6 +38,13 @@ impl Volume {
 pub fn fio(device: &Path) -> Fio {
     let options = ["thread=1", "refill_buffers=0", "randrepeat=0", "serialize_overlap=1"];
     options.iter().fold(Fio::new(device), |job, option| job.option(option))
+}
+
+/// Writes a second of 4 KiB at random on a file, while so many percent of all requests are reads: what a disk gives to whoever
+/// has to read before he writes.
+pub fn writes_beside_reads(file: &Path, percent: u32, depth: u32, time: Duration, scratch: &Scratch) -> f64 {
+    let job = fio(file).depth(depth).option("rw=randrw").option(&format!("rwmixread={percent}"));
+    job.option("time_based=1").option(&format!("runtime={}ms", time.as_millis())).run(scratch).write_iops
 }
 
 /// Writes random bytes, MiB by MiB, where `wanted` says so.

@@ -13,7 +13,7 @@ use crate::feed::{Group, Source, make_group};
 use crate::plan::Plan;
 use crate::report::{Report, Target};
 use crate::statistics::{median, ratios};
-use crate::volume::{fill, fio};
+use crate::volume::{fill, fio, writes_beside_reads};
 
 const BLOCK: u64 = 4096;
 /// As many requests as the receiver keeps in flight to its replicas.
@@ -83,10 +83,10 @@ pub fn run(plan: &Plan, report: &mut Report) {
     let mut without = Contestant::new(dir("without"), bytes, false, false);
 
     let time = plan.run(4.0, 1.0);
-    let mut device = Vec::new();
+    let (mut device, mut both) = (Vec::new(), Vec::new());
     let mut rounds: [Vec<Round>; 4] = Default::default();
     for round in 0..plan.pairs(5, 2) {
-        let mut order = [0, 1, 2, 3, 4];
+        let mut order = [0, 1, 2, 3, 4, 5];
         if round % 2 == 1 {
             order.reverse();
         }
@@ -95,6 +95,10 @@ pub fn run(plan: &Plan, report: &mut Report) {
                 0 => {
                     let job = fio(&plain).depth(DEPTH).option("time_based=1");
                     device.push(job.option(&format!("runtime={}ms", time.as_millis())).run(&scratch).write_iops);
+                    continue;
+                }
+                5 => {
+                    both.push(writes_beside_reads(&plain, 50, DEPTH, time, &scratch));
                     continue;
                 }
                 1 => applier.round(bytes, time),
@@ -107,6 +111,9 @@ pub fn run(plan: &Plan, report: &mut Report) {
     }
     let detail = format!("fio, O_DIRECT, depth {DEPTH}, a file of {} GiB", bytes / GIB);
     report.row("4 KiB random writes to the device", "/s", &device, Target::None, &detail);
+    let detail =
+        "fio, the same with a read beside each write: no more can be applied when every before-image has to be read";
+    report.row("the device, read and written", "/s", &both, Target::None, detail);
     let hot = format!("hot ({} MiB)", HOT_BYTES / MIB);
     let lines = [
         ("applied, every before-image read", Target::Min(0.5)),
@@ -126,6 +133,9 @@ pub fn run(plan: &Plan, report: &mut Report) {
         );
         report.row(&format!("{what} / the device"), "x", &ratios(&rates, &device), target, &detail);
     }
+    let rates: Vec<f64> = rounds[0].iter().map(|round| round.rate).collect();
+    let what = "applied, every before-image read / the device, read and written";
+    report.row(what, "x", &ratios(&rates, &both), Target::None, "layers and marks written besides");
     report.note(
         "Rates are until everything is in the replica, synced and marked; merging of the history's indexes included.",
     );

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 use varve_io::cpu::thread_cpu_time;
@@ -17,12 +18,15 @@ use crate::feed::{Source, index_cache};
 use crate::plan::Plan;
 use crate::recovery::{Recovery, bookmark};
 use crate::report::{Report, Target};
+use crate::volume::writes_beside_reads;
 
 const BLOCK: u64 = 4096;
 /// The part of the volume that holds data.
 const DATA_BYTES: u64 = 4 * GIB;
 const TIB: u64 = 1024 * GIB;
 const PER_MILLION: f64 = 1e6;
+const DEVICE_DEPTH: u32 = 64;
+const DEVICE_TIME: Duration = Duration::from_secs(3);
 /// Records of the merge, and runs that they are in.
 const RECORDS: u64 = 10_000_000;
 const RUNS: u64 = 8;
@@ -43,6 +47,8 @@ pub fn run(plan: &Plan, report: &mut Report) {
         );
         let scaled = rolled.seconds * PER_MILLION / blocks as f64;
         report.row(&format!("a million blocks rolled back, {what}"), "s", &[scaled], target, &detail);
+        let detail = "fio: what is put back and what it replaces are read, and the replica is written, a block each";
+        report.row("the device alone, two reads and a write for each", "s", &[rolled.device_s], Target::None, detail);
     }
     merging(plan, report);
 }
@@ -51,6 +57,8 @@ struct Rolled {
     seconds: f64,
     own_s: f64,
     cpu_s: f64,
+    /// For a million blocks.
+    device_s: f64,
 }
 
 fn rolled_back(report: &mut Report, volume: u64, data: u64, blocks: u64) -> Rolled {
@@ -76,8 +84,11 @@ fn rolled_back(report: &mut Report, volume: u64, data: u64, blocks: u64) -> Roll
     if digest(recovery.replica(), data) != before {
         report.wrong("the replica is not what it was at the point");
     }
+    // The replica has done its duty.
+    let writes = writes_beside_reads(recovery.replica(), 67, DEVICE_DEPTH, DEVICE_TIME, &Scratch::disk());
+    let device_s = PER_MILLION / writes;
     let own_s = reply["seconds"].as_f64().unwrap_or(f64::NAN);
-    Rolled { seconds: took.as_secs_f64(), own_s, cpu_s }
+    Rolled { seconds: took.as_secs_f64(), own_s, cpu_s, device_s }
 }
 
 fn digest(path: &Path, bytes: u64) -> u32 {
