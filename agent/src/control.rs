@@ -63,6 +63,7 @@ async fn answer(daemon: &Arc<Daemon>, peer: &mut LocalPeer, request: AgentReques
             peer.send(&reply(outcome)).await
         }
         AgentRequest::ComeHome { group, volumes } => peer.send(&reply(daemon.come_home(group, volumes).await)).await,
+        AgentRequest::Resume { group, force } => peer.send(&reply(daemon.resume_by_hand(&group, force).await)).await,
         AgentRequest::Unprotect { group } => peer.send(&reply(daemon.unprotect(&group).await)).await,
         AgentRequest::Bookmark { group, name } => peer.send(&reply(bookmark(daemon, &group, name).await)).await,
         AgentRequest::Verify { group, repair } => verify(daemon, peer, &group, repair).await,

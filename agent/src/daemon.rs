@@ -4,6 +4,7 @@ use crate::failback::Returning;
 use crate::group::{FRAME_BYTES, GroupHandle, Surroundings};
 use crate::journal;
 use crate::link::{self, LinkView, Target};
+use crate::quiesce::{self, Authorities, Order};
 use crate::store::{GroupFile, Store};
 use crate::volume::{self, Checked};
 use std::collections::BTreeMap;
@@ -11,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use varve_bpf::{Capture, CaptureError, CaptureOptions, Origin};
 use varve_common::config::{AgentConfig, WatchConfig};
 use varve_common::control::{DaemonStatus, GroupStatus, ProtectReply, StatusReply, VolumeStatus, Window};
@@ -53,6 +54,9 @@ pub struct Daemon {
     groups: RwLock<BTreeMap<String, Arc<GroupHandle>>>,
     failed: Mutex<BTreeMap<String, Failed>>,
     returning: Mutex<BTreeMap<String, Arc<Returning>>>,
+    authorities: Authorities,
+    /// What the workers want of the daemon, and where that comes out until somebody obeys.
+    orders: (mpsc::Sender<Order>, Mutex<Option<mpsc::Receiver<Order>>>),
     /// Held while the set of groups changes.
     changes: tokio::sync::Mutex<()>,
     target: watch::Sender<Target>,
@@ -78,6 +82,7 @@ impl Daemon {
         let (view_sender, view) = watch::channel(LinkView { connection: None, link: Link::Disconnected, reason: None });
         tokio::spawn(link::run(targets, view_sender));
         // A frame holds the largest record, and LZ4 may make what does not shrink a little longer.
+        let (order, ordered) = mpsc::channel(quiesce::ORDERS_MAX);
         let frame_bytes = lz4_flex::block::get_maximum_output_size(FRAME_BYTES.max(RECORD_BYTES_MAX) as usize);
         Ok(Arc::new(Self {
             paths,
@@ -87,6 +92,8 @@ impl Daemon {
             groups: RwLock::default(),
             failed: Mutex::default(),
             returning: Mutex::default(),
+            authorities: Authorities::default(),
+            orders: (order, Mutex::new(Some(ordered))),
             changes: tokio::sync::Mutex::new(()),
             target,
             view,
@@ -100,6 +107,11 @@ impl Daemon {
     /// Starts the groups that were protected before.
     pub async fn start_groups(self: &Arc<Self>) -> Result<(), Problem> {
         let files = self.store.load()?;
+        let names: Vec<String> = files.iter().map(|(name, _)| name.clone()).collect();
+        self.authorities.load(self.store.load_authorities(&names));
+        if let Some(orders) = lock(&self.orders.1).take() {
+            tokio::spawn(self.clone().obey(orders));
+        }
         if files.is_empty() {
             // What an agent left that was killed while its last group was unprotected.
             self.give_up("").await;
@@ -145,6 +157,16 @@ impl Daemon {
     }
 
     async fn start_group(self: &Arc<Self>, file: &GroupFile) -> Result<(), Problem> {
+        self.authorities.open_for_start(&file.name, &file.volumes);
+        let started = self.start_open_group(file).await;
+        self.authorities.close_after_start(&file.name);
+        if let Ok(handle) = self.group(&file.name) {
+            handle.shared.facts().quiet = self.authorities.quiet(&file.name);
+        }
+        started
+    }
+
+    async fn start_open_group(self: &Arc<Self>, file: &GroupFile) -> Result<(), Problem> {
         let volumes = self.check_volumes(&file.name, &file.volumes)?;
         for (volume, bytes) in volumes.iter().zip(&file.bytes) {
             if volume.spec.bytes != *bytes {
@@ -201,6 +223,16 @@ impl Daemon {
         // A panic there was reported by the hook.
         let _ = tokio::task::spawn_blocking(move || capture.give_up(&name)).await;
         Ok(())
+    }
+
+    /// Who may write.
+    pub fn authorities(&self) -> &Authorities {
+        &self.authorities
+    }
+
+    /// The operator's own steps.
+    pub fn hooks(&self) -> PathBuf {
+        self.paths.config_dir().join("hooks")
     }
 
     /// The group files.
@@ -263,6 +295,8 @@ impl Daemon {
             lagging_after: config.lagging_after,
             compression: config.compression,
             journal: Some(self.journals(&config)),
+            authority: self.authorities.known(&file.name),
+            orders: self.orders.0.clone(),
         };
         let (store, mut synced) = (self.store.clone(), file.clone());
         synced.synced_once = true;
@@ -460,6 +494,7 @@ impl Daemon {
         }
         // From here on it stays ended, whatever happens: a group without a file is given up at the next start.
         self.store.remove(name)?;
+        self.authorities.forget(name);
         self.give_up(name).await;
         self.remove_journal(name).await;
         tracing::info!(group = %name, "no longer protected");
@@ -592,9 +627,12 @@ impl Daemon {
     /// be called protected, so its group is started again, which says what is wrong.
     async fn look_at_volumes(self: &Arc<Self>) {
         for handle in self.handles() {
+            let held = self.authorities.is_held(&handle.file.name);
             let changed = handle.file.volumes.iter().zip(&handle.specs).any(|(path, spec)| {
                 // One that is not there is not written, and its link may come back.
-                BlockFacts::of(path).is_ok_and(|facts| {
+                BlockFacts::of(path).is_ok_and(|mut facts| {
+                    // We made it so.
+                    facts.read_only &= !held;
                     volume::spec(&facts) != *spec || volume::refuse_uncapturable(path, &facts).is_err()
                 })
             });

@@ -35,6 +35,33 @@ pub struct GroupFile {
     pub armed: Option<String>,
 }
 
+/// What must be remembered of who may write to a group, in a file of its own: it changes at other times than what the group is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Authority {
+    /// [`VERSION`].
+    #[serde(default)]
+    pub version: u32,
+    /// Its volumes were made quiet for a planned switch-over (RFC 3339).
+    #[serde(default)]
+    pub quiet_since: Option<String>,
+    /// The receiver said that this host may not write.
+    #[serde(default)]
+    pub fenced: Option<Fence>,
+}
+
+/// See [`Authority::fenced`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fence {
+    /// The epoch under which this host wrote.
+    pub epoch: u64,
+    /// When it was said first (RFC 3339).
+    pub since: String,
+    /// What the receiver said.
+    pub text: String,
+    /// What it said to do.
+    pub next: String,
+}
+
 fn first_epoch() -> u64 {
     1
 }
@@ -64,6 +91,7 @@ impl GroupFile {
 #[derive(Clone, Debug)]
 pub struct Store {
     dir: PathBuf,
+    authority: PathBuf,
 }
 
 impl Store {
@@ -72,7 +100,45 @@ impl Store {
         let dir = state_dir.join("groups");
         crashsafe::create_dir_all_durable(&dir).map_err(|e| cannot("make", &dir, e))?;
         crashsafe::remove_temporaries(&dir).map_err(|e| cannot("clean", &dir, e))?;
-        Ok(Self { dir })
+        let authority = state_dir.join("authority");
+        crashsafe::create_dir_all_durable(&authority).map_err(|e| cannot("make", &authority, e))?;
+        crashsafe::remove_temporaries(&authority).map_err(|e| cannot("clean", &authority, e))?;
+        Ok(Self { dir, authority })
+    }
+
+    fn authority_path(&self, name: &str) -> PathBuf {
+        self.authority.join(format!("{name}.json"))
+    }
+
+    /// What is remembered of who may write to these groups. A file that is not understood counts as a fence: who does not
+    /// know does not write.
+    pub fn load_authorities(&self, names: &[String]) -> Vec<(String, Authority)> {
+        let load = |name: &String| {
+            let path = self.authority_path(name);
+            let text = match std::fs::read(&path) {
+                Ok(text) => text,
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => return None,
+                Err(e) => return Some((name.clone(), unsure(&path, &e.to_string()))),
+            };
+            let file = serde_json::from_slice::<Authority>(&text).map_err(|e| e.to_string());
+            let file = file.and_then(|file| match file.version {
+                VERSION => Ok(file),
+                other => Err(format!("it has version {other}")),
+            });
+            Some((name.clone(), file.unwrap_or_else(|why| unsure(&path, &why))))
+        };
+        names.iter().filter_map(load).collect()
+    }
+
+    /// Writes what is remembered of a group, durably; nothing to remember is no file.
+    pub fn save_authority(&self, name: &str, file: &Authority) -> Result<(), Problem> {
+        let path = self.authority_path(name);
+        if file.quiet_since.is_none() && file.fenced.is_none() {
+            return crashsafe::remove_durable(&path).map_err(|e| cannot("remove", &path, e));
+        }
+        let file = Authority { version: VERSION, ..file.clone() };
+        let text = serde_json::to_vec_pretty(&file).unwrap_or_default();
+        crashsafe::write_atomic(&path, &text, MODE).map_err(|e| cannot("write", &path, e))
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -102,9 +168,18 @@ impl Store {
 
     /// Removes a group's file, durably.
     pub fn remove(&self, name: &str) -> Result<(), Problem> {
+        // First what would be nobody's.
+        self.save_authority(name, &Authority::default())?;
         let path = self.path(name);
         crashsafe::remove_durable(&path).map_err(|e| cannot("remove", &path, e))
     }
+}
+
+fn unsure(path: &Path, why: &str) -> Authority {
+    let text = format!("{} is not understood ({why}): whether this host may write is not known", path.display());
+    tracing::error!("{text}");
+    let next = "see 'varve status' on the recovery host; the receiver's word decides at the next session".to_owned();
+    Authority { fenced: Some(Fence { epoch: 0, since: String::new(), text, next }), ..Authority::default() }
 }
 
 fn cannot(verb: &str, path: &Path, error: varve_io::IoError) -> Problem {

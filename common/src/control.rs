@@ -40,6 +40,13 @@ pub enum AgentRequest {
         /// Paths of the volumes, as given.
         volumes: Vec<String>,
     },
+    /// End the quiet of a planned switch-over by hand: the volumes may be written again. Answer: nothing.
+    Resume {
+        /// The group's name.
+        group: String,
+        /// Although it may run, or does run, on the recovery host.
+        force: bool,
+    },
     /// Stop protecting a group. The receiver keeps what it has. Answer: nothing.
     Unprotect {
         /// The group's name.
@@ -186,6 +193,9 @@ pub enum ReceiverRequest {
         test: bool,
         /// Only tell what would happen.
         dry_run: bool,
+        /// Only if nothing is lost: the source is made quiet first.
+        #[serde(default)]
+        planned: Option<PlannedWish>,
     },
     /// There is no way back but failback. Answer: [`FailoverReply`].
     FailoverCommit {
@@ -231,6 +241,15 @@ pub enum ReceiverRequest {
         /// Pin it.
         keep: bool,
     },
+}
+
+/// How a planned switch-over is to be done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlannedWish {
+    /// How long the source may take until it is quiet and drained.
+    pub limit_seconds: u64,
+    /// Compare nothing at the barrier: the position alone proves that everything is here.
+    pub quick: bool,
 }
 
 /// How a view is served.
@@ -775,6 +794,36 @@ pub struct FailoverReply {
     pub volumes: Vec<ViewVolume>,
     /// What to know before they are mounted.
     pub hints: Vec<String>,
+    /// The source was told and sent what it had; `None`: it was not connected, or an older point was asked for.
+    #[serde(default)]
+    pub drained: Option<DrainedReply>,
+    /// Nothing is lost, and the proof.
+    #[serde(default)]
+    pub planned: Option<PlannedReply>,
+}
+
+/// See [`FailoverReply::drained`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DrainedReply {
+    /// Everything that the source had captured when it was told is here.
+    pub complete: bool,
+    /// How long that took, or was waited for.
+    pub seconds: f64,
+}
+
+/// See [`FailoverReply::planned`].
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PlannedReply {
+    /// The position before which everything stands that was ever written at the source, `incarnation:offset`.
+    pub barrier: String,
+    /// The volumes there are read-only; else only claimed: nobody had them open, nobody can mount them.
+    pub read_only: bool,
+    /// How long the operator's steps there took; `None`: there are none.
+    pub hook_seconds: Option<f64>,
+    /// Bytes that were compared at the barrier and are equal; 0: not compared.
+    pub compared_bytes: u64,
+    /// From the moment that the source was told to the moment that the devices are here.
+    pub pause_seconds: f64,
 }
 
 /// A takeover as `varve status` shows it.

@@ -3,7 +3,7 @@
 //! One QUIC connection per host; on it one bidirectional stream per group, opened by the agent. On a stream:
 //!
 //! ```text
-//! agent → receiver   Preamble · Hello · ( Data | Mark | Probe | Image | Report )*
+//! agent → receiver   Preamble · Hello · ( Data | Mark | Probe | Image | Report | AskReply )*
 //! receiver → agent   Preamble · Welcome or Refused · ( Ack | ProbeReply | ImageDone | Ask | Refused )*
 //! ```
 //!
@@ -110,6 +110,8 @@ pub enum FrameKind {
     FailbackHello = 7,
     /// Agent: a step of coming home is done, or cannot be: [`messages::FailbackSay`].
     FailbackSay = 8,
+    /// Agent: what became of an ask: [`messages::AskReply`].
+    AskReply = 9,
     /// Receiver's first, if it agrees: [`messages::Welcome`].
     Welcome = 64,
     /// Receiver ends the session: [`messages::Refused`].
@@ -140,6 +142,7 @@ impl FrameKind {
             6 => Self::Report,
             7 => Self::FailbackHello,
             8 => Self::FailbackSay,
+            9 => Self::AskReply,
             64 => Self::Welcome,
             65 => Self::Refused,
             66 => Self::Ack,

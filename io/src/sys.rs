@@ -12,6 +12,8 @@ use nix::libc;
 const BLKZEROOUT: libc::Ioctl = nix::request_code_none!(0x12, 127) as libc::Ioctl;
 /// `BLKGETSIZE64`, `_IOR(0x12, 114, size_t)`.
 const BLKGETSIZE64: libc::Ioctl = nix::request_code_read!(0x12, 114, size_of::<usize>()) as libc::Ioctl;
+/// `BLKROSET`, `_IO(0x12, 93)`.
+const BLKROSET: libc::Ioctl = nix::request_code_none!(0x12, 93) as libc::Ioctl;
 
 fn check(result: i64) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
@@ -59,6 +61,13 @@ pub(crate) fn logical_block_bytes(file: &File) -> io::Result<u32> {
     // SAFETY: BLKSSZGET writes one int to the pointer.
     check(i64::from(unsafe { libc::ioctl(file.as_raw_fd(), libc::BLKSSZGET, &raw mut bytes) }))?;
     u32::try_from(bytes).map_err(|_| io::Error::from_raw_os_error(libc::ERANGE))
+}
+
+/// Makes a block device read-only, or writable again.
+pub(crate) fn block_set_read_only(file: &File, read_only: bool) -> io::Result<()> {
+    let value = libc::c_int::from(read_only);
+    // SAFETY: BLKROSET reads one int from the pointer.
+    check(i64::from(unsafe { libc::ioctl(file.as_raw_fd(), BLKROSET, &raw const value) })).map(drop)
 }
 
 /// Makes a range of a block device read as zeroes, by writing them if the device has no better way.

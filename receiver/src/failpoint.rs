@@ -33,6 +33,9 @@ pub const GROUP_BEFORE: &str = "group-before";
 /// A new group exists, nobody knows.
 pub const GROUP_AFTER: &str = "group-after";
 
+/// The source is quiet and everything is here, the takeover is not durable.
+pub const PLANNED_QUIET: &str = "planned-quiet";
+
 /// A takeover is durable, its stream has not begun.
 pub const PROMOTE_MARKED: &str = "promote-marked";
 

@@ -99,6 +99,12 @@ pub const OVERLAY_WORDS_MAX: u64 = 4 << 20;
 pub const OPEN_TIME_MAX: Duration = Duration::from_secs(10);
 /// Views open at once, of all groups.
 pub const VIEWS_MAX: usize = 64;
+/// The longest that a takeover waits for a connected source to send what it has.
+pub const DRAIN_TIME_MAX: Duration = Duration::from_secs(3);
+/// A source that says nothing for so long (it reports twice a second) is not waited for.
+pub const SOURCE_SILENT_TIME_MAX: Duration = Duration::from_millis(1500);
+/// The longest that the comparison of a planned switch-over may stand still.
+pub const PLANNED_STUCK_TIME_MAX: Duration = Duration::from_secs(60);
 /// Gaps that the status shows.
 pub const GAPS_SHOWN_MAX: usize = 16;
 /// The longest that a peer may take for its preamble and hello.

@@ -109,6 +109,8 @@ impl Drop for LoopDevice {
             // Partitions that partx added outlive the loop device, and would turn up on the next file that gets its number.
             run(Command::new("partx").arg("--delete").arg(&self.path));
         }
+        // What somebody made read-only stays so for the next file that gets its number.
+        run(Command::new("blockdev").arg("--setrw").arg(&self.path));
         let out = run(Command::new("losetup").arg("--detach").arg(&self.path));
         // Detaching a device in use is put off until its last user closes it.
         let start = Instant::now();

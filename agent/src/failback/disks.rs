@@ -76,6 +76,8 @@ pub enum Job {
     Compare(Probe),
     /// Write the plain body of an image.
     Write(Vec<u8>),
+    /// Read a stretch for the receiver, which keeps it: number, volume, offset, length.
+    Read(u64, u16, u64, u32),
 }
 
 /// What it has done.
@@ -84,6 +86,8 @@ pub enum Did {
     Compared(ProbeReply, u64),
     /// It is durable.
     Written(ImageDone),
+    /// What was read, as the body of an image.
+    Read(Vec<u8>),
     /// A disk failed, or the receiver is wrong.
     Failed(String),
 }
@@ -173,6 +177,10 @@ impl Worker {
                 let _ = self.did.send(Did::Compared(reply, probe.length.into()));
             }
             Some(Job::Write(body)) => self.write(&body)?,
+            Some(Job::Read(id, volume, offset, length)) => {
+                let body = self.read(id, volume, offset, length)?;
+                let _ = self.did.send(Did::Read(body));
+            }
             None => self.sync()?,
         }
         if self.written.len() >= IMAGES_PER_SYNC { self.sync() } else { Ok(()) }
@@ -191,6 +199,21 @@ impl Worker {
         let ours = bytes.chunks(DIGEST_BLOCK_BYTES as usize).map(block_digest);
         let differs = ours.zip(&probe.digests).enumerate();
         Ok(differs.fold(0, |all, (number, (ours, theirs))| all | u16::from(ours != *theirs) << number))
+    }
+
+    fn read(&mut self, id: u64, volume: u16, offset: u64, length: u32) -> Result<Vec<u8>, String> {
+        let file = self.files.get(usize::from(volume)).ok_or("a volume that the group does not have")?;
+        let length = u64::from(length);
+        let inside = offset.checked_add(length).is_some_and(|end| end <= file.len());
+        if !inside || length == 0 || length > REGION_BYTES {
+            return Err("a stretch outside the volume".to_owned());
+        }
+        let bytes = &mut self.buf[..length as usize];
+        file.read_exact_at(bytes, offset).map_err(|e| e.chain())?;
+        let mut body = Vec::with_capacity(bytes.len() + 64);
+        let zero = bytes.iter().all(|byte| *byte == 0);
+        Image::encode(id, volume, &[(offset, length, (!zero).then_some(&*bytes))], &mut body);
+        Ok(body)
     }
 
     fn write(&mut self, body: &[u8]) -> Result<(), String> {

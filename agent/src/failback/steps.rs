@@ -34,6 +34,8 @@ impl Daemon {
 
     /// Claims the volumes.
     pub(super) async fn claim_for_return(&self, file: &GroupFile) -> Result<Claim, Problem> {
+        // A planned switch-over may have them quiet.
+        self.authorities().let_go(&file.name);
         let (own, file) = (self.own_dirs(), file.clone());
         let claimed = tokio::task::spawn_blocking(move || disks::claim(&file, &own)).await;
         claimed.map_err(|e| Problem::failed("the volumes were not claimed", e.to_string(), "see the log"))?
@@ -81,7 +83,9 @@ impl Daemon {
         claim: Option<Claim>,
     ) -> Result<(), Problem> {
         let file = at_home(file, epoch);
+        let name = file.name.clone();
         self.store().save(&file)?;
+        self.forget_quiet(&name).await;
         match armed {
             Some(Armed { handle, link }) => {
                 self.adopt(handle);
@@ -100,6 +104,8 @@ impl Daemon {
             None => self.start_or_remember(file).await,
         }
         drop(claim);
+        let daemon = self.clone();
+        tokio::spawn(async move { daemon.run_resume_hook(&name, "home").await });
         Ok(())
     }
 

@@ -237,6 +237,10 @@ impl Talk<'_> {
                             self.send(FrameKind::ProbeReply, &reply).await
                         }
                         Some(Did::Written(done)) => self.send(FrameKind::ImageDone, &done).await,
+                        Some(Did::Read(body)) => {
+                            let sent = send_control(&mut self.send, FrameKind::Image, 0, body).await;
+                            sent.map_err(|ended| lost(ended.explain()))
+                        }
                         Some(Did::Failed(why)) => {
                             let problem = Problem::failed("not home yet", why, "see the kernel's log; it is tried again");
                             Err(self.not_ready(problem).await)
@@ -250,6 +254,9 @@ impl Talk<'_> {
                 incoming = self.incoming.recv() => match incoming {
                     Some(Incoming::Compare(probe)) => disks.order(Job::Compare(probe)),
                     Some(Incoming::Write(body)) => disks.order(Job::Write(body)),
+                    Some(Incoming::Tell(FailbackTell::Fetch { id, volume, offset, length })) if write => {
+                        disks.order(Job::Read(id, volume, offset, length));
+                    }
                     Some(Incoming::Tell(FailbackTell::Arm { epoch, token })) if write => {
                         if let Err(problem) = self.arm(held, epoch, token).await {
                             break Err(problem);
@@ -284,7 +291,7 @@ impl Talk<'_> {
                     shown.file.name
                 ));
             }
-            FailbackTell::Arm { .. } | FailbackTell::Home => {}
+            FailbackTell::Arm { .. } | FailbackTell::Home | FailbackTell::Fetch { .. } => {}
         });
     }
 

@@ -26,7 +26,8 @@ pub use worker::{Command, FRAME_BYTES};
 
 use crate::clock;
 use crate::link::LinkView;
-use crate::store::GroupFile;
+use crate::quiesce::{Order, Shown};
+use crate::store::{Fence, GroupFile};
 use crate::volume::Checked;
 use source::Source as _;
 use std::sync::Arc;
@@ -73,6 +74,10 @@ pub struct Surroundings {
     pub journal: Option<crate::journal::Settings>,
     /// The replicas are equal to the volumes, and the receiver's stream stands where a new ring begins.
     pub equal: bool,
+    /// What is remembered of who may write.
+    pub authority: (Option<Fence>, Option<Shown>),
+    /// To the daemon.
+    pub orders: mpsc::Sender<Order>,
 }
 
 /// A running group.
@@ -173,6 +178,7 @@ impl GroupHandle {
             facts.pinned = source.is_pinned();
             facts.origin = origin;
             facts.epoch = file.epoch;
+            (facts.fenced, facts.quiet) = surroundings.authority.clone();
         }
         let group = source.clone();
         let began_at = group.ring().consumer();
@@ -201,6 +207,7 @@ impl GroupHandle {
                 .collect(),
             compression: surroundings.compression,
             journal: surroundings.journal.clone(),
+            orders: surroundings.orders.clone(),
             on_consistent: Box::new(on_consistent),
         };
         let task = tokio::spawn(worker.run());
@@ -241,6 +248,11 @@ impl GroupHandle {
     pub fn has_ended(&self) -> bool {
         let task = self.task.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         !*self.stop.borrow() && task.as_ref().is_some_and(JoinHandle::is_finished)
+    }
+
+    /// Tells the worker; whether it is there.
+    pub async fn tell(&self, command: Command) -> bool {
+        self.commands.send(command).await.is_ok()
     }
 
     /// Sets a bookmark: position, time, durable.

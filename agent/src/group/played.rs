@@ -302,6 +302,7 @@ impl Stage {
             volumes: vec![VolumeHello { path: "/dev/played".into(), bytes, replica: None }],
             compression: false,
             journal,
+            orders: mpsc::channel(8).0,
             on_consistent: Box::new(|| ()),
         };
         let task = tokio::spawn(worker.run());

@@ -4,6 +4,8 @@ use super::cut::oldest_write_ns;
 use super::source::Source;
 use crate::clock;
 use crate::journal::Journal;
+use crate::quiesce::Shown;
+use crate::store::Fence;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -51,6 +53,10 @@ pub struct Facts {
     pub pinned: bool,
     /// Where the ring came from, in words.
     pub origin: String,
+    /// The receiver has said that this host may not write, and nothing to the contrary since.
+    pub fenced: Option<Fence>,
+    /// Its volumes are quiet for a planned switch-over.
+    pub quiet: Option<Shown>,
 }
 
 /// See the module's text.
@@ -130,6 +136,8 @@ impl GroupShared {
             epoch: 1,
             pinned: false,
             origin: String::new(),
+            fenced: None,
+            quiet: None,
         };
         let time_offset = AtomicU64::new(source.time_offset());
         Self {
@@ -276,8 +284,8 @@ impl GroupShared {
         let reason = [facts.read_error, facts.link_reason, facts.gap.map(|gap| gap.explain().to_owned())];
         GroupStatus {
             name: self.name.clone(),
-            role: match facts.refused {
-                Some(RefusedReason::Epoch | RefusedReason::Failback) => Role::Fenced,
+            role: match (facts.refused, &facts.fenced) {
+                (Some(RefusedReason::Epoch | RefusedReason::Failback), _) | (_, Some(_)) => Role::Fenced,
                 _ => Role::Source,
             },
             link: facts.link,

@@ -1,17 +1,19 @@
 //! `varve failover`: runs a group on the recovery host; `commit` and `abort` end it one way or the other.
 
 use crate::check;
-use crate::client::{PATIENT, ask_receiver};
+use crate::client::{Daemon, PATIENT, ask, ask_agent, ask_receiver};
 use crate::confirm::confirm;
 use crate::context::{Context, DONE, Outcome, note};
+use crate::progress::Meter;
 use crate::words;
 use std::io::IsTerminal;
-use varve_common::control::{FailoverReply, ReceiverRequest};
+use varve_common::control::{AgentRequest, FailoverReply, PlannedWish, ReceiverRequest};
 use varve_common::problem::Problem;
 
 const EXAMPLE: &str = "Example:
   varve failover db --dry-run
   varve failover db --test --at -10m
+  varve failover db --planned
   varve failover db --yes
   varve failover commit db
   varve failover abort db";
@@ -32,10 +34,21 @@ pub(crate) struct Args {
     /// Beside the replication, which goes on
     #[arg(long)]
     test: bool,
+    /// Lose nothing: the source stops what uses the volumes (its hook `quiesce`), lets nobody write them and sends everything;
+    /// both sides are compared. If that does not work nothing is changed
+    #[arg(long, conflicts_with = "test")]
+    planned: bool,
+    /// How long the source may take for that
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, requires = "planned", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    limit: u64,
+    /// Compare nothing: the source can write while it is compared neither here nor there
+    #[arg(long, requires = "planned")]
+    quick: bool,
     /// Print the point, what would be left out and lost; change nothing
     #[arg(long)]
     dry_run: bool,
-    /// Abort although a device is in use: its users get errors
+    /// Abort although a device is in use: its users get errors. On the production host: although the group may run on the
+    /// recovery host
     #[arg(long)]
     force: bool,
     /// Do not ask
@@ -60,8 +73,13 @@ fn begin(context: &Context, args: &Args, group: &str) -> Outcome {
     check::group(group)?;
     let at = check::point(&args.at)?;
     let go = |dry_run: bool| -> Result<FailoverReply, Problem> {
-        let request = ReceiverRequest::Failover { group: group.to_owned(), at: at.clone(), test: args.test, dry_run };
-        ask_receiver(context, &request, PATIENT)
+        let planned = args.planned.then_some(PlannedWish { limit_seconds: args.limit, quick: args.quick });
+        let (group, at, test) = (group.to_owned(), at.clone(), args.test);
+        let mut meter = Meter::new(format!("switching over {group}"), context.json);
+        let request = ReceiverRequest::Failover { group, at, test, dry_run, planned };
+        let reply = ask(context, Daemon::Receiver, &request, PATIENT, &mut |step| meter.show(&step));
+        meter.end();
+        reply
     };
     if !args.dry_run && !args.test {
         let again = context.suggest(&format!("failover {group} --at '{}'", args.at));
@@ -69,7 +87,11 @@ fn begin(context: &Context, args: &Args, group: &str) -> Outcome {
         if !args.yes && std::io::stdin().is_terminal() {
             note(text_of(context, &go(true)?).trim_end());
         }
-        confirm(args.yes, &format!("fence off the source of '{group}' and run it here?"), &again)?;
+        let question = match args.planned {
+            true => format!("stop what uses '{group}' at its source and run it here?"),
+            false => format!("fence off the source of '{group}' and run it here?"),
+        };
+        confirm(args.yes, &question, &again)?;
     }
     let reply = go(args.dry_run)?;
     context.answer(&reply, |reply| text_of(context, reply));
@@ -92,8 +114,20 @@ fn commit(context: &Context, args: &Args, group: &str) -> Outcome {
     Ok(DONE)
 }
 
+/// On the production host: the quiet of a planned switch-over.
+fn resume(context: &Context, args: &Args, group: &str) -> Outcome {
+    let again = context.suggest(&format!("failover abort {group}"));
+    confirm(args.yes, &format!("let the volumes of '{group}' be written here again?"), &again)?;
+    let () = ask_agent(context, &AgentRequest::Resume { group: group.to_owned(), force: args.force }, PATIENT)?;
+    context.answer(&(), |()| format!("the volumes of group '{group}' may be written here again\n"));
+    Ok(DONE)
+}
+
 fn abort(context: &Context, args: &Args, group: &str) -> Outcome {
     check::group(group)?;
+    if !Daemon::Receiver.is_here(&context.paths) && Daemon::Agent.is_here(&context.paths) {
+        return resume(context, args, group);
+    }
     let again = context.suggest(&format!("failover abort {group}"));
     let question = format!("undo the takeover of '{group}'? What was written here since stays in the history only");
     confirm(args.yes, &question, &again)?;
@@ -127,7 +161,25 @@ fn text_of(context: &Context, reply: &FailoverReply) -> String {
             "  left out: {bytes} that changed until {newest}, the newest point (they stay in the history)"
         ));
     }
+    if let Some(drained) = &reply.drained {
+        let seconds = words::fine_seconds(drained.seconds);
+        lines.push(match drained.complete {
+            true => format!("  source: told, and sent all that it had captured, within {seconds}"),
+            false => format!("  source: told, but did not send all that it had captured within {seconds}"),
+        });
+    }
+    if let Some(planned) = &reply.planned {
+        let compared = match planned.compared_bytes {
+            0 => "not compared".to_owned(),
+            bytes => format!("{} compared and equal", words::bytes(bytes)),
+        };
+        let quiet = if planned.read_only { "read-only" } else { "claimed" };
+        let pause = words::fine_seconds(planned.pause_seconds);
+        lines.push(format!("  nothing is lost: the source is {quiet} since {}, {compared}", planned.barrier));
+        lines.push(format!("  nobody could write for {pause}"));
+    }
     lines.push(match (reply.not_here_bytes, reply.source_heard_seconds) {
+        (Some(0), _) if reply.planned.is_some() => "  not here: nothing".to_owned(),
         (Some(bytes), Some(seconds)) => format!(
             "  not here: {} that the source had captured when it was heard of last, {} ago",
             words::bytes(bytes),

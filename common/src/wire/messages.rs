@@ -210,6 +210,65 @@ pub enum Ask {
         /// The number of the verify.
         id: u64,
     },
+    /// The group is about to be taken over: send what there is. Answer: [`AskReply::Drained`].
+    Drain {
+        /// Comes back in the answer.
+        id: u64,
+    },
+    /// The group is about to be taken over as planned: run the operator's steps, and let nobody write the volumes until
+    /// [`Ask::Resume`] or the next welcome. Answer: [`AskReply::Quiesced`] or [`AskReply::NotQuiesced`].
+    Quiesce {
+        /// Comes back in the answer.
+        id: u64,
+        /// How long that may take, milliseconds.
+        limit_ms: u64,
+    },
+    /// It is not taken over: the volumes may be written again. No answer.
+    Resume {
+        /// Of the [`Ask::Quiesce`].
+        id: u64,
+    },
+}
+
+/// Answer to [`Ask::Drain`] and [`Ask::Quiesce`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AskReply {
+    /// Everything that was captured before the ask stands before this position.
+    Drained {
+        /// Of the ask.
+        id: u64,
+        /// See above.
+        position: u64,
+    },
+    /// Nobody can write the volumes; everything that was ever written to them stands before this position.
+    Quiesced {
+        /// Of the ask.
+        id: u64,
+        /// The barrier.
+        position: u64,
+        /// The volumes are read-only (else only claimed, and nobody had them open).
+        read_only: bool,
+        /// How long the operator's steps took, milliseconds; `None`: there are none.
+        hook_ms: Option<u64>,
+    },
+    /// That could not be done; everything is as before.
+    NotQuiesced {
+        /// Of the ask.
+        id: u64,
+        /// What is in the way.
+        text: String,
+        /// What to do about it.
+        next: String,
+    },
+}
+
+impl AskReply {
+    /// Of the ask.
+    pub fn id(&self) -> u64 {
+        match self {
+            Self::Drained { id, .. } | Self::Quiesced { id, .. } | Self::NotQuiesced { id, .. } => *id,
+        }
+    }
 }
 
 /// The agent's first frame on the stream of a group that comes home.
@@ -300,6 +359,18 @@ pub enum FailbackTell {
     },
     /// It is home: the receiver has given up its right to write, durably.
     Home,
+    /// Send what the volume holds there, in an Image frame of this id: what was written here and never sent is kept before it
+    /// is overwritten.
+    Fetch {
+        /// Comes back as the image's.
+        id: u64,
+        /// The volume's number.
+        volume: u16,
+        /// First byte, a multiple of 64 KiB.
+        offset: u64,
+        /// At most a region.
+        length: u32,
+    },
 }
 
 /// Encodes a control body.
@@ -346,6 +417,30 @@ mod tests {
     }
 
     #[test]
+    fn asks_and_their_answers_are_frozen() {
+        let asks: [(Ask, &[u8]); 5] = [
+            (Ask::Verify { id: 3, repair: true }, &[0, 3, 1]),
+            (Ask::CancelVerify { id: 3 }, &[1, 3]),
+            (Ask::Drain { id: 4 }, &[2, 4]),
+            (Ask::Quiesce { id: 5, limit_ms: 60_000 }, &[3, 5, 251, 96, 234]),
+            (Ask::Resume { id: 5 }, &[4, 5]),
+        ];
+        for (ask, golden) in asks {
+            assert_eq!(encode(&ask), golden, "{ask:?}");
+            assert_eq!(decode::<Ask>(FrameKind::Ask, golden), Ok(ask));
+        }
+        let replies: [(AskReply, &[u8]); 3] = [
+            (AskReply::Drained { id: 4, position: 80 }, &[0, 4, 80]),
+            (AskReply::Quiesced { id: 5, position: 88, read_only: true, hook_ms: Some(7) }, &[1, 5, 88, 1, 1, 7]),
+            (AskReply::NotQuiesced { id: 5, text: "no".into(), next: "x".into() }, &[2, 5, 2, b'n', b'o', 1, b'x']),
+        ];
+        for (reply, golden) in replies {
+            assert_eq!(encode(&reply), golden, "{reply:?}");
+            assert_eq!(decode::<AskReply>(FrameKind::AskReply, golden), Ok(reply));
+        }
+    }
+
+    #[test]
     fn leftovers_are_refused() {
         let mut bytes = encode(&ImageDone { id: 3 });
         bytes.push(0);
@@ -361,6 +456,7 @@ mod tests {
             let _ = decode::<Probe>(FrameKind::Probe, &bytes);
             let _ = decode::<Report>(FrameKind::Report, &bytes);
             let _ = decode::<Ask>(FrameKind::Ask, &bytes);
+            let _ = decode::<AskReply>(FrameKind::AskReply, &bytes);
             let _ = decode::<FailbackHello>(FrameKind::FailbackHello, &bytes);
             let _ = decode::<FailbackWelcome>(FrameKind::FailbackWelcome, &bytes);
             let _ = decode::<FailbackSay>(FrameKind::FailbackSay, &bytes);

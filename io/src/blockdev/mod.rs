@@ -1,11 +1,13 @@
 //! What a block device is, who uses it, and which disks are under a path. From sysfs and procfs only.
 
+mod claim;
 mod disks;
 mod facts;
 mod mounts;
 mod sysfs;
 mod usage;
 
+pub use claim::{Claim, writers};
 pub use disks::disks_behind;
 pub use facts::{BlockFacts, DevNo};
 pub use mounts::Mount;

@@ -92,8 +92,11 @@ async fn answer_history(daemon: &Arc<Daemon>, peer: &mut LocalPeer, request: Rec
             let outcome = history::scrub(daemon, &group, bytes_per_second, &mut progress).await;
             send(peer, outcome).await
         }
-        ReceiverRequest::Failover { group, at, test, dry_run } => {
-            send(peer, takeover::failover(daemon, &group, at, test, dry_run).await).await
+        ReceiverRequest::Failover { group, at, test, dry_run, planned } => {
+            let mut progress = ProgressOut::new(peer);
+            let wish = takeover::Wish { at, test, dry_run, planned };
+            let outcome = takeover::failover(daemon, &group, wish, &mut progress).await;
+            send(peer, outcome).await
         }
         ReceiverRequest::FailoverCommit { group } => send(peer, takeover::commit(daemon, &group).await).await,
         ReceiverRequest::FailoverAbort { group, force } => {

@@ -1,10 +1,10 @@
 //! What `varve` asks of a takeover.
 
-use super::no_group;
+use super::{ProgressOut, no_group};
 use crate::daemon::Daemon;
-use crate::promote::{Context, plan};
+use crate::promote::{Context, plan, plan_planned};
 use std::sync::Arc;
-use varve_common::control::FailoverReply;
+use varve_common::control::{FailoverReply, PlannedWish};
 use varve_common::point::PointSpec;
 use varve_common::problem::Problem;
 
@@ -13,22 +13,33 @@ pub fn context(daemon: &Daemon, group: &str) -> Result<Context, Problem> {
     Ok(Context { registry: daemon.registry.clone(), slot })
 }
 
+/// How a group is to be taken over.
+pub struct Wish {
+    pub at: PointSpec,
+    pub test: bool,
+    pub dry_run: bool,
+    pub planned: Option<PlannedWish>,
+}
+
 pub async fn failover(
     daemon: &Arc<Daemon>,
     group: &str,
-    at: PointSpec,
-    test: bool,
-    dry_run: bool,
+    wish: Wish,
+    progress: &mut ProgressOut<'_>,
 ) -> Result<FailoverReply, Problem> {
     let context = context(daemon, group)?;
+    let Wish { at, test, dry_run, planned } = wish;
     if dry_run {
-        let plan = tokio::task::block_in_place(|| plan(&context.slot, &at))?;
+        let plan = tokio::task::block_in_place(|| match planned {
+            Some(_) => plan_planned(&context.slot, &at),
+            None => plan(&context.slot, &at),
+        })?;
         return Ok(FailoverReply { test, ..plan });
     }
     if test {
         return tokio::task::block_in_place(|| daemon.promotions.test(&context, &daemon.views, at));
     }
-    daemon.promotions.failover(&context, at).await
+    daemon.promotions.failover(&context, at, planned, progress).await
 }
 
 pub async fn commit(daemon: &Arc<Daemon>, group: &str) -> Result<FailoverReply, Problem> {

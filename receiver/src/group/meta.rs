@@ -105,6 +105,9 @@ pub struct Takeover {
     /// It is being undone.
     #[serde(default)]
     pub aborting: bool,
+    /// The source was quiet: it has nothing that is not here.
+    #[serde(default)]
+    pub planned: bool,
 }
 
 impl Takeover {

@@ -27,7 +27,7 @@ use tokio::sync::{OwnedMutexGuard, mpsc, watch};
 use varve_common::config::ReceiverConfig;
 use varve_common::paths::Paths;
 use varve_common::state::Link;
-use varve_common::wire::messages::{Ask, Hello, Refused, RefusedReason, Report};
+use varve_common::wire::messages::{Ask, AskReply, Hello, Refused, RefusedReason, Report};
 use varve_io::{IoError, crashsafe};
 use varve_timeline::cache::IndexCache;
 use varve_timeline::timeline::Timeline;
@@ -42,10 +42,21 @@ pub struct Slot {
     /// How far its coming home is.
     pub failback: Homecoming,
     desk: Arc<tokio::sync::Mutex<Desk>>,
+    /// What the agent answered last to something that it was asked.
+    pub heard: watch::Sender<Option<Heard>>,
     /// What is kept and what expires is decided by one at a time.
     pub keeping: Mutex<()>,
     turn: watch::Sender<u64>,
     board: Mutex<Board>,
+}
+
+/// See [`Slot::heard`].
+#[derive(Clone, Debug)]
+pub struct Heard {
+    /// The number of the session in which it was said.
+    pub session: u64,
+    /// What was said.
+    pub reply: AskReply,
 }
 
 /// What only the holder of the desk may touch.
@@ -103,6 +114,7 @@ impl Slot {
             counters: Arc::default(),
             failback: Homecoming::default(),
             desk: Arc::default(),
+            heard: watch::Sender::new(None),
             keeping: Mutex::default(),
             turn: watch::Sender::new(0),
             board: Mutex::new(board),

@@ -11,10 +11,13 @@
 //!
 //! - [`writer`]: the stream
 //! - [`disk`]: a volume as a disk
+//! - [`quiet`]: the source before it is taken over
 
 pub mod disk;
+mod quiet;
 pub mod writer;
 
+use crate::control::ProgressOut;
 use crate::group::live::RollbackWish;
 use crate::group::meta::{GroupMeta, Takeover, hex, unhex};
 use crate::group::open::OpenGroup;
@@ -30,7 +33,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use varve_common::control::{
-    ExportKind, FailoverReply, PointReply, TakeoverStatus, ViewVolume as VolumeReply, show_time,
+    ExportKind, FailoverReply, PlannedWish, PointReply, TakeoverStatus, ViewVolume as VolumeReply, show_time,
 };
 use varve_common::format::{Mark, MarkKind};
 use varve_common::point::PointSpec;
@@ -123,7 +126,23 @@ pub fn plan(slot: &Slot, at: &PointSpec) -> Result<FailoverReply, Problem> {
         seconds: 0.0,
         volumes: Vec::new(),
         hints: Vec::new(),
+        drained: None,
+        planned: None,
     })
+}
+
+/// The same for a planned switch-over: nothing may be left out, and the source must be there.
+///
+/// # Errors
+/// For the operator.
+pub fn plan_planned(slot: &Slot, at: &PointSpec) -> Result<FailoverReply, Problem> {
+    if *at != PointSpec::Latest {
+        let why = "a planned switch-over loses nothing, so it takes the newest point";
+        let next = "leave --at away, or --planned";
+        return Err(Problem::usage(format!("'{}' was not switched over", slot.name), why, next));
+    }
+    quiet::check(slot)?;
+    plan(slot, at)
 }
 
 impl Promotions {
@@ -165,7 +184,13 @@ impl Promotions {
     ///
     /// # Errors
     /// For the operator. Once the epoch has risen the same command goes on where this one ended.
-    pub async fn failover(&self, context: &Context, at: PointSpec) -> Result<FailoverReply, Problem> {
+    pub async fn failover(
+        &self,
+        context: &Context,
+        at: PointSpec,
+        planned: Option<PlannedWish>,
+        progress: &mut ProgressOut<'_>,
+    ) -> Result<FailoverReply, Problem> {
         let begin = Instant::now();
         let name = context.slot.name.clone();
         if let Some(takeover) = context.meta().takeover {
@@ -173,18 +198,37 @@ impl Promotions {
             let next = format!("'varve status {name}' shows its devices; 'varve failover abort {name}' goes back");
             return Err(Problem::refused(format!("'{name}' is taken over already"), why, next));
         }
-        let (slot, spec) = (context.slot.clone(), at.clone());
-        let plan = blocking(move || plan(&slot, &spec)).await?;
+        let (slot, spec, is_planned) = (context.slot.clone(), at.clone(), planned.is_some());
+        let plan = blocking(move || if is_planned { plan_planned(&slot, &spec) } else { plan(&slot, &spec) }).await?;
+        let mut source = match &planned {
+            Some(wish) => Some(quiet::quiesce(context, wish, progress).await?),
+            None => None,
+        };
+        let drained = match at == PointSpec::Latest && source.is_none() {
+            true => quiet::drain(&context.slot).await,
+            false => None,
+        };
         let desk = context.registry.seize(&context.slot).await.map_err(|refused| context.failed(refused.text))?;
         let Some(open) = &desk.open else { return Err(context.failed("its files are not open")) };
+        if context.meta().takeover.is_some() {
+            // Whoever took the source away meanwhile has the group.
+            return Err(context.failed("another takeover of it was quicker"));
+        }
         // Everything that came before the session ended counts.
         let landed = open.live.view().landed;
+        if let Some(quiet) = &mut source {
+            quiet.holds(&context.slot, &landed).map_err(|why| context.failed(why))?;
+            crate::failpoint::hit(crate::failpoint::PLANNED_QUIET);
+        }
         catch_up(open, landed.height).await.map_err(|why| context.failed(why))?;
         let slot = context.slot.clone();
         let (_, point) = blocking(move || find(&slot, &at)).await?;
         let newest = open.timeline.locate(&PointSpec::Latest, now_ns());
         let newest = newest.map_err(|e| e.problem(&name, "latest"))?;
         let rollback = point.height < landed.height;
+        if source.is_some() && rollback {
+            return Err(context.failed("the newest point is not the newest position"));
+        }
         let takeover = Takeover {
             incarnation: hex(&rand::random()),
             height: point.height,
@@ -199,6 +243,7 @@ impl Promotions {
             since: show_time(now_ns()),
             committed: false,
             aborting: false,
+            planned: is_planned,
         };
         let epoch = takeover.source_epoch + 1;
         let change = |meta: &mut GroupMeta| {
@@ -207,14 +252,28 @@ impl Promotions {
             meta.takeover = Some(takeover.clone());
             meta.home = None;
         };
-        let changed = context.registry.change_meta(&context.slot, change).await;
-        changed.map_err(|refused| context.failed(refused.text))?;
+        if let Err(refused) = context.registry.change_meta(&context.slot, change).await {
+            // It may be on the disk all the same: what was is written again, before a source is agreed to.
+            let _ = context.registry.change_meta(&context.slot, |_| {}).await;
+            return Err(context.failed(refused.text));
+        }
+        if let Some(quiet) = &mut source {
+            quiet.keep();
+        }
         crate::failpoint::hit(crate::failpoint::PROMOTE_MARKED);
         tracing::warn!(group = name, at = show_time(point.time_ns), epoch, "taken over: no source may write any more");
         let wished = wish(&open.timeline, &takeover, &open.rolled).map_err(|e| context.failed(e.to_string()))?;
         open.live.wish_rollback(wished);
         let (volumes, hints) = self.serve(context, open, &takeover, epoch).await?;
+        let said = context.slot.board().report.as_ref().map(|(report, _)| report.captured);
+        let not_here_bytes = match source {
+            Some(_) => Some(0),
+            None => said.map(|captured| captured.saturating_sub(landed.at.position)),
+        };
         Ok(FailoverReply {
+            not_here_bytes,
+            drained,
+            planned: source.map(|quiet| quiet.reply()),
             point: point.reply(),
             newest: newest.reply(),
             epoch,
@@ -349,6 +408,8 @@ impl Promotions {
             seconds: 0.0,
             volumes: Vec::new(),
             hints: Vec::new(),
+            drained: None,
+            planned: None,
         }
     }
 
@@ -527,6 +588,7 @@ fn nothing() -> Takeover {
         since: String::new(),
         committed: false,
         aborting: false,
+        planned: false,
     }
 }
 

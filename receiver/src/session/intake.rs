@@ -17,7 +17,7 @@ use std::sync::atomic::Ordering;
 use tokio::sync::mpsc;
 use varve_common::control::show_position;
 use varve_common::format::{BLOCK_BYTES, ENTRY_ALIGN, ENTRY_HEADER_BYTES, Mark, MarkKind};
-use varve_common::wire::messages::{Incarnation, Probe, Refused, RefusedReason, Report, decode};
+use varve_common::wire::messages::{AskReply, Incarnation, Probe, Refused, RefusedReason, Report, decode};
 use varve_common::wire::{Codec, FRAME_HEADER_BYTES, Frame, FrameKind, Image, WireError};
 
 /// What a session is allowed to say.
@@ -62,6 +62,8 @@ pub struct Intake {
     counters: Arc<Counters>,
     /// The newest report, for the session to take.
     pub report: Option<Report>,
+    /// The newest answer to an ask, for the session to take.
+    pub reply: Option<AskReply>,
     /// An arena was wanted and all were held.
     pub starved: bool,
 }
@@ -101,6 +103,7 @@ impl Intake {
             waiting: Arc::default(),
             counters,
             report: None,
+            reply: None,
             starved: false,
         }
     }
@@ -179,7 +182,7 @@ impl Intake {
                 }
                 self.loose(frame);
             }
-            FrameKind::Report => self.loose(frame),
+            FrameKind::Report | FrameKind::AskReply => self.loose(frame),
             kind => return Err(protocol(format!("a {kind:?} frame, which does not belong here"))),
         }
         Ok(true)
@@ -333,6 +336,7 @@ impl Intake {
         let wrong = |e: WireError| protocol(e.to_string());
         match frame.kind {
             FrameKind::Report => self.report = Some(decode(frame.kind, &plain).map_err(wrong)?),
+            FrameKind::AskReply => self.reply = Some(decode(frame.kind, &plain).map_err(wrong)?),
             FrameKind::Probe => {
                 let probe: Probe = decode(frame.kind, &plain).map_err(wrong)?;
                 if let Some(why) = probe::objection(&probe, &self.rules.volumes) {

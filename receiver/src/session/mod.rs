@@ -11,7 +11,7 @@ pub mod writer;
 use crate::failback;
 use crate::failure::{Failure, protocol, refuse_for_now};
 use crate::group::live::Progress;
-use crate::group::registry::{Claim, Registry, Slot};
+use crate::group::registry::{Claim, Heard, Registry, Slot};
 use crate::group::stream::StreamState;
 use crate::limits::{ANSWERS_WAITING_MAX, CHUNKS_AT_ONCE, HELLO_TIMEOUT, TAKEOVER_TIMEOUT};
 use bytes::Bytes;
@@ -299,6 +299,10 @@ impl Session {
             }
             if let Some(report) = self.intake.report.take() {
                 self.claim.slot.board().report = Some((report, Instant::now()));
+            }
+            if let Some(reply) = self.intake.reply.take() {
+                let session = self.claim.slot.counters.sessions.load(Ordering::Acquire);
+                self.claim.slot.heard.send_replace(Some(Heard { session, reply }));
             }
             let Some(open) = &self.claim.desk.open else {
                 return Err(End::Refused(Failure::stopping().refused()));

@@ -2,6 +2,7 @@
 //! Nothing else changes the group's state; others send commands or read [`GroupShared`].
 
 mod backlog;
+mod quiet;
 mod receive;
 mod send;
 mod turn;
@@ -19,6 +20,8 @@ use super::verify::VerifyRun;
 use crate::clock;
 use crate::journal::{Settings, Tape as _};
 use crate::link::LinkView;
+use crate::quiesce::{Order, Quiet};
+use crate::store::Fence;
 use backlog::Backlog;
 use bytes::Bytes;
 use quinn::SendStream;
@@ -32,7 +35,9 @@ use varve_common::geometry::Extent;
 use varve_common::problem::Problem;
 use varve_common::record::RecordKind;
 use varve_common::state::{GapReason, Link};
-use varve_common::wire::messages::{self, Ask, Hello, Incarnation, ProbeReply, Report, Verify, VolumeHello, Welcome};
+use varve_common::wire::messages::{
+    self, Ask, AskReply, Hello, Incarnation, ProbeReply, Refused, RefusedReason, Report, Verify, VolumeHello, Welcome,
+};
 use varve_common::wire::{Codec, Frame, FrameKind, Image, ImageExtent, ImageHeader, WireError};
 use varve_io::aligned::{BufPool, PooledBuf};
 
@@ -67,6 +72,8 @@ pub enum Command {
     Verify(bool, oneshot::Sender<Result<u64, Problem>>),
     /// A volume is not what it was: a gap begins, which this worker will not end. Answered with its position.
     VolumeChanged(oneshot::Sender<Result<u64, Problem>>),
+    /// What became of an [`Order::Quiesce`].
+    Quiet(u64, Result<Quiet, Problem>),
 }
 
 /// A bookmark on its way.
@@ -103,6 +110,8 @@ pub struct Worker {
     pub compression: bool,
     /// Where the journal lies; `None`: there is none.
     pub journal: Option<Settings>,
+    /// To the daemon.
+    pub orders: mpsc::Sender<Order>,
     /// Told when the group is consistent for the first time.
     pub on_consistent: Box<dyn Fn() + Send + Sync>,
 }
@@ -129,6 +138,10 @@ struct State {
     read_failed: bool,
     /// Part of the journal could not be read: there is a hole in the stream.
     journal_lost: bool,
+    /// The receiver wants the group quiet, under this number: until it was told that it is.
+    quiescing: Option<u64>,
+    /// What it is to be told.
+    replies: Vec<AskReply>,
 }
 
 /// What lasts as long as one session.
@@ -220,6 +233,8 @@ impl Worker {
             last_canary: now,
             read_failed: false,
             journal_lost: false,
+            quiescing: None,
+            replies: Vec::new(),
         };
         if self.shared.facts().ever_consistent {
             state.gap.note_ever_consistent();
@@ -296,6 +311,9 @@ impl Worker {
 
     fn note_ended(&self, ended: &Ended) {
         let why = ended.explain();
+        if let Ended::Refused(refused) = ended {
+            self.note_refused(refused);
+        }
         let mut facts = self.shared.facts();
         facts.refused = match ended {
             Ended::Refused(refused) => Some(refused.reason),
@@ -450,6 +468,7 @@ impl Worker {
         for read in session.regions.drain() {
             self.give_back(&read);
         }
+        self.quiet_session_ended(state);
         if let Some(run) = state.verify.as_mut().filter(|run| !run.outcome().finished) {
             run.fail(format!("the session ended: {}", ended.explain()));
             self.shared.facts().verify = Some(run.outcome().clone());
@@ -463,6 +482,7 @@ impl Worker {
 
     /// Where the stream goes on, and what must be compared first.
     async fn agree(&mut self, state: &mut State, session: &mut Session, welcome: Welcome) -> Result<(), Ended> {
+        self.believe(&welcome)?;
         let producer = self.source.stream().producer();
         let resumable = welcome.resume.filter(|at| (self.shared.oldest()..=producer).contains(at));
         let stream = self.source.stream();

@@ -33,6 +33,7 @@ impl Worker {
                 };
                 let _ = answer.send(begun);
             }
+            Command::Quiet(id, outcome) => self.quiet(state, id, outcome),
             Command::VolumeChanged(answer) => {
                 let position = self.source.stream().producer();
                 self.gap_begins(state, GapReason::VolumeChanged, position);
@@ -156,6 +157,19 @@ impl Worker {
                 if let Some(run) = state.verify.as_mut().filter(|run| run.outcome().id == id) {
                     run.fail("cancelled");
                 }
+                Ok(())
+            }
+            Event::Ask(Ask::Drain { id }) => {
+                self.drained(state, id);
+                Ok(())
+            }
+            Event::Ask(Ask::Quiesce { id, limit_ms }) => {
+                self.begin_quiet(state, id, Duration::from_millis(limit_ms));
+                Ok(())
+            }
+            Event::Ask(Ask::Resume { .. }) => {
+                state.quiescing = None;
+                self.order(Order::Resume(self.shared.name.clone(), "refused"));
                 Ok(())
             }
             Event::Ended(ended) => Err(ended),

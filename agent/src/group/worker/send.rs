@@ -38,6 +38,7 @@ impl Worker {
         self.drive_verify(state);
         self.finish_gap(state, session);
         self.report(state, session).await?;
+        self.send_replies(state, session).await?;
         Ok(busy)
     }
 

@@ -1,0 +1,228 @@
+//! A planned switch-over loses nothing, there and back, or does not happen; a source that comes back after an unplanned one is
+//! told what to run, stays intact, and what only it has can be kept; nobody who does not know who is right goes on as if he did.
+#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(missing_docs, reason = "tests say what they test by their names")]
+
+use serde_json::Value;
+use std::fs::OpenOptions;
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use varve_tests::*;
+
+const LIMIT: Duration = Duration::from_secs(60);
+const PIECE: usize = 64 << 10;
+
+fn promoted(pair: &Pair, volume: usize) -> PathBuf {
+    pair.recovery.root().join(format!("run/varve/views/g-{volume}"))
+}
+
+fn hook(pair: &Pair, name: &str, text: &str) {
+    let dir = pair.production.root().join("etc/varve/hooks");
+    std::fs::create_dir_all(&dir).unwrap();
+    let path = dir.join(name);
+    std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).unwrap();
+}
+
+fn is_read_only(device: &Path) -> bool {
+    run_ok("blockdev", &[Path::new("--getro"), device]).trim() == "1"
+}
+
+fn write_at(device: &Path, value: u8, piece: u64) -> std::io::Result<()> {
+    let file = OpenOptions::new().write(true).custom_flags(nix::libc::O_DIRECT | nix::libc::O_SYNC).open(device)?;
+    file.write_all_at(&Aligned::filled(PIECE, &[value]), piece * PIECE as u64)
+}
+
+fn state(install: &Installation) -> (String, String) {
+    let word = |status: &Value, key: &str| status[key].as_str().unwrap_or("none").to_owned();
+    install.group("g").map_or_else(Default::default, |status| (word(&status, "role"), word(&status, "data")))
+}
+
+#[track_caller]
+fn wait_state(install: &Installation, role: &str, data: &str) {
+    let start = std::time::Instant::now();
+    while state(install) != (role.to_owned(), data.to_owned()) {
+        assert!(start.elapsed() < LIMIT, "not {role} and {data}: {:#?}", install.group("g"));
+        std::thread::sleep(Duration::from_millis(30));
+    }
+}
+
+#[track_caller]
+fn wait_writable(device: &Path) {
+    let rewrite = || {
+        let mut piece = Aligned::new(PIECE, 0);
+        let file = OpenOptions::new().read(true).write(true).custom_flags(nix::libc::O_DIRECT).open(device)?;
+        file.read_exact_at(&mut piece, PIECE as u64)?;
+        file.write_all_at(&piece, PIECE as u64)
+    };
+    wait_until(LIMIT, "the volume is writable", || !is_read_only(device) && rewrite().is_ok());
+}
+
+/// No comparison since `from` in the agent's log, and the replica is what the volume is.
+#[track_caller]
+fn assert_no_resync(pair: &Pair, from: usize, device: &Path, replica: &Path) {
+    pair.wait_applied("g", LIMIT);
+    assert_same(device, replica);
+    let log = pair.production.log(Role::Agent);
+    let bad: Vec<&str> = log[from..].lines().filter(|line| line.contains("resumed=false")).collect();
+    assert!(bad.is_empty(), "{bad:#?}");
+}
+
+fn json(install: &Installation, args: &[&str]) -> Value {
+    install.varve(&[args, &["--json"]].concat()).ok().json_lines().pop().unwrap()
+}
+
+/// Appends numbers, each synced, until it is told to stop: a database that the operator's hook stops and starts.
+const SERVICE: &str = r#"
+n=0
+while [ ! -e "$1/stop" ]; do
+    n=$((n + 1))
+    echo $n >> "$2/log" && sync "$2/log" && echo $n > "$1/acknowledged"
+done
+rm -f "$1/stop"
+"#;
+
+#[test]
+fn planned_there_and_back_loses_nothing() {
+    require_root();
+    let scratch = Scratch::disk();
+    let device = LoopDevice::new(&scratch, "volume", 64 << 20);
+    let mount = Mount::format(&scratch, "mnt", Filesystem::Ext4, device.path());
+    let pair = Pair::new();
+    let replicas = pair.protect("g", &[device.path()]);
+    let control = scratch.join("control");
+    std::fs::create_dir(&control).unwrap();
+    let (place, dir) = (mount.path().to_owned(), control.display().to_string());
+    hook(
+        &pair,
+        "quiesce",
+        &format!(
+            "touch {dir}/stop; while [ -e {dir}/stop ]; do sleep 0.02; done; umount {}; echo quiesce $1 $VARVE_WHY >>{dir}/said",
+            place.display()
+        ),
+    );
+    hook(&pair, "resume", &format!("echo resume $1 $VARVE_WHY >>{dir}/said"));
+    pair.wait_protected("g", LIMIT);
+    for round in 0..2u64 {
+        let service = std::process::Command::new("sh").args(["-c", SERVICE, "service", &dir]).arg(&place).spawn();
+        let mut service = service.unwrap();
+        wait_until(LIMIT, "some writes", || {
+            std::fs::read_to_string(control.join("acknowledged"))
+                .is_ok_and(|n| n.trim().parse::<u64>().unwrap_or(0) > 20)
+        });
+        let from = pair.production.log(Role::Agent).len();
+        let reply = json(&pair.recovery, &["failover", "g", "--planned", "--yes"]);
+        assert!(service.wait().unwrap().success());
+        let acknowledged = std::fs::read_to_string(control.join("acknowledged")).unwrap();
+        std::fs::remove_file(control.join("acknowledged")).unwrap();
+        let planned = &reply["planned"];
+        eprintln!("round {round}: {} acknowledged, {planned}", acknowledged.trim());
+        assert_eq!((&reply["not_here_bytes"], &planned["compared_bytes"]), (&Value::from(0), &Value::from(64 << 20)));
+        assert!(planned["read_only"] == true && planned["hook_seconds"].as_f64().is_some(), "{planned:#}");
+        // Nobody writes there: not through the device, not by mounting it.
+        assert!(is_read_only(device.path()) && write_at(device.path(), 9, 3).is_err());
+        let mounted = run(std::process::Command::new("mount").arg(device.path()).arg(&place));
+        assert_ne!(mounted.code, 0, "it can be mounted");
+        wait_until(LIMIT, "fenced", || state(&pair.production).0 == "fenced");
+        let copy = Mount::existing(&scratch, &format!("copy{round}"), &promoted(&pair, 0), "rw");
+        let last = std::fs::read_to_string(copy.path().join("log")).unwrap();
+        assert_eq!(last.lines().last().unwrap(), acknowledged.trim(), "an acknowledged line is missing");
+        if round == 0 {
+            drop(copy);
+            // And back by an abort: the source goes on where it was.
+            pair.recovery.varve(&["failover", "abort", "g", "--yes"]).ok();
+            wait_writable(device.path());
+            wait_state(&pair.production, "source", "protected");
+            run_ok("mount", &[device.path(), &place]);
+            std::fs::remove_file(place.join("log")).unwrap();
+            run_ok("sync", &["-f", place.to_str().unwrap()]);
+            assert_no_resync(&pair, from, device.path(), &replicas[0]);
+            continue;
+        }
+        std::fs::write(copy.path().join("there"), vec![7; 3 << 20]).unwrap();
+        copy.unmount();
+        pair.recovery.varve(&["failover", "commit", "g", "--yes"]).ok();
+        let look = json(&pair.recovery, &["failback", "g", "--dry-run"]);
+        // A few signs of life at most.
+        let captured = look["captured_there_bytes"].as_u64().unwrap();
+        assert!(look["only_there_bytes"] == 0 && captured < 1024, "{look:#}");
+        pair.recovery.varve(&["failback", "g", "--yes"]).ok();
+        json(&pair.recovery, &["failback", "g", "--cut-over", "--yes"]);
+        wait_writable(device.path());
+        wait_state(&pair.production, "source", "protected");
+        assert_no_resync(&pair, from, device.path(), &replicas[0]);
+        run_ok("mount", &[device.path(), &place]);
+        assert_eq!(std::fs::read(place.join("there")).unwrap(), vec![7; 3 << 20]);
+        assert_eq!(std::fs::read_to_string(place.join("log")).unwrap(), last);
+    }
+    let said = || std::fs::read_to_string(control.join("said")).unwrap();
+    wait_until(LIMIT, "the last hook", || said().ends_with("resume g home\n"));
+    assert_eq!(said(), "quiesce g planned\nresume g aborted\nquiesce g planned\nresume g home\n");
+}
+
+#[test]
+fn what_is_not_quiet_is_refused_and_the_source_goes_on() {
+    require_root();
+    let scratch = Scratch::disk();
+    let device = LoopDevice::new(&scratch, "volume", 32 << 20);
+    let mount = Mount::format(&scratch, "mnt", Filesystem::Ext4, device.path());
+    let mut pair = Pair::new();
+    let replicas = pair.protect("g", &[device.path()]);
+    pair.wait_protected("g", LIMIT);
+    let from = pair.production.log(Role::Agent).len();
+    let said = scratch.join("said");
+    let goes_on = |pair: &Pair, words: &str, args: &[&str], code: i32| {
+        let out = pair.recovery.varve(&[&["failover", "g", "--planned", "--yes"], args].concat()).expect_code(code);
+        assert!(out.stderr.contains(words), "'{words}' is not in: {}", out.stderr);
+        assert_eq!((state(&pair.recovery).0, is_read_only(device.path())), ("replica".to_owned(), false));
+        wait_state(&pair.production, "source", "protected");
+    };
+    goes_on(&pair, "is mounted", &[], 3);
+    std::fs::write(mount.path().join("file"), "goes on").unwrap();
+    mount.unmount();
+    let writer = OpenOptions::new().write(true).open(device.path()).unwrap();
+    goes_on(&pair, "open for writing: ", &[], 3);
+    drop(writer);
+    goes_on(&pair, "--at", &["--at", "-1s"], 2);
+    hook(&pair, "quiesce", "echo the database does not stop >&2; exit 1");
+    hook(&pair, "resume", &format!("echo $VARVE_WHY >>{}", said.display()));
+    goes_on(&pair, "the database does not stop", &[], 3);
+    hook(&pair, "quiesce", "sleep 100");
+    goes_on(&pair, "killed after 1 s", &["--limit", "1"], 3);
+    wait_until(LIMIT, "the resume hook", || std::fs::read_to_string(&said).is_ok_and(|said| said.lines().count() >= 2));
+    std::fs::remove_file(pair.production.root().join("etc/varve/hooks/quiesce")).unwrap();
+    // The receiver ends when the source is quiet: it stays so until it is told, which the next welcome does; or it is
+    // taken over, and an abort ends it.
+    for (point, role) in [("planned-quiet", "replica"), ("promote-marked", "promoted")] {
+        pair.recovery.set_env("VARVE_FAILPOINT", point);
+        pair.recovery.restart(Role::Receiver);
+        pair.recovery.set_env("VARVE_FAILPOINT", "");
+        wait_state(&pair.production, "source", "protected");
+        pair.recovery.varve(&["failover", "g", "--planned", "--yes"]).expect_code(4);
+        wait_until(LIMIT, "it ends there", || !pair.recovery.running(Role::Receiver));
+        assert!(is_read_only(device.path()), "{point}: nobody has said who is right");
+        // Also an agent that begins again does not know.
+        pair.production.kill(Role::Agent);
+        pair.production.start(Role::Agent);
+        wait_until(LIMIT, "held again", || is_read_only(device.path()));
+        let abort = pair.production.varve(&["failover", "abort", "g", "--yes"]).expect_code(3);
+        assert!(abort.stderr.contains("--force"), "{}", abort.stderr);
+        pair.recovery.start(Role::Receiver);
+        assert_eq!(state(&pair.recovery).0, role, "{point}");
+        if role == "promoted" {
+            wait_until(LIMIT, "fenced", || state(&pair.production).0 == "fenced");
+            assert!(is_read_only(device.path()));
+            wait_until(LIMIT, "served", || promoted(&pair, 0).exists());
+            pair.recovery.varve(&["failover", "abort", "g", "--yes"]).ok();
+        }
+        wait_writable(device.path());
+        wait_state(&pair.production, "source", "protected");
+        assert_no_resync(&pair, from, device.path(), &replicas[0]);
+    }
+    pair.production.stop(Role::Agent);
+    wait_until(LIMIT, "it is seen", || pair.recovery.group("g").unwrap()["link"] != "streaming");
+    let out = pair.recovery.varve(&["failover", "g", "--planned", "--yes"]).expect_code(4);
+    assert!(out.stderr.contains("not connected"), "{}", out.stderr);
+    pair.production.start(Role::Agent);
+}
