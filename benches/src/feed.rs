@@ -207,7 +207,7 @@ impl Group {
         let mark = AppliedFile::open(&dir.join(APPLIED_NAME), meta.id()).unwrap();
         let log = Arc::new(Log::open(&dir.join(LANDING_NAME), meta.id(), 64 << 20, 1 << 30, place).unwrap());
         let timeline = Timeline::open(&dir.join(HISTORY_NAME), meta.id(), index_cache()).unwrap();
-        let recorder = Recorder::open(timeline.clone(), &facts(&StreamState::fresh()), 0).unwrap();
+        let recorder = Recorder::open(timeline.clone(), &facts(&StreamState::fresh()), 0, 0).unwrap();
         let list = meta.volumes.iter().map(|volume| replicas::open(volume).unwrap()).collect();
         let counters = Arc::new(Counters::default());
         let live = Arc::new(Live::new(counters.clone(), StreamState::fresh(), StreamState::fresh()));

@@ -39,12 +39,14 @@ struct Current {
 impl Recorder {
     /// Goes on where the newest layer ends. `facts`: what the applied mark says; before there is a layer, history begins
     /// there. `history`: the layers were complete to this height when the mark was written; if they are not any more, the
-    /// points that need what is lost are told to be, and a new layer is begun.
+    /// points that need what is lost are told to be, and a new layer is begun. `landed`: the end of the landing log. The
+    /// replicas may hold anything up to there, and what that replaced may be in what is lost; no point before it is then good.
     ///
     /// # Errors
     /// If the newest layer or the chronicle cannot be read.
-    pub fn open(timeline: Arc<Timeline>, facts: &StreamFacts, history: u64) -> Result<Self, HistoryError> {
+    pub fn open(timeline: Arc<Timeline>, facts: &StreamFacts, history: u64, landed: u64) -> Result<Self, HistoryError> {
         timeline.settle(facts)?;
+        let reached = history.max(landed);
         let mut recorder = Self {
             timeline,
             layer: None,
@@ -55,30 +57,35 @@ impl Recorder {
             next_number: 1,
         };
         match recorder.timeline.newest_layer()? {
-            None => recorder.begin_anew(history)?,
+            None => recorder.begin_anew(history, reached)?,
             Some((number, true)) => {
                 recorder.next_number = number + 1;
                 if let Some(info) = recorder.timeline.layer_info(number) {
-                    let chunks = recorder.timeline.chunks(number)?;
-                    recorder.complete_to = chunks.last().map_or(info.first_height, |chunk| chunk.complete_to);
+                    recorder.complete_to = match recorder.timeline.chunks(number) {
+                        Ok(chunks) => chunks.last().map_or(info.first_height, |chunk| chunk.complete_to),
+                        Err(error @ (HistoryError::Damaged { .. } | HistoryError::Format { .. })) => {
+                            recorder.lost_closed(number, history.max(info.last_height), reached, &error)?
+                        }
+                        Err(other) => return Err(other),
+                    };
                     recorder.newest_point = (recorder.complete_to, info.last_time_ns);
                 }
             }
-            Some((number, false)) => match recorder.open_layer(number) {
+            Some((number, false)) => match recorder.open_layer(number, reached) {
                 Err(error @ (HistoryError::Damaged { .. } | HistoryError::Format { .. })) => {
-                    recorder.put_aside(number, history, &error)?;
+                    recorder.put_aside(number, history, reached, &error)?;
                 }
                 other => other?,
             },
         }
         if recorder.next_number > 1 && recorder.complete_to < history {
-            recorder.lost_end(history)?;
+            recorder.lost_end(history, reached)?;
         }
         recorder.applied(facts.height, facts.time_ns);
         Ok(recorder)
     }
 
-    fn open_layer(&mut self, number: u32) -> Result<(), HistoryError> {
+    fn open_layer(&mut self, number: u32, reached: u64) -> Result<(), HistoryError> {
         let (layer, found) = OpenLayer::open(&self.timeline.layers_dir(), self.timeline.group, number)?;
         if found.torn {
             tracing::info!(
@@ -89,7 +96,8 @@ impl Recorder {
         for damage in &found.damage {
             let (offset, bytes) = (damage.offset, damage.bytes);
             tracing::error!(layer = number, offset, bytes, why = damage.why, "the newest layer is damaged");
-            let (from, to) = (self.timeline.begin().unwrap_or(0), damage.whole_from.unwrap_or(found.complete_to));
+            let from = self.timeline.begin().unwrap_or(0);
+            let to = damage.whole_from.unwrap_or(found.complete_to.max(reached));
             let what = format!("layer {number} is damaged at byte {offset}: {}", damage.why);
             self.timeline.tell_damage(from, to, &what)?;
         }
@@ -113,7 +121,7 @@ impl Recorder {
     }
 
     /// There is no layer. Either nothing was ever replaced: then history begins at the first point; or the layers are gone.
-    fn begin_anew(&mut self, history: u64) -> Result<(), HistoryError> {
+    fn begin_anew(&mut self, history: u64, reached: u64) -> Result<(), HistoryError> {
         let Some(first) = self.timeline.chronicle().point_at_or_above(0) else { return Ok(()) };
         if history <= first {
             self.complete_to = first.min(self.complete_to);
@@ -121,11 +129,11 @@ impl Recorder {
         }
         tracing::error!(history, "all layers are gone: the points that need them are lost");
         self.complete_to = history;
-        self.timeline.tell(&[Event::damaged(0, history, "all layers are gone")])
+        self.timeline.tell(&[Event::damaged(0, reached, "all layers are gone")])
     }
 
     /// The newest layer cannot be read at all. It stays beside the others under another name.
-    fn put_aside(&mut self, number: u32, history: u64, error: &HistoryError) -> Result<(), HistoryError> {
+    fn put_aside(&mut self, number: u32, history: u64, reached: u64, error: &HistoryError) -> Result<(), HistoryError> {
         let path = crate::layer::path_of(&self.timeline.layers_dir(), number);
         tracing::error!(%error, layer = number, "the newest layer cannot be read and is put aside: points are lost");
         let mut aside = path.clone().into_os_string();
@@ -136,16 +144,26 @@ impl Recorder {
         let last = self.timeline.layers().last().map_or(0, |layer| layer.last_height);
         self.complete_to = history.max(last);
         let what = format!("layer {number} cannot be read");
-        self.timeline.tell(&[Event::damaged(self.timeline.begin().unwrap_or(0), self.complete_to, &what)])
+        let to = self.complete_to.max(reached);
+        self.timeline.tell(&[Event::damaged(self.timeline.begin().unwrap_or(0), to, &what)])
+    }
+
+    /// The newest layer was closed, and neither it nor its index can be read. It stays where it is: no point that is good
+    /// needs it. Gives how far the history is complete nevertheless.
+    fn lost_closed(&self, number: u32, end: u64, reached: u64, error: &HistoryError) -> Result<u64, HistoryError> {
+        tracing::error!(%error, layer = number, "the newest closed layer and its index cannot be read: points are lost");
+        let what = format!("layer {number} and its index cannot be read");
+        self.timeline.tell_damage(self.timeline.begin().unwrap_or(0), end.max(reached), &what)?;
+        Ok(end)
     }
 
     /// The newest layer does not reach as far as it did: what was torn off looks like an append that was never finished, but
     /// the replicas were changed after it.
-    fn lost_end(&mut self, history: u64) -> Result<(), HistoryError> {
+    fn lost_end(&mut self, history: u64, reached: u64) -> Result<(), HistoryError> {
         let (found, from) = (self.complete_to, self.timeline.begin().unwrap_or(0));
         tracing::error!(found, history, "the newest layer has lost its end: points that need it are lost");
         let what = format!("layer {} has lost its end", self.next_number - 1);
-        self.timeline.tell_damage(from, history, &what)?;
+        self.timeline.tell_damage(from, reached, &what)?;
         self.close_layer()?;
         self.complete_to = history;
         Ok(())

@@ -56,7 +56,8 @@ impl Past {
         let mut mark = AppliedFile::open(&recovery.dir.join(APPLIED_NAME), recovery.meta.id()).unwrap();
         let mut state = StreamState::from_slot(mark.slot());
         let timeline = Timeline::open(&recovery.dir.join(HISTORY_NAME), recovery.meta.id(), index_cache()).unwrap();
-        let mut recorder = Recorder::open(timeline.clone(), &facts(&state), mark.slot().history.get()).unwrap();
+        let mut recorder =
+            Recorder::open(timeline.clone(), &facts(&state), mark.slot().history.get(), state.height).unwrap();
         let first = (state.height, state.at.time_ns);
         let mut random = StdRng::seed_from_u64(rand::random());
         let mut page = [0; BLOCK as usize];
@@ -89,7 +90,7 @@ impl Past {
         let mark = AppliedFile::open(&self.recovery.dir.join(APPLIED_NAME), self.recovery.meta.id()).unwrap();
         let state = StreamState::from_slot(mark.slot());
         // Reads the open layer, as a start does; what it gives is only needed to append.
-        drop(Recorder::open(timeline.clone(), &facts(&state), mark.slot().history.get()).unwrap());
+        drop(Recorder::open(timeline.clone(), &facts(&state), mark.slot().history.get(), state.height).unwrap());
         timeline
     }
 

@@ -161,7 +161,8 @@ impl Files {
             // A rollback of a takeover ends the gap before its mark does.
             gap: applied.gap.filter(|_| !meta.takeover.as_ref().is_some_and(|takeover| is_rolled(&timeline, takeover))),
         };
-        let recorder = Recorder::open(timeline, &facts, slot.history.get()).map_err(|e| history_failed(&e))?;
+        let landed = recovered.state.height;
+        let recorder = Recorder::open(timeline, &facts, slot.history.get(), landed).map_err(|e| history_failed(&e))?;
         Ok(Self { log, mark, applied, recovered, recorder })
     }
 
