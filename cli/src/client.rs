@@ -119,7 +119,11 @@ pub(crate) fn ask<Q: Serialize, T: DeserializeOwned>(
 ) -> Result<T, Problem> {
     context.need_root()?;
     let trouble = |error: varve_net::Error| trouble(context, daemon, &error, patience);
-    let mut client = LocalClient::connect(&daemon.socket(&context.paths)).map_err(trouble)?;
+    let mut client = LocalClient::connect(&daemon.socket(&context.paths)).map_err(|error| match error.kind() {
+        // It was not even asked.
+        ErrorKind::Timeout => Problem::unreachable(error.to_string(), error.why(), look(context, daemon)),
+        _ => trouble(error),
+    })?;
     client.set_timeout(Some(patience)).map_err(trouble)?;
     client.request(request).map_err(trouble)?;
     loop {

@@ -39,7 +39,8 @@ pub const HANDSHAKES_CALM: usize = 16;
 pub const HANDSHAKES_PER_ADDRESS: usize = 8;
 /// Live connections in all.
 pub const CONNECTIONS_MAX: usize = 1024;
-/// Live connections of one host: its session, the one before that has not timed out yet, a doctor or two.
+/// Live connections of one host: its session, those before that have not timed out yet, a doctor or two. One more, and the
+/// oldest is closed.
 pub const CONNECTIONS_PER_HOST: usize = 8;
 /// Joining hosts at once.
 pub const JOINERS_MAX: usize = 16;
@@ -316,8 +317,7 @@ fn entitle(connection: &quinn::Connection, shared: &Shared) -> Result<(Peer, Gua
                 return Err((CloseCode::Revoked, Error::new(ErrorKind::Revoked, "the host is not enrolled any more")));
             };
             let entry = live::Entry { name: name.clone(), fingerprint, connection: connection.clone() };
-            let live = live::add(&shared.live, entry, CONNECTIONS_PER_HOST)
-                .ok_or_else(|| busy("the host has as many connections as it gets"))?;
+            let live = live::add(&shared.live, entry, CONNECTIONS_PER_HOST);
             Ok((Peer::Host { name, fingerprint }, Guard { _live: Some(live), _permits: permits }))
         }
         (Some(ALPN_SESSION), true) => Err(wrong("a join certificate on the session protocol")),

@@ -36,16 +36,23 @@ fn lock(live: &Live) -> MutexGuard<'_, LiveTable> {
     live.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Adds a connection; `None` if there are already `limit` with this fingerprint.
-pub(crate) fn add(live: &Live, entry: Entry, limit: usize) -> Option<LiveGuard> {
+/// Adds a connection. If there are `limit` with this fingerprint already, the oldest one goes: an agent that is started again
+/// and again leaves connections that are dead and look alive until they time out, and they must not keep it out. Two hosts
+/// with one identity cannot both be right either way.
+pub(crate) fn add(live: &Live, entry: Entry, limit: usize) -> LiveGuard {
     let mut table = lock(live);
-    if table.entries.values().filter(|e| e.fingerprint == entry.fingerprint).count() >= limit {
-        return None;
+    let own = table.entries.iter().filter(|(_, e)| e.fingerprint == entry.fingerprint);
+    let (count, oldest) = own.fold((0, u64::MAX), |(count, oldest), (id, _)| (count + 1, oldest.min(*id)));
+    if count >= limit
+        && let Some(oldest) = table.entries.remove(&oldest)
+    {
+        tracing::info!(host = oldest.name, remote = %oldest.connection.remote_address(), "its oldest connection makes room");
+        CloseCode::Busy.close(&oldest.connection);
     }
     let id = table.next;
     table.next += 1;
     table.entries.insert(id, entry);
-    Some(LiveGuard { live: live.clone(), id })
+    LiveGuard { live: live.clone(), id }
 }
 
 /// All live connections.

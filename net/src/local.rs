@@ -5,6 +5,7 @@
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream as BlockingStream;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
@@ -30,6 +32,9 @@ pub const REPLY_BYTES_MAX: usize = 1 << 20;
 pub const CLIENTS_MAX: usize = 64;
 /// The longest that a client may take for its first request, and to take a reply line.
 pub const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
+/// The longest that a client waits until the daemon takes its call, and until it takes its question. The kernel keeps calls for
+/// a daemon that hangs; only when it has no room for more does it come to this.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The daemon's side.
 #[derive(Debug)]
@@ -129,8 +134,9 @@ fn remove_stale(path: &Path) -> Result<()> {
         return Err(Error::new(ErrorKind::Io, format!("{} is in the way: it is not a socket", path.display()))
             .with_hint("move it away; Varve did not make it"));
     }
-    match BlockingStream::connect(path) {
+    match dial(path, CONNECT_TIMEOUT) {
         Ok(_) => Err(running(path)),
+        Err(e) if is_late(&e) => Err(running(path)),
         Err(e) if e.kind() == std::io::ErrorKind::ConnectionRefused => std::fs::remove_file(path).map_err(fail),
         Err(e) => Err(fail(e)),
     }
@@ -225,10 +231,26 @@ pub struct LocalClient {
 }
 
 impl LocalClient {
-    /// Connects to the daemon at `path`. If it cannot be reached, the error names the socket and the daemon to start
-    /// (by the socket's name: `receiver…` is varve-receiver's).
+    /// Connects to the daemon at `path`, within [`CONNECT_TIMEOUT`]. If it cannot be reached, the error names the socket and
+    /// the daemon to start (by the socket's name: `receiver…` is varve-receiver's).
     pub fn connect(path: &Path) -> Result<Self> {
-        let stream = BlockingStream::connect(path).map_err(|e| unreachable(path, e))?;
+        Self::connect_within(path, CONNECT_TIMEOUT)
+    }
+
+    fn connect_within(path: &Path, limit: Duration) -> Result<Self> {
+        let stream = dial(path, limit).map_err(|e| match is_late(&e) {
+            true => {
+                Error::new(ErrorKind::Timeout, format!("{} does not take calls on {}", daemon_of(path), path.display()))
+                    .because(format!(
+                        "it runs and hangs, or is stopped: as many wait as may, and none was taken in {limit:?}"
+                    ))
+                    .with_hint(format!(
+                        "look at its log ('journalctl -u {0}'), then 'systemctl restart {0}'",
+                        daemon_of(path)
+                    ))
+            }
+            false => unreachable(path, e),
+        })?;
         Ok(Self { stream: BufReader::new(stream), path: path.to_owned(), had_reply: false })
     }
 
@@ -244,6 +266,7 @@ impl LocalClient {
         // Not an error yet: a daemon that turned us away has closed; reading says so better.
         match self.stream.get_mut().write_all(&line) {
             Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+            Err(e) if is_late(&e) => Err(self.late(e)),
             other => other
                 .map_err(|e| Error::io(format!("cannot ask {} on {}", daemon_of(&self.path), self.path.display()), e)),
         }
@@ -256,9 +279,7 @@ impl LocalClient {
         let mut limited = (&mut self.stream).take(REPLY_BYTES_MAX as u64 + 1);
         let read = limited.read_until(b'\n', &mut line);
         match read {
-            Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {
-                return Err(Error::new(ErrorKind::Timeout, format!("{daemon} does not answer on {socket}")).because(e));
-            }
+            Err(e) if is_late(&e) => return Err(self.late(e)),
             // Turned away with our request unread.
             Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => line.clear(),
             other => drop(other.map_err(|e| Error::io(format!("cannot read from {daemon} on {socket}"), e))?),
@@ -289,6 +310,11 @@ impl LocalClient {
         Ok(None)
     }
 
+    fn late(&self, source: std::io::Error) -> Error {
+        let text = format!("{} does not answer on {}", daemon_of(&self.path), self.path.display());
+        Error::new(ErrorKind::Timeout, text).because(source)
+    }
+
     /// All reply lines, until the daemon is done or the first error.
     pub fn replies<T: DeserializeOwned>(&mut self) -> impl Iterator<Item = Result<T>> + '_ {
         let mut failed = false;
@@ -301,6 +327,19 @@ impl LocalClient {
             next
         })
     }
+}
+
+/// The kernel limits `connect` by the send timeout. (A connect without blocking would not do: it fails at once when there is no
+/// room, and cannot be waited for.)
+fn dial(path: &Path, limit: Duration) -> std::io::Result<BlockingStream> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_write_timeout(Some(limit))?;
+    socket.connect(&SockAddr::unix(path)?)?;
+    Ok(OwnedFd::from(socket).into())
+}
+
+fn is_late(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut)
 }
 
 fn daemon_of(path: &Path) -> &'static str {

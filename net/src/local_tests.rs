@@ -185,3 +185,36 @@ fn who_does_not_run_is_named() {
         assert!(error.hint().contains(&format!("systemctl start {daemon}")), "{}", error.hint());
     }
 }
+
+#[test]
+fn a_daemon_that_takes_no_calls_is_given_up() {
+    let (_dir, path) = socket();
+    std::fs::create_dir_all(path.parent().expect("parent")).expect("directory");
+    // Somebody who listens and never accepts: room for two.
+    let listener = Socket::new(Domain::UNIX, Type::STREAM, None).expect("socket");
+    listener.bind(&SockAddr::unix(&path).expect("address")).expect("bind");
+    listener.listen(1).expect("listen");
+    let limit = Duration::from_millis(300);
+    let mut taken = Vec::new();
+    let error = loop {
+        let start = std::time::Instant::now();
+        match LocalClient::connect_within(&path, limit) {
+            Ok(client) => taken.push(client),
+            Err(error) => {
+                assert!((limit / 2..limit * 10).contains(&start.elapsed()), "{:?}", start.elapsed());
+                break error;
+            }
+        }
+        assert!(taken.len() < 100, "there is no end to it");
+    };
+    assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+    let parts = [error.to_string(), error.why(), error.hint().to_string()];
+    assert!(parts[0].contains("varve-agent does not take calls on ") && parts[0].contains("agent.sock"), "{parts:?}");
+    assert!(parts[1].contains("hangs"), "{parts:?}");
+    assert!(parts[2].contains("systemctl restart varve-agent"), "{parts:?}");
+    // One whose call was kept and whose question is not answered gets the same kind.
+    let client = taken.first_mut().expect("one was kept");
+    client.set_timeout(Some(limit)).expect("limit");
+    client.request(&json!({"ask": "status"})).expect("the kernel keeps it");
+    assert_eq!(client.reply::<Value>().expect_err("nobody answers").kind(), ErrorKind::Timeout);
+}

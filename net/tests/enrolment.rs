@@ -211,18 +211,29 @@ async fn certificates_count_only_on_their_own_protocol() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_host_gets_a_bounded_number_of_connections() {
+async fn a_host_gets_a_bounded_number_of_connections_and_the_newest_wins() {
     let receiver = Receiver::start();
-    let identity = receiver.enrolled("db-1").await;
+    let (identity, other) = (receiver.enrolled("db-1").await, receiver.enrolled("db-2").await);
+    let neighbour = receiver.session(&other).await;
     let mut open = Vec::new();
     for _ in 0..CONNECTIONS_PER_HOST {
         open.push(receiver.session(&identity).await);
     }
-    let error = within(endpoint::connect(&identity, &receiver.addr)).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Busy);
-    assert!(error.is_transient());
-    open.pop();
-    receiver.session(&identity).await;
+    // As after a crash loop: those before are not closed by anybody.
+    open.push(receiver.session(&identity).await);
+    let (oldest, accepted) = &open[0];
+    let end = within(oldest.closed()).await;
+    assert_eq!(explain(&end, Purpose::Session, "r").kind(), ErrorKind::Busy, "{end}");
+    assert!(accepted.connection.close_reason().is_some());
+    for (connection, _) in &open[1..] {
+        assert!(connection.close_reason().is_none());
+    }
+    assert!(neighbour.0.close_reason().is_none(), "another host's connection");
+    let count = |name: &str| receiver.server.live().iter().filter(|live| live.0 == name).count();
+    assert_eq!((count("db-1"), count("db-2")), (CONNECTIONS_PER_HOST, 1));
+    // The end of a connection that made room takes nothing of the others.
+    drop(open.remove(0));
+    assert_eq!(count("db-1"), CONNECTIONS_PER_HOST);
 }
 
 #[tokio::test(flavor = "multi_thread")]
