@@ -215,6 +215,9 @@ pub enum ReceiverRequest {
         group: String,
         /// To this host; `None`: its own.
         host: Option<String>,
+        /// Keep what only the old source has as a group of this name, before it is overwritten.
+        #[serde(default)]
+        keep_branch: Option<String>,
         /// Only find out what would be sent.
         dry_run: bool,
     },
@@ -890,6 +893,16 @@ pub struct FailbackReply {
     pub only_there_bytes: Option<u64>,
     /// Bytes of the stream that the old source captured and never sent, as it said last; `None`: it does not know.
     pub captured_there_bytes: Option<u64>,
+    /// Bytes at the host that differ from the point of the split, in blocks of 64 KiB: what only it wrote. They are lost unless
+    /// they are kept. `None`: not compared, or that point has expired.
+    #[serde(default)]
+    pub branch_bytes: Option<u64>,
+    /// Time of the split: the newest point of the old source.
+    #[serde(default)]
+    pub branch_since: Option<String>,
+    /// They are kept as this group.
+    #[serde(default)]
+    pub branch_kept: Option<String>,
     /// Bytes compared by the last pass; of a cut-over: at the barrier.
     pub compared_bytes: u64,
     /// Bytes sent; of a cut-over: while nobody could write.

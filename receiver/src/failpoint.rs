@@ -44,6 +44,11 @@ pub const PROMOTE_ABORTING: &str = "promote-aborting";
 /// An abort has rolled back, the gap is open.
 pub const PROMOTE_ROLLED: &str = "promote-rolled";
 
+/// A branch is whole, it is no group yet.
+pub const BRANCH_WHOLE: &str = "branch-whole";
+/// A branch is a group, that it is kept is not durable.
+pub const BRANCH_MADE: &str = "branch-made";
+
 /// The agent captures again, the group still runs here.
 pub const HOME_ARMED: &str = "home-armed";
 /// The group is given back, its new stream has not begun.

@@ -32,7 +32,9 @@ pub fn group(daemon: &Daemon, slot: &Slot) -> GroupStatus {
         gap: landed.and_then(|landed| landed.gap),
         sync_running: report.is_some_and(|report| report.resync.is_some()),
         // What runs here is not behind anything.
-        behind: !promoted && report.is_none_or(|report| report.data == varve_common::state::Data::Lagging),
+        behind: !promoted
+            && board.meta.as_ref().is_none_or(|meta| meta.branch.is_none())
+            && report.is_none_or(|report| report.data == varve_common::state::Data::Lagging),
         verifying: report.and_then(|report| report.verify.as_ref()).is_some_and(|verify| !verify.finished),
     };
     let durable = landed.filter(|landed| landed.begun()).map(|landed| landed.at);
@@ -40,6 +42,10 @@ pub fn group(daemon: &Daemon, slot: &Slot) -> GroupStatus {
     let lag = captured.zip(durable).map_or(0, |(captured, durable)| captured.saturating_sub(durable.position));
     let failure = board.live.as_ref().and_then(|live| live.failure()).map(|failure| failure.text.clone());
     let meta = board.meta.as_ref();
+    let branch = meta.and_then(|meta| meta.branch.as_ref()).map(|branch| {
+        let (of, host, split) = (&branch.of, &branch.host, &branch.split);
+        format!("a branch of '{of}': what '{host}' wrote after {split} and never sent; nobody writes to it")
+    });
     let volume = |volume: &crate::group::meta::VolumeMeta| VolumeStatus {
         path: volume.path.clone(),
         bytes: volume.bytes,
@@ -50,7 +56,7 @@ pub fn group(daemon: &Daemon, slot: &Slot) -> GroupStatus {
         role: if promoted { Role::Promoted } else { Role::Replica },
         link: board.link,
         data: facts.word(),
-        reason: failure.or(board.refusal.clone()).or(facts.gap.map(|reason| reason.explain().to_owned())),
+        reason: failure.or(branch).or(board.refusal.clone()).or(facts.gap.map(|reason| reason.explain().to_owned())),
         gap_reason: facts.gap,
         epoch: meta.map_or(0, |meta| meta.epoch),
         rpo_seconds: report.and_then(|report| report.rpo_ms).map(|ms| ms as f64 / 1000.0),

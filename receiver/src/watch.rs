@@ -82,7 +82,11 @@ pub fn start(daemon: &Arc<Daemon>) -> io::Result<()> {
 }
 
 fn look(daemon: &Daemon) {
-    let facts: Vec<Facts> = daemon.registry.groups().iter().map(|slot| facts(daemon, slot)).collect();
+    // A branch has no source to be silent.
+    let is_branch = |slot: &Slot| slot.board().meta.as_ref().is_some_and(|meta| meta.branch.is_some());
+    let groups = daemon.registry.groups();
+    let watched = groups.iter().filter(|slot| !is_branch(slot));
+    let facts: Vec<Facts> = watched.map(|slot| facts(daemon, slot)).collect();
     daemon.watching.watcher.look(&daemon.watching.config, Some(&daemon.name), &facts);
 }
 

@@ -226,3 +226,81 @@ fn what_is_not_quiet_is_refused_and_the_source_goes_on() {
     assert!(out.stderr.contains("not connected"), "{}", out.stderr);
     pair.production.start(Role::Agent);
 }
+
+fn view_digest(pair: &Pair, group: &str, at: &str) -> String {
+    let view = json(&pair.recovery, &["view", "open", group, "--at", at]);
+    let digest = digest_device(Path::new(view["volumes"][0]["device"].as_str().unwrap()));
+    pair.recovery.varve(&["view", "close", &view["id"].to_string()]).ok();
+    digest
+}
+
+#[test]
+fn what_only_the_old_source_has_is_kept_before_it_is_overwritten() {
+    require_root();
+    let scratch = Scratch::disk();
+    let device = LoopDevice::new(&scratch, "volume", (40 << 20) + 512 * 3);
+    let mut pair = Pair::new();
+    let replicas = pair.protect("g", &[device.path()]);
+    pair.wait_protected("g", LIMIT);
+    for piece in 0..200 {
+        write_at(device.path(), piece as u8 + 1, piece * 3).unwrap();
+    }
+    pair.wait_applied("g", LIMIT);
+    let split = digest_device(device.path());
+    let reply = json(&pair.recovery, &["failover", "g", "--yes"]);
+    assert_eq!(reply["drained"]["complete"], true, "{reply:#}");
+    pair.recovery.varve(&["failover", "commit", "g", "--yes"]).ok();
+    // Both write, some of it in the same place; one block becomes zeroes there.
+    for piece in [1, 4, 30, 31, 599] {
+        write_at(device.path(), 200, piece).unwrap();
+    }
+    write_at(device.path(), 0, 33).unwrap();
+    for piece in [2, 4, 31, 500] {
+        write_at(&promoted(&pair, 0), 100, piece).unwrap();
+    }
+    let (branch, here) = (digest_device(device.path()), digest_device(&promoted(&pair, 0)));
+    let look = json(&pair.recovery, &["failback", "g", "--dry-run"]);
+    assert_eq!(look["branch_bytes"], 6 * PIECE, "{look:#}");
+    let asked = pair.recovery.varve(&["failback", "g"]).expect_code(3);
+    assert!(asked.stderr.contains("384.0 KiB") && asked.stderr.contains("are lost"), "{}", asked.stderr);
+    assert_eq!(digest_device(device.path()), branch, "nothing was touched");
+    let taken = pair.recovery.varve(&["failback", "g", "--keep-branch", "g", "--yes"]).expect_code(3);
+    assert!(taken.stderr.contains("already"), "{}", taken.stderr);
+    pair.recovery.stop(Role::Receiver);
+    for point in ["branch-whole", "branch-made"] {
+        pair.recovery.set_env("VARVE_FAILPOINT", point);
+        pair.recovery.start(Role::Receiver);
+        pair.recovery.set_env("VARVE_FAILPOINT", "");
+        if point == "branch-whole" {
+            pair.recovery.varve(&["failback", "g", "--keep-branch", "old", "--yes"]).expect_code(4);
+        }
+        wait_until(LIMIT, "it ends there", || !pair.recovery.running(Role::Receiver));
+        assert_eq!(digest_device(device.path()), branch, "{point}: nothing was touched");
+    }
+    pair.recovery.start(Role::Receiver);
+    wait_until(LIMIT, "following", || {
+        pair.recovery.group("g").unwrap()["history"]["takeover"]["failback"]["phase"] == "following"
+    });
+    assert_eq!(digest_device(device.path()), here);
+    let done = json(&pair.recovery, &["failback", "g", "--yes"]);
+    assert_eq!(done["branch_kept"], "old", "{done:#}");
+    for (at, digest) in [("latest", &branch), ("bookmark:branch", &branch), ("bookmark:split", &split)] {
+        assert_eq!(&view_digest(&pair, "old", at), digest, "{at}");
+    }
+    let status = pair.recovery.group("old").unwrap();
+    assert!(
+        status["reason"].as_str().unwrap().contains("branch of 'g'") && status["data"] == "protected",
+        "{status:#}"
+    );
+    let points = json(&pair.recovery, &["points", "old"]);
+    assert_eq!(points["bookmarks"].as_array().unwrap().len(), 2, "{points:#}");
+    json(&pair.recovery, &["failback", "g", "--cut-over", "--yes"]);
+    wait_state(&pair.production, "source", "protected");
+    pair.wait_applied("g", LIMIT);
+    assert_same(device.path(), &replicas[0]);
+    // A restart of the receiver finds it again; another one of that name is not protected into it.
+    pair.recovery.restart(Role::Receiver);
+    assert_eq!(view_digest(&pair, "old", "latest"), branch);
+    pair.recovery.varve(&["scrub", "old"]).ok();
+    pair.recovery.varve(&["forget", "old", "--yes"]).ok();
+}

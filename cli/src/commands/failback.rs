@@ -38,6 +38,10 @@ pub(crate) struct Args {
     /// On the host that shall have it: these are its volumes, in their order
     #[arg(long, value_name = "DEVICE", conflicts_with = "stop")]
     volume: Vec<String>,
+    /// Keep what only that host has (what it wrote after the takeover and never sent) as a group of this name, before it is
+    /// overwritten: its points can be opened here
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["cut_over", "volume", "stop"])]
+    keep_branch: Option<String>,
     /// It stays here
     #[arg(long)]
     stop: bool,
@@ -63,20 +67,50 @@ pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
     let group = &args.group;
     let go = |dry_run: bool| -> Result<FailbackReply, Problem> {
         let what = if dry_run { "comparing" } else { "bringing home" };
-        let request = ReceiverRequest::Failback { group: group.clone(), host: args.to.clone(), dry_run };
-        follow(context, &format!("{what} {group}"), &request)
+        let what = format!("{what} {group}");
+        let (group, host, keep_branch) = (group.clone(), args.to.clone(), args.keep_branch.clone());
+        let request = ReceiverRequest::Failback { group, host, keep_branch, dry_run };
+        follow(context, &what, &request)
     };
     if !args.dry_run {
         let to = args.to.as_ref().map_or(String::new(), |host| format!(" --to {host}"));
-        let again = context.suggest(&format!("failback {group}{to}"));
-        if !args.yes && std::io::stdin().is_terminal() {
-            note(text_of(&go(true)?).trim_end());
+        let keep = args.keep_branch.as_ref().map_or(String::new(), |name| format!(" --keep-branch {name}"));
+        let again = context.suggest(&format!("failback {group}{to}{keep}"));
+        let mut question = format!("overwrite the volumes of '{group}' at home with what runs here?");
+        if !args.yes {
+            // What is lost is named before anybody is asked.
+            let look = go(true)?;
+            if std::io::stdin().is_terminal() {
+                note(text_of(&look).trim_end());
+            }
+            question = format!("{question} {}", lost(&look, args.keep_branch.as_deref()));
         }
-        confirm(args.yes, &format!("overwrite the volumes of '{group}' at home with what runs here?"), &again)?;
+        confirm(args.yes, &question, &again)?;
     }
     let reply = go(args.dry_run)?;
     context.answer(&reply, text_of);
     Ok(DONE)
+}
+
+/// What becomes of what only the old source has.
+fn lost(look: &FailbackReply, keep: Option<&str>) -> String {
+    let since = look.branch_since.as_deref().map_or("the takeover".to_owned(), words::exact_time);
+    match (look.branch_bytes, keep) {
+        (Some(0), _) => format!("'{}' has nothing for itself", look.host),
+        (Some(bytes), Some(name)) => {
+            format!(
+                "{} that only '{}' wrote, after {since}, are kept as group '{name}'",
+                words::bytes(bytes),
+                look.host
+            )
+        }
+        (Some(bytes), None) => format!(
+            "{} that only '{}' wrote, after {since}, are lost then (--keep-branch NAME keeps them)",
+            words::bytes(bytes),
+            look.host
+        ),
+        (None, _) => format!("what only '{}' wrote after {since} is not known", look.host),
+    }
 }
 
 fn follow(context: &Context, what: &str, request: &ReceiverRequest) -> Result<FailbackReply, Problem> {
@@ -160,9 +194,17 @@ fn text_of(reply: &FailbackReply) -> String {
             Some(bytes) => format!("  captured on '{host}' and never here: {} of its stream", words::bytes(bytes)),
             None => format!("  captured on '{host}' and never here: not known (it began anew, or was not heard of)"),
         });
+        if reply.branch_bytes.is_some() {
+            lines.push(format!("  branch: {}", lost(reply, None)));
+        }
     } else if reply.sent_bytes > 0 || reply.home {
         let compared = words::bytes(reply.compared_bytes);
         lines.push(format!("  sent: {}, compared: {compared}", words::bytes(reply.sent_bytes)));
+    }
+    if let Some(name) = &reply.branch_kept {
+        lines.push(format!(
+            "  what only '{host}' had is kept: group '{name}', bookmarks split and branch (varve points {name})"
+        ));
     }
     if let Some(pause) = reply.pause_seconds {
         lines.push(format!("  nobody could write for {}", words::seconds(pause)));

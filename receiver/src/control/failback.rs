@@ -14,6 +14,7 @@ pub async fn failback(
     daemon: &Arc<Daemon>,
     group: &str,
     host: Option<String>,
+    keep_branch: Option<String>,
     dry_run: bool,
     progress: &mut ProgressOut<'_>,
 ) -> Result<FailbackReply, Problem> {
@@ -31,7 +32,7 @@ pub async fn failback(
     if dry_run {
         return orders::look(&context, progress).await;
     }
-    orders::begin(&context, host, progress).await
+    orders::begin(&context, host, keep_branch, progress).await
 }
 
 pub async fn cut_over(

@@ -102,9 +102,9 @@ async fn answer_history(daemon: &Arc<Daemon>, peer: &mut LocalPeer, request: Rec
         ReceiverRequest::FailoverAbort { group, force } => {
             send(peer, takeover::abort(daemon, &group, force).await).await
         }
-        ReceiverRequest::Failback { group, host, dry_run } => {
+        ReceiverRequest::Failback { group, host, keep_branch, dry_run } => {
             let mut progress = ProgressOut::new(peer);
-            let outcome = failback::failback(daemon, &group, host, dry_run, &mut progress).await;
+            let outcome = failback::failback(daemon, &group, host, keep_branch, dry_run, &mut progress).await;
             send(peer, outcome).await
         }
         ReceiverRequest::FailbackCutOver { group, quick, dry_run } => {

@@ -134,6 +134,8 @@ async fn give_back(
         (meta.epoch, meta.source_epoch_min) = (epoch, epoch);
         (meta.takeover, meta.failback, meta.home) = (None, None, Some(home));
         meta.owner = host.to_owned();
+        // It has a source again.
+        meta.branch = None;
         for (volume, path) in meta.volumes.iter_mut().zip(&armed.paths) {
             volume.path.clone_from(path);
         }

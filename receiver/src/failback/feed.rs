@@ -67,7 +67,8 @@ pub fn run(volumes: &[Arc<ViewVolume>], set: &Blocks, _pin: &Pin, out: &mpsc::Se
     }
 }
 
-fn read(view: &ViewVolume, volume: u16, extent: Extent) -> Result<Region, String> {
+/// One region.
+pub(super) fn read(view: &ViewVolume, volume: u16, extent: Extent) -> Result<Region, String> {
     let count = extent.len().div_ceil(DIGEST_BLOCK_BYTES) as usize;
     let stretch = view.stretch(extent.start, extent.len()).map_err(|e| e.to_string())?;
     if stretch.hole && stretch.len >= extent.len() {

@@ -19,6 +19,7 @@
 //! cannot be served any more. The agent lets nobody write its volumes until it has heard it.
 //!
 //! - [`blocks`]: sets of regions
+//! - [`branch`]: what only the old source has
 //! - [`feed`]: regions as they were at a point, with their digests
 //! - [`stream`]: the conversation with the agent
 //! - [`pass`]: comparing and sending
@@ -26,6 +27,7 @@
 //! - [`orders`]: what the operator asks
 
 pub mod blocks;
+mod branch;
 pub mod cutover;
 pub mod feed;
 pub mod orders;
@@ -135,8 +137,21 @@ pub struct Shown {
     pub lag: Option<Duration>,
     /// The cut-over is under way.
     pub cutting_over: bool,
-    /// Of the newest look: bytes that differ, and those of them that did not change here.
-    pub looked: Option<(u64, u64)>,
+    /// What only the old source has is being kept.
+    pub keeping: bool,
+    /// Of the newest look.
+    pub looked: Option<Looked>,
+}
+
+/// What differs at the old source.
+#[derive(Clone, Copy, Debug)]
+pub struct Looked {
+    /// Bytes that differ from what runs here.
+    pub differing: u64,
+    /// Those of them that did not change here.
+    pub only_there: u64,
+    /// Bytes that differ from the point of the split: its branch. `None`: that point has expired.
+    pub branch: Option<u64>,
 }
 
 impl Homecoming {
@@ -245,6 +260,7 @@ impl Homecoming {
                 ("waiting", format!("start varve-agent on '{}' and see that it is connected", failback.host))
             }
             Shown { cutting_over: true, .. } => ("cutting-over", "wait".to_owned()),
+            Shown { keeping: true, .. } => ("keeping-branch", "wait: business goes on here meanwhile".to_owned()),
             Shown { lag: None, .. } => ("comparing", "wait: business goes on meanwhile".to_owned()),
             Shown { .. } => {
                 ("following", format!("stop what uses the devices, then 'varve failback {name} --cut-over'"))

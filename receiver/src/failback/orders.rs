@@ -1,13 +1,16 @@
 //! What the operator asks: what would be sent, begin, give up. (The cut-over is in [`super::cutover`].)
 
+use super::Looked;
 use crate::apply::rollback::measure;
 use crate::control::ProgressOut;
 use crate::group::meta::{Failback, GroupMeta, unhex};
 use crate::group::registry::Slot;
 use crate::limits::{HOME_CONNECT_TIME_MAX, HOME_LOOK_INTERVAL};
 use crate::promote::Context;
+use crate::view::views::find;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use varve_common::control::{FailbackReply, VolumeStatus, show_time};
+use varve_common::point::PointSpec;
 use varve_common::problem::Problem;
 
 fn now() -> String {
@@ -35,6 +38,9 @@ pub(super) fn bare_reply(slot: &Slot, meta: &GroupMeta, host: &str) -> FailbackR
         differing_bytes: None,
         only_there_bytes: None,
         captured_there_bytes: not_here,
+        branch_bytes: None,
+        branch_since: takeover.map(|takeover| show_time(takeover.before_time_ns)),
+        branch_kept: meta.failback.as_ref().filter(|it| it.kept).and_then(|it| it.keep_branch.clone()),
         compared_bytes: shown.total_bytes,
         sent_bytes: shown.sent_bytes,
         lag_seconds: shown.lag.map(|lag| lag.as_secs_f64()),
@@ -132,8 +138,17 @@ pub async fn look(context: &Context, progress: &mut ProgressOut<'_>) -> Result<F
         (None, Some((problem, next))) => format!("{problem}; on '{}': {next}", meta.owner),
         (None, None) => format!("what '{}' holds is not known: its agent did not answer", meta.owner),
     };
-    let (differing_bytes, only_there_bytes) = (looked.map(|it| it.0), looked.map(|it| it.1));
-    Ok(FailbackReply { differing_bytes, only_there_bytes, next, ..reply(&meta, &meta.owner) })
+    let bare = reply(&meta, &meta.owner);
+    Ok(match looked {
+        None => FailbackReply { next, ..bare },
+        Some(Looked { differing, only_there, branch }) => FailbackReply {
+            differing_bytes: Some(differing),
+            only_there_bytes: Some(only_there),
+            branch_bytes: branch,
+            next,
+            ..bare
+        },
+    })
 }
 
 /// Calls the group home and waits until the volumes there follow what is written here.
@@ -143,6 +158,7 @@ pub async fn look(context: &Context, progress: &mut ProgressOut<'_>) -> Result<F
 pub async fn begin(
     context: &Context,
     host: Option<String>,
+    keep_branch: Option<String>,
     progress: &mut ProgressOut<'_>,
 ) -> Result<FailbackReply, Problem> {
     let (begin, slot, name) = (Instant::now(), &context.slot, &context.slot.name);
@@ -154,9 +170,16 @@ pub async fn begin(
             let why = format!("it is being brought to '{}' since {}", failback.host, failback.since);
             return Err(Problem::refused(what, why, format!("'varve failback {name} --stop' first")));
         }
+        Some(failback) if keep_branch.is_some() && keep_branch != failback.keep_branch => {
+            let why = "it is being brought home already, and what its host had for itself may be overwritten in part";
+            return Err(Problem::refused(what, why, format!("'varve failback {name}' goes on")));
+        }
         Some(_) => {}
         None => {
-            let failback = Failback { host: host.clone(), since: now() };
+            if let Some(branch) = &keep_branch {
+                refuse_branch(context, &meta, branch, &what)?;
+            }
+            let failback = Failback { host: host.clone(), since: now(), keep_branch, kept: false };
             let change = |meta: &mut GroupMeta| meta.failback = Some(failback);
             let changed = context.registry.change_meta(&context.slot, change).await;
             changed.map_err(|refused| context.failed(refused.text))?;
@@ -194,6 +217,20 @@ pub async fn begin(
             progress.tell(shown.done_bytes, shown.total_bytes).await;
         }
     }
+}
+
+/// The branch can be kept under this name, as far as is known here.
+fn refuse_branch(context: &Context, meta: &GroupMeta, branch: &str, what: &str) -> Result<(), Problem> {
+    let next = "give another name";
+    context.registry.place_branch(branch).map_err(|why| Problem::refused(what, why, next))?;
+    let split = meta.takeover.as_ref().map_or(0, |takeover| takeover.before_height);
+    // It may be opened at this moment.
+    let (timeline, _) = tokio::task::block_in_place(|| find(&context.slot, &PointSpec::Latest))?;
+    if timeline.pin(split).is_err() {
+        let next = format!("copy the volumes at their host, or 'varve failback {}' without --keep-branch", meta.name);
+        return Err(Problem::refused(what, "the point of the split has expired, so the branch has no ground", next));
+    }
+    Ok(())
 }
 
 /// The group stays here.

@@ -8,7 +8,7 @@ use crate::view::views::volumes_at;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tokio::sync::mpsc;
-use varve_common::limits::REGION_BYTES;
+use varve_common::limits::{DIGEST_BLOCK_BYTES, REGION_BYTES};
 use varve_common::wire::FrameKind;
 use varve_common::wire::messages::{FailbackTell, Probe};
 use varve_timeline::timeline::{Pin, Timeline};
@@ -39,6 +39,8 @@ pub struct Passed {
     pub only_there_bytes: u64,
     /// Regions that differed.
     pub differing: Blocks,
+    /// Digest blocks that differed.
+    pub blocks: Blocks,
 }
 
 impl Talk {
@@ -57,6 +59,7 @@ impl Talk {
             differing_bytes: 0,
             only_there_bytes: 0,
             differing: Blocks::none(&sizes, REGION_BYTES),
+            blocks: Blocks::none(&sizes, DIGEST_BLOCK_BYTES),
         };
         self.passes += 1;
         let number = self.passes;
@@ -131,6 +134,7 @@ fn note(passed: &mut Passed, region: &Region, differs: u16, here: Option<&Blocks
         let block = region.block(number);
         passed.differing_bytes += block.len();
         passed.differing.insert(region.volume, block.start, block.end);
+        passed.blocks.insert(region.volume, block.start, block.end);
         if here.is_some_and(|here| !here.contains(region.volume, block.start)) {
             passed.only_there_bytes += block.len();
         }

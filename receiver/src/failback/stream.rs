@@ -2,7 +2,7 @@
 
 use super::blocks::Blocks;
 use super::pass::{Wish, unexpected};
-use super::{Armed, At, Order};
+use super::{Armed, At, Looked, Order};
 use crate::failure::{protocol, refuse, refuse_for_now};
 use crate::group::meta::{GroupMeta, Takeover, unhex};
 use crate::group::registry::{Registry, Slot};
@@ -15,6 +15,7 @@ use bytes::Bytes;
 use quinn::{RecvStream, SendStream};
 use serde::Serialize;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -27,17 +28,25 @@ use varve_common::wire::{FRAME_HEADER_BYTES, Frame, FrameKind};
 use varve_timeline::error::HistoryError;
 use varve_timeline::timeline::Timeline;
 
+/// The longest image of one block.
+const FETCHED_BYTES_MAX: usize = DIGEST_BLOCK_BYTES as usize + 256;
+
 /// What the agent said.
 #[derive(Debug)]
 pub(super) enum Incoming {
     Say(FailbackSay),
     Differs(ProbeReply),
     Written(ImageDone),
+    Fetched(Vec<u8>),
     Gone(String),
 }
 
 /// One stream.
 pub(super) struct Talk {
+    pub(super) registry: Arc<Registry>,
+    pub(super) host: String,
+    /// Images that the agent may send: they were asked for.
+    pub(super) fetches: Arc<AtomicUsize>,
     pub(super) slot: Arc<Slot>,
     send: SendStream,
     pub(super) incoming: mpsc::Receiver<Incoming>,
@@ -70,10 +79,23 @@ pub async fn serve(
     }
     tracing::info!(host, group, ?purpose, software = hello.software, "coming home: stream open");
     let (into, incoming) = mpsc::channel(HOME_WAITING_MAX);
-    let reader = tokio::spawn(read_all(recv, into));
+    let fetches = Arc::new(AtomicUsize::new(0));
+    let reader = tokio::spawn(read_all(recv, into, fetches.clone()));
     let paths = hello.volumes.iter().map(|volume| volume.path.clone()).collect();
     let sizes = meta.volume_bytes();
-    let mut talk = Talk { slot: slot.clone(), send, incoming, sizes, paths, ids: 0, passes: 0 };
+    let (registry, host_name) = (registry.clone(), host.to_owned());
+    let mut talk = Talk {
+        registry,
+        host: host_name,
+        fetches,
+        slot: slot.clone(),
+        send,
+        incoming,
+        sizes,
+        paths,
+        ids: 0,
+        passes: 0,
+    };
     let (orders, mut order) = mpsc::channel(1);
     let number = slot.failback.begin_stream(orders);
     let ended = match purpose {
@@ -140,9 +162,9 @@ fn admit(
     Ok((slot, meta, purpose))
 }
 
-async fn read_all(mut recv: RecvStream, into: mpsc::Sender<Incoming>) {
+async fn read_all(mut recv: RecvStream, into: mpsc::Sender<Incoming>, fetches: Arc<AtomicUsize>) {
     loop {
-        let incoming = match read_one(&mut recv).await {
+        let incoming = match read_one(&mut recv, &fetches).await {
             Ok(incoming) => incoming,
             Err(why) => Incoming::Gone(why),
         };
@@ -153,11 +175,15 @@ async fn read_all(mut recv: RecvStream, into: mpsc::Sender<Incoming>) {
     }
 }
 
-async fn read_one(recv: &mut RecvStream) -> Result<Incoming, String> {
+async fn read_one(recv: &mut RecvStream, fetches: &AtomicUsize) -> Result<Incoming, String> {
     let mut head = [0; FRAME_HEADER_BYTES];
     recv.read_exact(&mut head).await.map_err(|e| format!("the agent is gone: {e}"))?;
     let frame = Frame::decode(&head).map_err(|e| e.to_string())?;
-    if !matches!(frame.kind, FrameKind::FailbackSay | FrameKind::ProbeReply | FrameKind::ImageDone) {
+    // Only what was asked for, and no more of it than that.
+    let fetched = frame.kind == FrameKind::Image
+        && frame.body_bytes.max(frame.plain_bytes) <= FETCHED_BYTES_MAX
+        && fetches.fetch_update(Ordering::AcqRel, Ordering::Acquire, |left| left.checked_sub(1)).is_ok();
+    if !fetched && !matches!(frame.kind, FrameKind::FailbackSay | FrameKind::ProbeReply | FrameKind::ImageDone) {
         return Err(protocol(format!("a {:?} frame, which does not belong here", frame.kind)).text);
     }
     let mut body = vec![0; frame.body_bytes];
@@ -165,6 +191,7 @@ async fn read_one(recv: &mut RecvStream) -> Result<Incoming, String> {
     let mut scratch = Vec::new();
     let plain = frame.open(&body, &mut scratch).map_err(|e| e.to_string())?;
     let decoded = match frame.kind {
+        FrameKind::Image => Ok(Incoming::Fetched(plain.to_vec())),
         FrameKind::FailbackSay => decode(frame.kind, plain).map(Incoming::Say),
         FrameKind::ProbeReply => decode(frame.kind, plain).map(Incoming::Differs),
         _ => decode(frame.kind, plain).map(Incoming::Written),
@@ -258,7 +285,17 @@ impl Talk {
         let here = changed_since(&timeline, split, &self.sizes, DIGEST_BLOCK_BYTES).await?;
         let set = Blocks::all(&self.sizes, REGION_BYTES);
         let passed = self.pass(&timeline, Wish { set, height, write: false, here: Some(&here) }).await?;
-        let looked = Some((passed.differing_bytes, passed.only_there_bytes));
+        let (differing, only_there) = (passed.differing_bytes, passed.only_there_bytes);
+        // Where nothing changed here, what differs from now differs from the split; where something did, it is compared with that.
+        let changed = changed_since(&timeline, split, &self.sizes, REGION_BYTES).await;
+        let branch = match changed.ok().filter(|_| timeline.pin(split).is_ok()) {
+            None => None,
+            Some(set) => {
+                let passed = self.pass(&timeline, Wish { set, height: split, write: false, here: Some(&here) }).await?;
+                Some(only_there + passed.differing_bytes - passed.only_there_bytes)
+            }
+        };
+        let looked = Some(Looked { differing, only_there, branch });
         self.slot.failback.show(|shown| shown.looked = looked);
         Ok(())
     }
@@ -266,6 +303,19 @@ impl Talk {
     /// Passes until the cut-over.
     async fn bring_home(&mut self, orders: &mut mpsc::Receiver<Order>) -> Result<(), String> {
         let claim = self.ready().await?;
+        let wish = self.slot.board().meta.as_ref().and_then(|meta| meta.failback.clone());
+        if let Some(name) = wish.filter(|wish| !wish.kept).and_then(|wish| wish.keep_branch) {
+            let (timeline, _) = moment(&self.slot).await?;
+            if let Err(why) = self.keep_branch(&timeline, &name).await {
+                let next = format!(
+                    "see the receiver's log; it is tried again; 'varve failback {} --stop' gives it up",
+                    self.slot.name
+                );
+                let problem = Some((format!("its branch was not kept as '{name}': {why}"), next));
+                self.slot.failback.show(|shown| (shown.keeping, shown.problem) = (false, problem));
+                return Err(why);
+            }
+        }
         let mut at = self.slot.failback.take_kept(claim);
         loop {
             let began = Instant::now();

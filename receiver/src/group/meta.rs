@@ -49,6 +49,9 @@ pub struct GroupMeta {
     /// A source of an older epoch is refused. After a failover that was aborted it is older than `epoch`.
     #[serde(default)]
     pub source_epoch_min: u64,
+    /// It is a branch.
+    #[serde(default)]
+    pub branch: Option<Branch>,
 }
 
 /// A group that runs here is to come home, to be agreed to by this host's agent.
@@ -58,6 +61,27 @@ pub struct Failback {
     pub host: String,
     /// When it was asked for here (RFC 3339).
     pub since: String,
+    /// What only the old source has is to be kept as this group before it is overwritten.
+    #[serde(default)]
+    pub keep_branch: Option<String>,
+    /// It is: from here on it may be overwritten.
+    #[serde(default)]
+    pub kept: bool,
+}
+
+/// The group is what an old source wrote after a split: nobody writes to it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Branch {
+    /// The group that it branched off.
+    pub of: String,
+    /// The host that wrote it.
+    pub host: String,
+    /// Time of the split (RFC 3339).
+    pub split: String,
+    /// The stream of the takeover that it was split by.
+    pub takeover: String,
+    /// Bytes of it, in blocks of 64 KiB.
+    pub bytes: u64,
 }
 
 /// The group was given back: no writing here from then on. Stays until the next takeover, for an agent that did not hear of it.
@@ -173,7 +197,7 @@ impl GroupMeta {
         let id = hex(&id);
         let (name, owner) = (name.to_owned(), owner.to_owned());
         let (version, retention, source_epoch_min) = (FILE_VERSION, Retention::default(), epoch);
-        let (held, takeover, failback, home) = Default::default();
+        let (held, takeover, failback, home, branch) = Default::default();
         Self {
             version,
             id,
@@ -188,6 +212,7 @@ impl GroupMeta {
             failback,
             home,
             source_epoch_min,
+            branch,
         }
     }
 

@@ -5,7 +5,7 @@
 //! the desk: after a silent loss of the network the old session would otherwise sit there until its idle timeout.
 
 use super::live::{Counters, Live};
-use super::meta::{GroupMeta, Held, VolumeMeta};
+use super::meta::{Branch, GroupMeta, Held, VolumeMeta};
 use super::open::{APPLIED_NAME, HISTORY_NAME, LANDING_NAME, OpenGroup, Past};
 use super::replicas;
 use crate::apply::mark::AppliedFile;
@@ -48,6 +48,15 @@ pub struct Slot {
     pub keeping: Mutex<()>,
     turn: watch::Sender<u64>,
     board: Mutex<Board>,
+}
+
+/// Where a branch is made, and where it will be.
+#[derive(Debug)]
+pub struct BranchPlace {
+    /// A directory that is no group's.
+    pub making: PathBuf,
+    /// The group's.
+    pub dir: PathBuf,
 }
 
 /// See [`Slot::heard`].
@@ -174,6 +183,11 @@ impl Registry {
         let mut slots = BTreeMap::new();
         for entry in std::fs::read_dir(&dir).map_err(fail)? {
             let path = entry.map_err(fail)?.path();
+            if is_half_made(&path) {
+                // Whoever keeps a branch begins anew.
+                std::fs::remove_dir_all(&path).map_err(|e| IoError::new("remove", &path, e))?;
+                continue;
+            }
             match GroupMeta::load(&path) {
                 Ok(Some(meta)) => {
                     slots.insert(meta.name.clone(), Arc::new(Slot::new(&meta.name.clone(), Some(meta))));
@@ -368,6 +382,59 @@ impl Registry {
         self.dir(group)
     }
 
+    /// The configuration.
+    pub fn config(&self) -> &ReceiverConfig {
+        &self.config
+    }
+
+    /// Of all timelines.
+    pub fn index_cache(&self) -> Arc<IndexCache> {
+        self.index_cache.clone()
+    }
+
+    /// Whether this branch exists as a group of this name.
+    pub fn has_branch(&self, name: &str, of: &Branch) -> bool {
+        let meta = self.group(name).and_then(|slot| slot.board().meta.clone());
+        let same = |branch: &Branch| (&branch.of, &branch.takeover) == (&of.of, &of.takeover);
+        meta.and_then(|meta| meta.branch).is_some_and(|branch| same(&branch))
+    }
+
+    /// Where a branch of this name can be made, if the name is free.
+    pub fn place_branch(&self, name: &str) -> Result<BranchPlace, String> {
+        let (making, dir) = (self.groups_dir().join(format!(".{name}.branch")), self.dir(name));
+        if self.lock().contains_key(name) || dir.exists() {
+            return Err(format!("there is a group '{name}' already, or what was left of one in {}", dir.display()));
+        }
+        if self.lock().len() >= GROUPS_MAX {
+            return Err(format!("this receiver has {GROUPS_MAX} groups already"));
+        }
+        Ok(BranchPlace { making, dir })
+    }
+
+    /// A branch that is whole becomes a group.
+    pub async fn adopt_branch(self: &Arc<Self>, place: BranchPlace, mut meta: GroupMeta) -> Result<(), String> {
+        let _one_at_a_time = self.making.lock().await;
+        for volume in &mut meta.volumes {
+            if let Some(file) = volume.replica.file_name() {
+                volume.replica = place.dir.join(file);
+            }
+        }
+        if self.lock().contains_key(&meta.name) || place.dir.exists() {
+            return Err(format!("a group '{}' was made meanwhile", meta.name));
+        }
+        let at = |e| IoError::new("rename", &place.making, e).chain();
+        std::fs::rename(&place.making, &place.dir).map_err(at)?;
+        crashsafe::fsync_dir(self.groups_dir()).map_err(|e| e.chain())?;
+        meta.save(&place.dir).map_err(|e| e.to_string())?;
+        let name = meta.name.clone();
+        self.lock().insert(name.clone(), Arc::new(Slot::new(&name, Some(meta.clone()))));
+        if let Some(slot) = self.group(&name) {
+            let mut desk = slot.desk.clone().lock_owned().await;
+            self.ensure_open(&slot, &mut desk, &meta).await.map_err(|refused| refused.text)?;
+        }
+        Ok(())
+    }
+
     /// Makes a new group: directory, replicas, mark, and last `group.json`, which makes it exist.
     async fn make(self: &Arc<Self>, slot: &Arc<Slot>, host: &str, hello: &Hello) -> Result<GroupMeta, Refused> {
         let _one_at_a_time = self.making.lock().await;
@@ -444,6 +511,12 @@ pub enum ForgetError {
     InUse,
     /// It was tried.
     Failed(String),
+}
+
+/// A branch that was not whole when the daemon ended: no group's name begins with a dot.
+fn is_half_made(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name.starts_with('.') && name.ends_with(".branch")
 }
 
 fn groups_dir(paths: &Paths) -> PathBuf {

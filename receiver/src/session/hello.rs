@@ -34,6 +34,11 @@ pub fn check(hello: &Hello) -> Result<(), Refused> {
 
 /// Checks epoch and volumes against the group.
 pub fn check_against(meta: &GroupMeta, hello: &Hello) -> Result<(), Refused> {
+    if let Some(branch) = &meta.branch {
+        let text =
+            format!("the group '{}' is a branch of '{}', which was kept: nobody writes to it", meta.name, branch.of);
+        return Err(refuse(RefusedReason::Owner, text, "protect under another name"));
+    }
     if let Some(takeover) = &meta.takeover {
         let text = format!(
             "the group '{}' was taken over at {}: it runs on the recovery host under epoch {}",
