@@ -496,6 +496,13 @@ impl Worker {
                     // The GapEnd never landed, or the receiver lost what it had: the replica is whole again only when all
                     // that was sent before has been sent again.
                     state.gap.complete(stream.producer());
+                    // The end of the gap will stand behind the bookmarks that wait, so they are no points.
+                    let reason = self.shared.facts().gap.unwrap_or(GapReason::ReplicaChanged);
+                    for pending in state.bookmarks.drain(..) {
+                        // Whoever asked may be gone.
+                        let _ =
+                            pending.answer.send(Err(receive::no_bookmark(&self.shared.name, &pending.name, reason)));
+                    }
                 }
                 if session.remote_consistent && state.gap.open().is_none() && self.shared.facts().gap.is_some() {
                     // The GapEnd landed in the last session, which ended before we heard of it.
