@@ -29,5 +29,8 @@ pub const VOLUME_BYTES_MAX: u64 = 1 << 51;
 pub const RING_BYTES_MIN: u64 = 4 << 20;
 /// See [`RING_BYTES_MIN`].
 pub const RING_BYTES_MAX: u64 = 1 << 30;
+/// A source's clock that is set back by less is met slowly, and its times do not fall; by more, and it was wrong before: its
+/// times fall at once, at both ends, so that all that comes is not dated by the mistake until real time has caught up.
+pub const CLOCK_SETBACK_NS_MIN: u64 = 10_000_000_000;
 
 const _: () = assert!(crate::record::RECORD_BYTES_MAX <= FRAME_PLAIN_BYTES_MAX as u64);

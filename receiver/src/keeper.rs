@@ -61,9 +61,9 @@ pub fn newest_ns(timeline: &Timeline) -> u64 {
 pub fn doomed(layers: &[LayerInfo], policy: &Retention, newest_ns: u64, bytes: u64) -> usize {
     let closed = layers.iter().take(layers.len().saturating_sub(1)).take_while(|layer| !layer.open);
     let (mut count, mut left) = (0, bytes);
-    for layer in closed {
+    for (index, layer) in closed.enumerate() {
         let oldest_ns = policy.age_seconds.map(|age| newest_ns.saturating_sub(age.saturating_mul(NS_PER_SECOND)));
-        let old = oldest_ns.is_some_and(|oldest| layer.last_time_ns < oldest);
+        let old = oldest_ns.is_some_and(|oldest| last_time_ns(&layers[index..]) < oldest);
         let much = policy.bytes.is_some_and(|most| left > most);
         if !old && !much {
             break;
@@ -74,6 +74,13 @@ pub fn doomed(layers: &[LayerInfo], policy: &Retention, newest_ns: u64, bytes: u
     count
 }
 
+/// When the first of these layers ended, at the latest: the source's clock may have been ahead then, and the next one began
+/// when it had been set back.
+fn last_time_ns(layers: &[LayerInfo]) -> u64 {
+    let began = layers.iter().skip(1).map(|layer| layer.first_time_ns).min().unwrap_or(u64::MAX);
+    layers.first().map_or(0, |layer| layer.last_time_ns.min(began))
+}
+
 /// Lets the oldest layer go; whether it did. What is lost is said before it is gone.
 fn expire(slot: &Slot, timeline: &Timeline, why: &str) -> Result<bool, HistoryError> {
     // Nobody hears that a bookmark is kept between the question and the answer.
@@ -81,7 +88,8 @@ fn expire(slot: &Slot, timeline: &Timeline, why: &str) -> Result<bool, HistoryEr
     let kept = timeline.chronicle().kept().map(|bookmark| bookmark.height).min();
     let Some(oldest) = timeline.droppable(kept) else { return Ok(false) };
     let height = oldest.last_height.next_multiple_of(HEIGHT_STEP);
-    timeline.tell(&[Event::Expired { height, time_ns: oldest.last_time_ns }])?;
+    let time_ns = last_time_ns(&timeline.layers()).min(oldest.last_time_ns);
+    timeline.tell(&[Event::Expired { height, time_ns }])?;
     let Some(gone) = timeline.drop_oldest(kept)? else { return Ok(false) };
     let (from, to) = (show_time(gone.first_time_ns), show_time(gone.last_time_ns));
     tracing::info!(group = slot.name, why, from, to, bytes = gone.bytes, "the oldest points have expired");
@@ -165,6 +173,10 @@ mod tests {
         assert_eq!(doomed(None, Some(3001)), 2);
         assert_eq!(doomed(None, Some(0)), 4);
         assert_eq!(doomed(Some(1000), Some(4999)), 1);
+        // A clock that was a year ahead for a while.
+        let mut ahead = layers.clone();
+        ahead[1].last_time_ns += 365 * 86_400 * NS_PER_SECOND;
+        assert_eq!(super::doomed(&ahead, &Retention { age_seconds: Some(0), bytes: None }, now, 5000), 4);
         let closed: Vec<_> = (1..=3).map(|n| layer(n, 1, 10, false)).collect();
         let policy = Retention { age_seconds: Some(0), bytes: None };
         assert_eq!(super::doomed(&closed, &policy, now, 30), 2, "the newest stays");

@@ -209,15 +209,16 @@ impl Catalogue {
     pub fn head_of(&self, group: [u8; 16], key: RunKey) -> Option<RunHead> {
         let layers: Option<Vec<_>> = (key.first..key.end()).map(|number| self.layers.get(&number)).collect();
         let layers = layers?;
-        let (first, last) = (layers.first()?, layers.last()?);
+        let last = layers.last()?;
         Some(RunHead {
             group,
             key,
             // One stamp may go over from layer to layer, even over one without records.
             first_height: layers.iter().map(|layer| layer.first_height).min()?,
             last_height: last.last_height,
-            first_time_ns: first.first_time_ns,
-            last_time_ns: last.last_time_ns,
+            // The source's clock may have been set back from one layer to the next.
+            first_time_ns: layers.iter().map(|layer| layer.first_time_ns).min()?,
+            last_time_ns: layers.iter().map(|layer| layer.last_time_ns).max()?,
             layer_bytes: layers.iter().map(|layer| layer.bytes).sum(),
         })
     }

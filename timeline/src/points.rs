@@ -1,10 +1,12 @@
 //! Which points there are: heights and times of the stream's records, as the layers tell them.
 
+use crate::catalogue::LayerInfo;
 use crate::chronicle::{HeightTime, PointError, Times};
 use crate::error::HistoryError;
 use crate::layer::ChunkInfo;
 use crate::timeline::Timeline;
 use varve_common::control::{DensityStatus, PointsReply, show_time};
+use varve_common::limits::CLOCK_SETBACK_NS_MIN;
 use varve_common::point::{LocatedPoint, PointSpec};
 
 /// A record's end: what can be recovered.
@@ -14,6 +16,33 @@ pub struct RecordPoint {
     pub height: u64,
     /// When it was made, at the source.
     pub time_ns: u64,
+}
+
+/// Whether the source's clock was wrong and was set right between two times of its stream: within a layer they do not fall.
+pub fn is_setback(before_ns: u64, then_ns: u64) -> bool {
+    // Half, because what the source sets back at once may have gone on a little before it is seen here.
+    then_ns.saturating_add(CLOCK_SETBACK_NS_MIN / 2) < before_ns
+}
+
+/// Where the source's clock was set back, it showed some times twice. Of the stretches between, the newest that has a time is
+/// the one in which it is looked for, and this is the height at which that ends; a time that none has is later than all.
+/// `None`: the newest one. `newest_ns`: of the newest point.
+fn end_of_time(layers: &[LayerInfo], time_ns: u64, newest_ns: u64) -> Option<u64> {
+    let (mut first_ns, mut last_ns, mut end) = (newest_ns, newest_ns, None);
+    let mut next_height = None;
+    for layer in layers.iter().rev() {
+        if is_setback(layer.last_time_ns, first_ns) {
+            if (first_ns..=last_ns).contains(&time_ns) {
+                return end;
+            }
+            // As yet the newest stretch may have marks alone, and no layer.
+            end = Some(next_height.unwrap_or(layer.last_height));
+            (first_ns, last_ns) = (layer.first_time_ns, layer.last_time_ns);
+        }
+        first_ns = first_ns.min(layer.first_time_ns);
+        next_height = Some(layer.first_height);
+    }
+    end.filter(|_| (first_ns..=last_ns).contains(&time_ns))
 }
 
 /// How many points lie in a stretch of time.
@@ -68,6 +97,10 @@ impl Times for Lookup<'_> {
 
     fn at_height(&self, height: u64) -> Option<HeightTime> {
         self.found(self.timeline.at_or_before_height(height))
+    }
+
+    fn end_of(&self, time_ns: u64, newest_ns: u64) -> Option<u64> {
+        end_of_time(&self.timeline.layers(), time_ns, newest_ns)
     }
 }
 
@@ -126,7 +159,8 @@ impl Timeline {
         let newest = (applied.height, applied.time_ns);
         let chronicle = self.chronicle();
         let mut reply = chronicle.report(group, (from_ns, to_ns), self, self.begin().unwrap_or(0), newest);
-        let oldest = self.layers().first().map_or(applied.time_ns, |layer| layer.first_time_ns);
+        // Not that of the oldest layer: the source's clock may have been set back since.
+        let oldest = self.layers().iter().map(|layer| layer.first_time_ns).min().unwrap_or(applied.time_ns);
         let from = from_ns.unwrap_or(0).max(oldest);
         let to = to_ns.unwrap_or(u64::MAX).min(applied.time_ns.saturating_add(1));
         for density in self.density(from, to, parts)? {
@@ -142,7 +176,8 @@ impl Timeline {
     /// # Errors
     /// If a layer cannot be read.
     pub fn at_or_before_time(&self, time_ns: u64) -> Result<Option<RecordPoint>, HistoryError> {
-        self.last(|point| point.time_ns <= time_ns, |chunk| chunk.first_time_ns <= time_ns)
+        let until = end_of_time(&self.layers(), time_ns, self.applied().time_ns).unwrap_or(u64::MAX);
+        self.last(until, |point| point.time_ns <= time_ns, |chunk| chunk.first_time_ns <= time_ns)
     }
 
     /// The newest record that ends at `height` or before.
@@ -150,7 +185,7 @@ impl Timeline {
     /// # Errors
     /// As above.
     pub fn at_or_before_height(&self, height: u64) -> Result<Option<RecordPoint>, HistoryError> {
-        self.last(|point| point.height <= height, |chunk| chunk.first_height < height)
+        self.last(u64::MAX, |point| point.height <= height, |chunk| chunk.first_height < height)
     }
 
     /// The oldest record after `time_ns`.
@@ -169,14 +204,15 @@ impl Timeline {
         self.first(|point| point.height > height, |chunk| chunk.complete_to > height)
     }
 
-    /// The last point for which `wanted` holds. `wanted` and `chunk_has` hold up to some place and not behind it; a chunk
+    /// The last point of the layers that begin below `until` for which `wanted` holds. `wanted` and `chunk_has` hold up to some place and not behind it; a chunk
     /// for which `chunk_has` does not hold has no such point.
     fn last(
         &self,
+        until: u64,
         wanted: impl Fn(&RecordPoint) -> bool,
         chunk_has: impl Fn(&ChunkInfo) -> bool,
     ) -> Result<Option<RecordPoint>, HistoryError> {
-        for layer in self.layers().iter().rev() {
+        for layer in self.layers().iter().rev().filter(|layer| layer.first_height < until) {
             let chunks = self.chunks(layer.number)?;
             let end = chunks.partition_point(&chunk_has);
             for chunk in chunks[..end].iter().rev().filter(|chunk| chunk.points > 0) {
@@ -245,5 +281,38 @@ impl Timeline {
             }
         }
         Ok(all)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_that_was_shown_twice_is_that_of_the_newest_stretch_that_has_it() {
+        let second = 1_000_000_000;
+        let layer = |number: u32, first: u64, last: u64| LayerInfo {
+            number,
+            first_height: u64::from(number) * 100,
+            last_height: u64::from(number) * 100 + 101,
+            first_time_ns: first * second,
+            last_time_ns: last * second,
+            bytes: 1,
+            records: 1,
+            open: false,
+        };
+        // Right, then an hour ahead, then right again.
+        let layers = [layer(1, 1000, 1100), layer(2, 1100, 4800), layer(3, 1200, 1300), layer(4, 1300, 1400)];
+        let end = |time, newest| end_of_time(&layers, time * second, newest * second);
+        assert_eq!(end(1350, 1450), None);
+        assert_eq!(end(1250, 1450), None, "the newest stretch");
+        assert_eq!(end(1150, 1450), Some(300), "only the one before has it");
+        assert_eq!(end(4700, 1450), Some(300), "as it was shown then");
+        assert_eq!(end(4900, 1450), None, "later than all");
+        assert_eq!(end(900, 1450), None, "earlier than all");
+        // Set back once more, and nothing but a mark came since.
+        assert_eq!(end(1390, 1010), Some(501));
+        assert_eq!(end(1010, 1010), None);
+        assert_eq!(end_of_time(&[], 5, 9), None);
     }
 }

@@ -7,9 +7,11 @@ use crate::error::HistoryError;
 use crate::layer::{Before, Chunk, OpenLayer, Recovered};
 use crate::limits::{CHUNK_POINTS_MAX, GRANULE_SECTORS, LAYER_AGE_MAX};
 use crate::open_index::OpenIndex;
+use crate::points::is_setback;
 use crate::timeline::{Closing, OpenPart, Timeline};
 use std::sync::Arc;
 use std::time::Instant;
+use varve_common::control::show_time;
 
 /// Collects before-images and makes them durable. Nothing of a commit is findable before it is durable, and on return of
 /// [`Recorder::commit`] all of it is both.
@@ -199,15 +201,39 @@ impl Recorder {
         }
     }
 
-    /// Records of the stream: where they end, and when they were made. Those that were seen before are passed over.
-    pub fn points(&mut self, points: &[(u64, u64)]) {
+    /// Records of the stream: where they end, and when they were made. Those that were seen before are passed over. Nothing
+    /// that was pushed waits to be committed.
+    ///
+    /// # Errors
+    /// If the source's clock was set back, which begins a new layer, and that fails.
+    pub fn points(&mut self, points: &[(u64, u64)]) -> Result<(), HistoryError> {
+        let first = points.iter().find(|point| point.0 > self.newest_point.0);
+        if let Some((height, time_ns)) = first.copied().filter(|first| is_setback(self.newest_point.1, first.1)) {
+            let (before, now) = (show_time(self.newest_point.1), show_time(time_ns));
+            tracing::warn!(height, before, now, "the source's clock was set back: times before and after it overlap");
+            self.set_back(time_ns)?;
+        }
         for (height, time_ns) in points {
             if *height > self.newest_point.0 && self.points.len() < CHUNK_POINTS_MAX {
-                // The source's clock may have been set back: the timeline's does not go back.
+                // Set back in the middle of these, it is seen with the next ones: within a layer times do not fall.
                 self.newest_point = (*height, (*time_ns).max(self.newest_point.1));
                 self.points.push(self.newest_point);
             }
         }
+        Ok(())
+    }
+
+    /// Times within a layer do not fall: what is known so far goes to this one, what comes to the next.
+    fn set_back(&mut self, time_ns: u64) -> Result<(), HistoryError> {
+        if !self.points.is_empty() {
+            self.append(self.newest_point.0.max(self.complete_to))?;
+        }
+        self.close_layer()?;
+        self.chunk = None;
+        // What is left found no room.
+        self.points.clear();
+        self.newest_point.1 = time_ns;
+        Ok(())
     }
 
     /// What `height`'s change replaces: whole sectors of one granule.

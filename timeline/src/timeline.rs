@@ -444,7 +444,9 @@ impl Timeline {
         if height < applied.height {
             self.setbacks.fetch_add(1, Ordering::SeqCst);
         }
-        *applied = Applied { height, time_ns: time_ns.max(applied.time_ns) };
+        // Between the same two heights there may be an image and a mark of different clocks.
+        let falls = crate::points::is_setback(applied.time_ns, time_ns);
+        *applied = Applied { height, time_ns: if falls { time_ns } else { time_ns.max(applied.time_ns) } };
         drop(applied);
         self.advanced.notify_all();
     }

@@ -17,6 +17,8 @@ use varve_common::limits::REGION_BYTES;
 use varve_common::state::{Data, DataFacts, GapReason, Link, Role};
 use varve_common::wire::messages::{Incarnation, RefusedReason, Verify};
 
+/// Times that the clock was set back that are remembered: more at once only make ages too small.
+const SETBACKS_MAX: usize = 64;
 /// Gaps that are remembered for status.
 const GAPS_MAX: usize = 32;
 
@@ -81,6 +83,8 @@ pub struct GroupShared {
     pub(super) releasing: Mutex<()>,
     /// What the stream adds to the boot-time clock.
     time_offset: AtomicU64,
+    /// Where records end that are dated too late, and by how much: this host's clock was set back there.
+    setbacks: Mutex<Vec<(u64, u64)>>,
 }
 
 /// Counted since the daemon started; docs/json.md says what each is.
@@ -153,6 +157,7 @@ impl GroupShared {
             releasing: Mutex::new(()),
             journal: OnceLock::new(),
             time_offset,
+            setbacks: Mutex::default(),
         }
     }
 
@@ -173,8 +178,25 @@ impl GroupShared {
         self.time_offset.store(ns, Ordering::Release);
     }
 
+    /// The wall clock was set back by so much at once; records before `position` are dated by what it was.
+    pub fn clock_set_back(&self, position: u64, ns: u64) {
+        let mut setbacks = self.setbacks.lock().unwrap_or_else(PoisonError::into_inner);
+        if setbacks.len() < SETBACKS_MAX {
+            setbacks.push((position, ns));
+        }
+        let mut facts = self.facts();
+        facts.gap_since_ns = facts.gap_since_ns.map(|since| since.saturating_sub(ns));
+    }
+
+    /// By how much the oldest record that is not durable may be dated too late.
+    fn dated_late_ns(&self, durable: u64) -> u64 {
+        let mut setbacks = self.setbacks.lock().unwrap_or_else(PoisonError::into_inner);
+        setbacks.retain(|(position, _)| *position > durable);
+        setbacks.iter().map(|(_, ns)| ns).sum()
+    }
+
     /// The clock of the records. A wall clock that was set back is met slowly, so ages by it would be too small.
-    fn stream_ns(&self) -> u64 {
+    pub fn stream_ns(&self) -> u64 {
         clock::boot_ns().saturating_add(self.time_offset.load(Ordering::Acquire))
     }
 
@@ -235,7 +257,9 @@ impl GroupShared {
             let _held = self.hold_ring();
             let durable = self.durable.load(Ordering::Acquire);
             let journaled = self.journal().and_then(|journal| journal.oldest_write_ns(durable));
-            journaled.or_else(|| oldest_write_ns(self.source.stream(), durable))
+            let dated = journaled.or_else(|| oldest_write_ns(self.source.stream(), durable));
+            // Rather too old than too young, until all of what was dated too late is durable.
+            dated.map(|ns| ns.saturating_sub(self.dated_late_ns(durable)))
         };
         let since = [oldest, gap_since].into_iter().flatten().min();
         Some(since.map_or(Duration::ZERO, |since| Duration::from_nanos(self.stream_ns().saturating_sub(since))))

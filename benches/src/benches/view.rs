@@ -66,7 +66,7 @@ impl Past {
             // Compresses to next to nothing: only the index counts here.
             page[..8].copy_from_slice(&number.to_le_bytes());
             let address = Address::new(0, random.random_range(0..volume / BLOCK) * 8);
-            recorder.points(&[(state.height, state.at.time_ns)]);
+            recorder.points(&[(state.height, state.at.time_ns)]).unwrap();
             recorder.push(address, state.height, Before::Bytes(&page)).unwrap();
             if number.is_multiple_of(CHUNK) || number == records {
                 recorder.commit(state.height).unwrap();

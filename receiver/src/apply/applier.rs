@@ -128,7 +128,7 @@ impl Applier {
             }
         }
         if past_counts {
-            self.history.points(&batch.points);
+            self.history.points(&batch.points)?;
         }
         let bytes = self.changes(batch, &mut scratch.part, past_counts)?;
         let batch = &mut scratch.batch;

@@ -3,7 +3,7 @@
 use super::plan::{BatchPlan, Piece, Source, Stamp};
 use super::work::{Landed, Work};
 use crate::failure::Failure;
-use crate::group::stream::{Checked, StreamState, check_record, frame_of};
+use crate::group::stream::{Checked, StreamState, check_record, frame_of, onward_ns};
 use crate::landing::Place;
 use crate::landing::batch::Effect;
 use crate::landing::reader::{Next, Reader, in_memory};
@@ -105,8 +105,12 @@ impl Batch {
         for record in Records::new(frame.position, plain) {
             let record = record.map_err(|e| damaged(e.to_string()))?;
             check_record(&record, volumes).map_err(|e| damaged(e.to_string()))?;
-            // As the stream's state has it: a time that is not older than any before.
-            let now_ns = record.header.time_ns.get().max(time_ns.unwrap_or(state.at.time_ns));
+            // As the stream's state has it: a time that is not older than any before. Only the first one of a frame may say
+            // that the clock was set right: it decides for all of the frame here as it does there.
+            let now_ns = match time_ns {
+                None => onward_ns(state.at.time_ns, record.header.time_ns.get()),
+                Some(before_ns) => record.header.time_ns.get().max(before_ns),
+            };
             time_ns = Some(now_ns);
             let height = state.height + (record.end - frame.position);
             self.points.push((height, now_ns));

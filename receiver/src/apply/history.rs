@@ -139,8 +139,8 @@ impl History {
     }
 
     /// Records of the stream, whether they changed anything or not: points that can be named.
-    pub fn points(&mut self, points: &[(u64, u64)]) {
-        self.recorder.points(points);
+    pub fn points(&mut self, points: &[(u64, u64)]) -> Result<(), Failure> {
+        self.recorder.points(points).map_err(|e| history_failed(&e))
     }
 
     /// Makes what happened to the stream durable: before the applied mark says that it is past.

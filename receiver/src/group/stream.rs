@@ -7,6 +7,7 @@ use varve_common::record::{Record, RecordError, Records};
 use varve_common::state::GapReason;
 use varve_common::wire::messages::Incarnation;
 use varve_common::wire::{Codec, Frame, FrameKind};
+use varve_timeline::points::is_setback;
 
 /// A position with its incarnation and time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,6 +41,12 @@ pub struct StreamState {
 pub const MARK_HEIGHT: u64 = 8;
 /// See [`MARK_HEIGHT`].
 pub const IMAGE_HEIGHT: u64 = 1;
+
+/// The timeline's time after something that the source dates `then`: it does not go back, unless the source's clock was
+/// wrong and was set right. `before`: its time so far.
+pub fn onward_ns(before_ns: u64, then_ns: u64) -> u64 {
+    if is_setback(before_ns, then_ns) { then_ns } else { before_ns.max(then_ns) }
+}
 
 impl StreamState {
     /// Before anything came.
@@ -89,8 +96,7 @@ impl StreamState {
             Effect::Data { end, time_ns } => {
                 self.height += end - self.at.position;
                 self.at.position = end;
-                // The source's clock may be set back; the timeline's does not go back.
-                self.at.time_ns = time_ns.map_or(self.at.time_ns, |time_ns| time_ns.max(self.at.time_ns));
+                self.at.time_ns = time_ns.map_or(self.at.time_ns, |time_ns| onward_ns(self.at.time_ns, time_ns));
             }
             Effect::Mark(mark) => self.pass_mark(&mark),
         }
@@ -100,7 +106,7 @@ impl StreamState {
     }
 
     fn pass_mark(&mut self, mark: &Mark) {
-        let time_ns = mark.time_ns.max(self.at.time_ns);
+        let time_ns = onward_ns(self.at.time_ns, mark.time_ns);
         self.at = Point { incarnation: mark.incarnation, position: mark.position, time_ns };
         self.height = (self.height + MARK_HEIGHT).max(mark.height_min);
         match mark.kind {

@@ -162,6 +162,11 @@ impl Host {
         self.time_ns = self.time_ns.max(now_ns());
     }
 
+    /// Somebody sets the source's clock.
+    pub fn set_clock_by(&mut self, seconds: i64) {
+        self.time_ns = self.time_ns.saturating_add_signed(seconds * 1_000_000_000);
+    }
+
     /// Something is written (or asked for) at the source.
     fn record(&mut self) {
         let volume = self.rng.random_range(0..self.sizes.len()) as u16;

@@ -98,6 +98,11 @@ pub fn hex(stream: &[u8; 16]) -> String {
     stream.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// Times do not fall, unless by so much that the source's clock must have been wrong.
+fn onward(before_ns: u64, then_ns: u64) -> u64 {
+    if then_ns + 5_000_000_000 < before_ns { then_ns } else { before_ns.max(then_ns) }
+}
+
 impl Past {
     pub fn new(sizes: &[u64]) -> Self {
         Self { sizes: sizes.to_vec(), ..Self::default() }
@@ -131,8 +136,8 @@ impl Past {
         // A gap begins with the last point before it: the mark tells of it when the agent gets there.
         let opens = !point && last.is_some_and(|last| last.point);
         let time_ns = match step.is_record() {
-            true => step.time_ns.max(newest),
-            false if opens => self.steps.iter().map(|landed| landed.time_ns).max().unwrap_or(step.time_ns),
+            true => onward(newest, step.time_ns),
+            false if opens => self.steps.iter().fold(0, |now, landed| onward(now, landed.time_ns)),
             false => step.time_ns,
         };
         let bytes = last.map_or(0, |last| last.bytes) + step.change.as_ref().map_or(0, |change| change.length as usize);
@@ -190,8 +195,9 @@ impl Past {
 
     /// A record in a gap may be older than the mark that opens it, which was made when the agent got there.
     fn expect_time(&self, time_ns: u64) -> Expected {
+        let steps = &self.steps[..self.end_of_time(time_ns)];
         let newest = |records: bool| {
-            self.steps.iter().rposition(|landed| landed.step.is_record() == records && landed.time_ns <= time_ns)
+            steps.iter().rposition(|landed| landed.step.is_record() == records && landed.time_ns <= time_ns)
         };
         let (record, mark) = (newest(true), newest(false));
         let Some(mark) = mark else { return Expected::Gap };
@@ -201,6 +207,21 @@ impl Past {
         }
         let index = record.map_or(mark, |record| record.max(mark));
         if self.steps[mark].point && self.steps[index].point { Expected::After(index) } else { Expected::Gap }
+    }
+
+    /// Of the stretches between setbacks of the clock the newest counts that has the time.
+    fn end_of_time(&self, time_ns: u64) -> usize {
+        let (mut stretches, mut now): (Vec<(usize, u64, u64)>, u64) = (Vec::new(), 0);
+        for (index, landed) in self.steps.iter().enumerate() {
+            if onward(now, landed.time_ns) < now || index == 0 {
+                stretches.push((index, landed.time_ns, landed.time_ns));
+            }
+            now = onward(now, landed.time_ns);
+            let last = stretches.last_mut().unwrap();
+            (last.0, last.2) = (index + 1, last.2.max(landed.time_ns));
+        }
+        let has = |stretch: &&(usize, u64, u64)| (stretch.1..=stretch.2).contains(&time_ns);
+        stretches.iter().rev().find(has).map_or(self.steps.len(), |stretch| stretch.0)
     }
 
     fn expect_position(&self, stream: usize, offset: u64) -> Expected {

@@ -20,6 +20,11 @@ pub trait Times {
     fn after(&self, time_ns: u64) -> Option<HeightTime>;
     /// The newest record that ends at or below a height.
     fn at_height(&self, height: u64) -> Option<HeightTime>;
+    /// The height up to which a time is looked for: the source's clock may have shown it twice. `newest_ns`: of the newest
+    /// point. `None`: everywhere.
+    fn end_of(&self, _time_ns: u64, _newest_ns: u64) -> Option<u64> {
+        None
+    }
 }
 
 /// Why a point cannot be had.
@@ -333,12 +338,13 @@ impl Look<'_> {
 
     /// The newest point at or before a time, unless a gap was open then.
     fn time(&self, time_ns: u64) -> Result<HeightTime, PointError> {
-        let beyond = time_ns >= self.newest.1;
+        let until = self.times.end_of(time_ns, self.newest.1).unwrap_or(u64::MAX).min(self.newest.0);
+        let beyond = until == self.newest.0 && time_ns >= self.newest.1;
         let record = if beyond { Some(self.newest) } else { self.times.at_or_before(time_ns) };
-        let mark = self.chronicle.marks.at_or_before(time_ns);
+        let mark = self.chronicle.marks.at_or_before(time_ns, until);
         // The window's begin may be a record whose layer is gone.
         let begin = Some(self.chronicle.oldest).filter(|begin| begin.0 > 0 && begin.1 <= time_ns);
-        let candidates = record.into_iter().chain(mark).chain(begin).filter(|at| at.0 <= self.newest.0);
+        let candidates = record.into_iter().chain(mark).chain(begin).filter(|at| at.0 <= until);
         let Some(mut at) = candidates.max() else { return Err(self.first()) };
         if at.0 < self.oldest && self.nearest(self.oldest).is_some_and(|nearest| nearest.0 <= at.0) {
             // Nothing changed between: the state is the same.
@@ -346,7 +352,7 @@ impl Look<'_> {
         }
         // Asked of the marks by time: the height at which a gap ends can be the one at which it began, and then the time
         // says which is meant.
-        if let Some(gap) = self.chronicle.marks.gap_at_time(time_ns) {
+        if let Some(gap) = self.chronicle.marks.gap_at_time(time_ns, until) {
             return match gap.from {
                 // A gap's own begin is a point; what came after it in time is not.
                 Some(from) if time_ns <= from.1 => self.checked(from.0).map(|_| from),

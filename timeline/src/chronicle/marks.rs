@@ -243,9 +243,9 @@ impl Marks {
         Some(self.closed(open, end))
     }
 
-    /// The gap that was open at a time, as far as marks say.
-    pub(super) fn gap_at_time(&self, time_ns: u64) -> Option<Gap> {
-        let index = self.marks.iter().rposition(|mark| mark.time_ns <= time_ns)?;
+    /// The gap that was open at a time, as far as marks up to a height say.
+    pub(super) fn gap_at_time(&self, time_ns: u64, until: u64) -> Option<Gap> {
+        let index = self.marks.iter().rposition(|mark| mark.time_ns <= time_ns && mark.height <= until)?;
         Some(self.closed(self.marks[index].gap?, index + 1))
     }
 
@@ -261,10 +261,10 @@ impl Marks {
         Some((mark.height, mark.time_ns))
     }
 
-    /// The newest mark at or before `time_ns`.
-    pub(super) fn at_or_before(&self, time_ns: u64) -> Option<HeightTime> {
-        // Their times do not fall, but for a receiver that took over: the highest counts.
-        let mark = self.marks.iter().rev().find(|mark| mark.time_ns <= time_ns)?;
+    /// The newest mark at or before `time_ns`, up to a height.
+    pub(super) fn at_or_before(&self, time_ns: u64, until: u64) -> Option<HeightTime> {
+        // Times may fall, where the source's clock was set back or a receiver took over: the highest counts.
+        let mark = self.marks.iter().rev().find(|mark| mark.time_ns <= time_ns && mark.height <= until)?;
         Some((mark.height, mark.time_ns))
     }
 

@@ -152,7 +152,8 @@ impl Worker {
             reason,
             incarnation: session.earlier.unwrap_or(self.shared.incarnation),
             position: session.sent,
-            time_ns: clock::wall_ns(),
+            // As the records around it: a wall clock that was set back is met slowly.
+            time_ns: self.shared.stream_ns(),
             epoch: self.shared.facts().epoch,
             height_min: 0,
         };

@@ -8,9 +8,12 @@ impl Worker {
     /// with the drop, so nothing behind the drop is sent before the gap is known.
     pub(super) fn every_turn(&mut self, state: &mut State, sent: Option<u64>) {
         let now = Instant::now();
-        state.offset.follow(clock::wall_ns(), clock::boot_ns());
+        let set_back = state.offset.follow(clock::wall_ns(), clock::boot_ns());
         self.source.set_time_offset(state.offset.ns());
         self.shared.set_time_offset(state.offset.ns());
+        if let Some(ns) = set_back {
+            self.clock_set_back(ns);
+        }
         if now.duration_since(state.last_canary) >= CANARY_EVERY {
             state.last_canary = now;
             // Whose stream nobody wants needs no sign of life, which would count as something that only this host has.
@@ -28,6 +31,17 @@ impl Worker {
         self.keep(state);
         self.offer(state, sent);
         self.answer_bookmarks(state);
+    }
+
+    /// This host's clock was ahead, and what is in the stream up to here is dated too late.
+    fn clock_set_back(&self, ns: u64) {
+        let seconds = ns as f64 / 1e9;
+        tracing::warn!(
+            group = %self.shared.name,
+            seconds,
+            "this host's clock was set back: points from before have times that come only later"
+        );
+        self.shared.clock_set_back(self.source.stream().producer(), ns);
     }
 
     /// The receiver has the `GapEnd`: only now may anybody be told.
