@@ -49,6 +49,8 @@ struct Shared {
     pause: AtomicBool,
     /// Held during a deed, and by whoever wants none.
     turn: Mutex<()>,
+    /// No write reaches over a page of the volumes behind the first.
+    small: AtomicBool,
     stop: AtomicBool,
 }
 
@@ -75,6 +77,7 @@ impl Load {
             failed: AtomicU64::new(0),
             pause: AtomicBool::new(false),
             turn: Mutex::new(()),
+            small: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         });
         let mut writer = Writer::new(volumes.clone(), shared.clone(), seed);
@@ -96,6 +99,13 @@ impl Load {
     /// Writes that failed so far.
     pub fn failed(&self) -> u64 {
         self.shared.failed.load(Ordering::Relaxed)
+    }
+
+    /// From now on no write reaches over a page of the volumes behind the first. A loop device that has written a part of
+    /// what it was given, its file's disk being full, says that it has written all: that is no failure that anybody could
+    /// see, so it must not happen here.
+    pub fn small(&self, small: bool) {
+        self.quiet(|_| self.shared.small.store(small, Ordering::Release));
     }
 
     /// Volumes that it writes to.
@@ -223,6 +233,9 @@ impl Writer {
             (from, sectors) = (from / 8 * 8, sectors.next_multiple_of(8));
             sectors = sectors.min(room / 8 * 8 - from);
         }
+        if volume > 0 && self.shared.small.load(Ordering::Acquire) {
+            sectors = (sectors - 1) % (8 - from % 8) + 1;
+        }
         self.done(deed, volume, from, sectors);
         if self.rng.random_bool(0.05) {
             self.files[volume].sync_data().unwrap();
@@ -246,6 +259,10 @@ impl Writer {
         op.failed = !self.act(&op);
         op.ended_ns = now_ns();
         let seen = op.failed.then(|| self.look(&op));
+        if let Some(stamps) = &seen {
+            let left = stamps.iter().filter(|stamp| **stamp == op.leaves()).count();
+            println!("  {op:?} failed: {left} of {sectors} sectors are what it would have left");
+        }
         let mut state = lock(&self.shared.state);
         *state.ops.last_mut().unwrap() = op;
         match seen {

@@ -75,7 +75,7 @@ pub struct Op {
 }
 
 impl Op {
-    fn leaves(&self) -> Stamp {
+    pub(super) fn leaves(&self) -> Stamp {
         if self.deed == Deed::Write { self.stamp } else { 0 }
     }
 

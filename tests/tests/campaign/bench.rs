@@ -98,9 +98,11 @@ pub struct Bench {
     pub tainted: Vec<(std::ops::Range<u64>, Instant)>,
     /// Bytes on the volumes when nothing waited to be sent.
     drained_at: u64,
+    /// The receiver could not be reached since then.
+    away_since: bool,
     pub round: u32,
     pub known_gaps: Vec<Value>,
-    pub known_streams: usize,
+    pub known_streams: Vec<Value>,
     pub written_before: u64,
 }
 
@@ -155,15 +157,16 @@ impl Bench {
             tally: Tally::default(),
             tainted: Vec::new(),
             drained_at: 0,
+            away_since: false,
             round: 0,
             known_gaps: Vec::new(),
-            known_streams: 0,
+            known_streams: Vec::new(),
             written_before: 0,
         };
         bench.written_before = bench.written();
         let points = bench.points();
         bench.known_gaps = points["gaps"].as_array().unwrap().clone();
-        bench.known_streams = points["stretches"].as_array().unwrap().len();
+        bench.known_streams = streams(&points);
         bench.watcher.take();
         bench
     }
@@ -193,17 +196,25 @@ impl Bench {
         let written = self.written();
         let group = self.pair.production.group(GROUP);
         if group.is_some_and(|group| group["lag_bytes"].as_u64().is_some_and(|lag| lag < MIB)) {
-            self.drained_at = written;
+            (self.drained_at, self.away_since) = (written, false);
         }
     }
 
     /// The receiver was not there for a while: is a full ring excused?
     pub fn receiver_was_away(&mut self) {
+        self.away_since = true;
         let waiting = self.written() - self.drained_at;
         self.excuse.ring_full |= match self.journal_bytes {
             0 => waiting * 100 >= self.ring_bytes * 45,
             journal => waiting * 100 >= journal * 70,
         };
+    }
+
+    /// It is there again and has everything: what was written until then counts.
+    pub fn receiver_is_back(&mut self) {
+        if self.away_since {
+            self.receiver_was_away();
+        }
     }
 
     /// Kills or stops the agent, waits, starts it: a ring that half of it would fill is not excused.
@@ -263,6 +274,11 @@ impl Bench {
     pub fn log(&self) -> (Image, Vec<Op>) {
         self.load.log()
     }
+}
+
+/// The names of the streams that reach into the window.
+pub fn streams(points: &Value) -> Vec<Value> {
+    points["stretches"].as_array().unwrap().iter().map(|stretch| stretch["incarnation"].clone()).collect()
 }
 
 /// A pair whose receiver has a small disk, and whose link can be cut.

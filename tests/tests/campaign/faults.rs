@@ -127,6 +127,7 @@ impl Fault {
                 bench.link.cut(true);
                 if *hold {
                     sleep(*away / 4);
+                    bench.receiver_was_away();
                 } else {
                     away_for(bench, *away, |bench| bench.link.cut(false));
                 }
@@ -135,9 +136,11 @@ impl Fault {
             Fault::Overflow => overflow(bench),
             Fault::ReceiverDiskFull(time) => receiver_disk_full(bench, *time),
             Fault::WritesFail(time) => {
+                bench.load.small(true);
                 bench.full.fill(0);
                 sleep(*time);
                 bench.full.free();
+                bench.load.small(false);
                 bench.excuse.failed_write |= bench.load.failed() > 0;
             }
             Fault::ReplicaChanged(from, sectors) => replica_changed(bench, *from, *sectors),
@@ -171,6 +174,7 @@ pub fn ready(bench: &mut Bench) {
     bench.receiver_was_away();
     bench.link.cut(false);
     bench.pair.wait_protected(GROUP, LIMIT);
+    bench.receiver_is_back();
     bench.note_drained();
 }
 

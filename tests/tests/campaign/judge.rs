@@ -1,6 +1,6 @@
 //! What must be true after a round.
 
-use crate::bench::{Bench, GROUP, LIMIT, Moment};
+use crate::bench::{Bench, GROUP, LIMIT, Moment, streams};
 use rand::Rng;
 use rand::rngs::StdRng;
 use serde_json::Value;
@@ -95,6 +95,7 @@ pub fn barrier(bench: &mut Bench) {
     bench.link.cut(false);
     bench.link.lose(0);
     bench.pair.wait_protected(GROUP, LIMIT);
+    bench.receiver_is_back();
     let acknowledged = bench.commits.acknowledged();
     let name = format!("r{}-end", bench.round);
     let (out, image) = bench.load.quiet(|image| {
@@ -103,7 +104,10 @@ pub fn barrier(bench: &mut Bench) {
             bench.pair.wait_applied(GROUP, LIMIT);
             let devices: Vec<&Path> = bench.devices.iter().map(LoopDevice::path).collect();
             if let Some(words) = image.differs(&Image::read(&devices[..LOADED]), |_, _| false) {
-                panic!("the model is not what the volumes hold, so it judges nothing: {words}");
+                let ops = bench.log().1;
+                panic!(
+                    "the model is not what the volumes hold, so it judges nothing: {words}\nin this round: {ops:#?}"
+                );
             }
             if let Some(words) = image.differs(&Image::read(&bench.replicas[..LOADED]), |_, _| false) {
                 panic!("the replicas are not what was written: {words}");
@@ -126,10 +130,11 @@ pub fn claims(bench: &mut Bench) {
     let points = bench.points();
     let gaps = points["gaps"].as_array().unwrap().clone();
     let new: Vec<&Value> = gaps.iter().filter(|gap| !bench.known_gaps.contains(gap)).collect();
-    let streams = points["stretches"].as_array().unwrap().len();
+    let streams = streams(&points);
     let reason = |gap: &&&Value, reasons: &[&str]| gap["reason"].as_str().is_some_and(|word| reasons.contains(&word));
     // A new ring is a new stretch. Inside of another gap it is no gap of its own.
-    let compared = (streams - bench.known_streams) + new.iter().filter(|gap| reason(gap, &WHOLE[1..])).count();
+    let begun = streams.iter().filter(|stream| !bench.known_streams.contains(stream)).count();
+    let compared = begun + new.iter().filter(|gap| reason(gap, &WHOLE[1..])).count();
     assert_eq!(
         compared as u64, bench.excuse.comparisons,
         "whole-volume comparisons, against those that a fault justifies: {new:#?}"
@@ -194,6 +199,8 @@ pub fn bookmarks(bench: &mut Bench, rng: &mut StdRng) {
             Err(No::Old) if !moment.durable && bench.excuse.comparisons > 0 => bench.tally.expired += 1,
             Err(No::Old) if moment.time < window => bench.tally.expired += 1,
             Err(No::Old) => panic!("{at} of {} is gone, the window begins at {window}", moment.time),
+            // Set while a gap ended, whose end then had to be said again, later.
+            Err(No::Gap(_)) if !moment.durable && bench.excuse.ring_full => bench.tally.expired += 1,
             Err(No::Gap(words)) => panic!("{at} was promised, and is refused: {words}"),
         }
     }
