@@ -21,6 +21,10 @@ const SILENCE_MAX: Duration = Duration::from_secs(2);
 pub struct Group {
     /// The word of the data axis.
     pub data: String,
+    /// The word of the link axis.
+    pub link: String,
+    /// Captured and not durable at the receiver.
+    pub lag_bytes: u64,
     /// `None` before the first sync.
     pub rpo_seconds: Option<f64>,
     /// Bytes in the ring.
@@ -77,6 +81,8 @@ impl Agent {
         let gaps = group["gaps"].as_array().into_iter().flatten();
         Group {
             data: group["data"].as_str().unwrap().to_owned(),
+            link: group["link"].as_str().unwrap().to_owned(),
+            lag_bytes: group["lag_bytes"].as_u64().unwrap_or(0),
             rpo_seconds: group["rpo_seconds"].as_f64(),
             ring_used: group["ring"]["used_bytes"].as_u64().unwrap_or(0),
             ring_bytes: group["ring"]["total_bytes"].as_u64().unwrap_or(0),

@@ -20,7 +20,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 pub fn run(plan: &Plan, report: &mut Report) {
     let outage = plan.run(600.0, 20.0);
     let volume = Volume::in_memory(512 * MIB);
-    let backlog_mib = (outage.as_secs() + 60) * BYTES_PER_S * 11 / 10 >> 20;
+    let backlog_mib = ((outage.as_secs() + 60) * BYTES_PER_S * 11 / 10) >> 20;
     let mut pair = Pair::with_agent_config(&format!("journal_max_mib = {}\n", backlog_mib.max(256)));
     let replicas = pair.protect(GROUP, &[volume.path()]);
     pair.wait_protected(GROUP, LIMIT);

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rand::RngCore;
-use varve_tests::{GIB, LoopDevice, LoopOptions, MIB, Pair, Role, Scratch, compare_devices};
+use varve_tests::{GIB, LoopDevice, LoopOptions, Pair, Role, Scratch, compare_devices};
 
 use super::GROUP;
 use crate::machine::Usage;

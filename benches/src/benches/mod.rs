@@ -1,6 +1,8 @@
 //! The benches, in the order in which they run.
 
+mod backlog;
 mod capture;
+mod compare;
 mod cost;
 mod first_sync;
 mod history_apply;
@@ -35,6 +37,8 @@ pub const ALL: &[Bench] = &[
     Bench { name: "overload", title: "More than fits through", run: overload::run },
     Bench { name: "rpo", title: "RPO at a steady 20 MB/s", run: rpo::run },
     Bench { name: "sync", title: "First sync of a half-full volume", run: first_sync::run },
+    Bench { name: "compare", title: "Comparing a whole volume by digests", run: compare::run },
+    Bench { name: "backlog", title: "Catching up after an outage at 20 MB/s", run: backlog::run },
     Bench { name: "history-apply", title: "Keeping what is replaced", run: history_apply::run },
     Bench { name: "history-space", title: "What history takes on disk", run: history_space::run },
     Bench { name: "view", title: "Views", run: view::run },
