@@ -33,11 +33,11 @@ const REGIONS_MAX: usize = 16;
 const TICK: Duration = Duration::from_secs(1);
 /// Ticks between two such tries.
 const RETRY_TICKS: u64 = 10;
-/// Ticks between two looks at whether the volumes are still what they were.
+/// Ticks between two looks at whether the volumes are still what they were. (A volume that is written says so itself.)
 const LOOK_TICKS: u64 = 3;
 
-/// How the problem of a volume that grew or shrank ends.
-const SIZE_CHANGED: &str = "changed its size";
+/// How the problem of a volume that shrank ends.
+const SHRANK: &str = "shrank";
 
 /// A group that could not be started: tried again, and never called protected.
 struct Failed {
@@ -168,23 +168,33 @@ impl Daemon {
 
     async fn start_open_group(self: &Arc<Self>, file: &GroupFile) -> Result<(), Problem> {
         let volumes = self.check_volumes(&file.name, &file.volumes)?;
-        for (volume, bytes) in volumes.iter().zip(&file.bytes) {
-            if volume.spec.bytes != *bytes {
+        let (mut file, mut grew) = (file.clone(), false);
+        for (volume, bytes) in volumes.iter().zip(&mut file.bytes) {
+            if volume.spec.bytes < *bytes {
                 return Err(Problem::refused(
-                    format!("{} {SIZE_CHANGED}", volume.path),
+                    format!("{} {SHRANK}", volume.path),
                     format!(
-                        "it had {bytes} bytes when it was protected and has {} now, and a history is of one size",
+                        "it had {bytes} bytes and has {} now: what is behind the new end may be gone, and only growth is \
+                         followed",
                         volume.spec.bytes
                     ),
                     format!(
-                        "'varve unprotect {0}', then 'varve protect' it under another name: the history of '{0}' stays at \
-                         the recovery host until 'varve forget {0}' there",
+                        "if that was a mistake, give it its size again; else 'varve unprotect {0}', then 'varve protect' it \
+                         under another name: the history of '{0}' stays at the recovery host until 'varve forget {0}' there",
                         file.name
                     ),
                 ));
             }
+            if volume.spec.bytes > *bytes {
+                tracing::info!(group = %file.name, "{} grew from {bytes} to {} bytes", volume.path, volume.spec.bytes);
+                *bytes = volume.spec.bytes;
+                grew = true;
+            }
         }
-        self.run_group(file.clone(), &volumes).await
+        if grew {
+            self.store.save(&file)?;
+        }
+        self.run_group(file, &volumes).await
     }
 
     async fn run_group(self: &Arc<Self>, file: GroupFile, volumes: &[Checked]) -> Result<(), Problem> {
@@ -358,7 +368,8 @@ impl Daemon {
             for before in &checked {
                 volume::refuse_overlap(&volume, group, &before.spec, &before.path)?;
             }
-            for handle in self.handles() {
+            // A group may be started over itself.
+            for handle in self.handles().into_iter().filter(|handle| handle.file.name != group) {
                 for (path, spec) in handle.file.volumes.iter().zip(&handle.specs) {
                     volume::refuse_overlap(&volume, &handle.file.name, spec, path)?;
                 }
@@ -602,9 +613,7 @@ impl Daemon {
             }
             self.restart_ended().await;
             self.look_for_calls().await;
-            if tick.is_multiple_of(LOOK_TICKS) {
-                self.look_at_volumes().await;
-            }
+            self.look_at_volumes(tick.is_multiple_of(LOOK_TICKS)).await;
             if tick.is_multiple_of(RETRY_TICKS) {
                 let again: Vec<GroupFile> = lock(&self.failed).values().map(|failed| failed.file.clone()).collect();
                 let again = again.into_iter().filter(|file| !file.volumes.is_empty() && !self.is_returning(&file.name));
@@ -623,24 +632,59 @@ impl Daemon {
         }
     }
 
-    /// A volume that grew has a part that is not captured; one that was exchanged is not captured at all. Neither may
-    /// be called protected, so its group is started again, which says what is wrong.
-    async fn look_at_volumes(self: &Arc<Self>) {
-        for handle in self.handles() {
+    /// A volume that grew has a part that is not captured: its group is started over itself, and goes on in the new size.
+    /// One that shrank or was exchanged may not be called protected: its group is ended and started again, which says
+    /// what is wrong.
+    async fn look_at_volumes(self: &Arc<Self>, all: bool) {
+        for handle in self.handles().into_iter().filter(|handle| all || handle.shared.facts().outgrown) {
             let held = self.authorities.is_held(&handle.file.name);
+            let mut grew = handle.shared.facts().outgrown;
             let changed = handle.file.volumes.iter().zip(&handle.specs).any(|(path, spec)| {
                 // One that is not there is not written, and its link may come back.
                 BlockFacts::of(path).is_ok_and(|mut facts| {
                     // We made it so.
                     facts.read_only &= !held;
-                    volume::spec(&facts) != *spec || volume::refuse_uncapturable(path, &facts).is_err()
+                    let now = volume::spec(&facts);
+                    grew |= now.bytes > spec.bytes;
+                    let same = varve_bpf::VolumeSpec { bytes: now.bytes.max(spec.bytes), ..spec.clone() } == now;
+                    !same || volume::refuse_uncapturable(path, &facts).is_err()
                 })
             });
             let changed = changed || !handle.disks_are_the_same();
-            if changed {
+            if grew && held && !changed {
+                // Nobody writes to what is new either; it is followed when writing is allowed again.
+                continue;
+            }
+            if grew && !changed {
+                self.grow(&handle).await;
+            } else if changed {
                 tracing::error!(group = %handle.file.name, "a volume changed its size or its place; the group begins anew");
                 self.begin_anew(&handle, GapReason::VolumeChanged).await;
             }
+        }
+    }
+
+    /// Starts a group over itself in its volumes' new sizes. Capture goes on.
+    async fn grow(self: &Arc<Self>, handle: &Arc<GroupHandle>) {
+        let locked = self.changes.lock().await;
+        let name = &handle.file.name;
+        let ours = || self.groups.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
+        if !ours().is_some_and(|there| Arc::ptr_eq(&there, handle)) {
+            return;
+        }
+        // Before anything else: what is written from here on is behind a gap.
+        handle.volume_changed().await;
+        if !handle.leave().await {
+            drop(locked);
+            tracing::error!(group = %name, "a volume grew and its capture cannot be gone on with; the group begins anew");
+            return self.begin_anew(handle, GapReason::VolumeChanged).await;
+        }
+        let mut file = handle.file.clone();
+        file.synced_once |= handle.shared.facts().ever_consistent;
+        self.start_or_remember_locked(file).await;
+        if ours().is_some_and(|there| Arc::ptr_eq(&there, handle)) {
+            // It could not be started.
+            self.groups.write().unwrap_or_else(PoisonError::into_inner).remove(name);
         }
     }
 
@@ -709,7 +753,7 @@ impl Failed {
             link: Link::Disconnected,
             data: if self.file.synced_once { Data::Gap } else { Data::InitialSync },
             reason: Some(format!("not protected: {}. {}", self.problem, self.problem.next)),
-            gap_reason: self.problem.what.ends_with(SIZE_CHANGED).then_some(GapReason::VolumeChanged),
+            gap_reason: self.problem.what.ends_with(SHRANK).then_some(GapReason::VolumeChanged),
             epoch: 1,
             rpo_seconds: None,
             lag_bytes: 0,

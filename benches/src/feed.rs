@@ -57,7 +57,7 @@ pub fn index_cache() -> Arc<IndexCache> {
 #[track_caller]
 pub fn make_group(dir: &Path, replica: PathBuf, bytes: u64) -> GroupMeta {
     std::fs::create_dir_all(dir).unwrap();
-    let volume = VolumeMeta { path: "/dev/bench".into(), bytes, replica };
+    let volume = VolumeMeta::new("/dev/bench", bytes, replica);
     replicas::prepare(&volume).unwrap();
     let name = dir.file_name().unwrap().to_string_lossy().into_owned();
     let meta = GroupMeta::new(&name, "bench", 1, 1, vec![volume]);

@@ -257,7 +257,8 @@ impl Capture {
         Group::new(self.shared.clone(), name, incarnation, ring_bytes, volumes)
     }
 
-    /// Goes on with a group that an earlier process left in the pins, if it captures these very volumes. `None`: there
+    /// Goes on with a group that an earlier process left in the pins (or this one, see [`Group::leave`]), if it captures these
+    /// very volumes; they may have grown, then [`Group::grow`] is to be called. `None`: there
     /// is no such group. The error says which check failed; the group is still there then.
     pub fn take_over_group(&self, name: &str, volumes: &[VolumeSpec]) -> Option<Result<Group, String>> {
         Group::take_over(self.shared.clone(), name, volumes)

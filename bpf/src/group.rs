@@ -96,7 +96,8 @@ impl Group {
         control.first_drop.store(0, Ordering::Release);
         set_inner(&group.shared.rings, slot, &ring_map)?;
         for (number, spec) in specs.iter().enumerate() {
-            group.add_volume(number as u32, spec)?;
+            let track = group.add_volume(number as u32, spec)?;
+            group.tracks.push(track);
         }
         for track in &group.tracks {
             track.entry().flags.store(VOLUME_ACTIVE | VOLUME_SETTLING, Ordering::Release);
@@ -132,7 +133,8 @@ impl Group {
         Some(Ok(Self { slot, ended: AtomicBool::new(false), ring, tracks, settle, shared }))
     }
 
-    fn add_volume(&mut self, number: u32, spec: &VolumeSpec) -> Result<(), CaptureError> {
+    /// A volume that the programs know of and do not capture yet.
+    pub(crate) fn add_volume(&self, number: u32, spec: &VolumeSpec) -> Result<VolumeTrack, CaptureError> {
         let words = bitmap_words(spec.bytes);
         let map = dirty_map(words as u32)?;
         let bits = Table::new(&map, words as usize).map_err(|e| CaptureError::kernel("map a bitmap", e))?;
@@ -146,6 +148,7 @@ impl Group {
         entry.start.store(spec.start_bytes / 512, Ordering::Relaxed);
         entry.sectors.store(spec.bytes / 512, Ordering::Relaxed);
         entry.identity.store(disk_identity(spec.disk), Ordering::Relaxed);
+        entry.device.store(device_sectors(spec), Ordering::Relaxed);
         for counter in [
             &entry.records,
             &entry.bytes,
@@ -159,6 +162,7 @@ impl Group {
             &entry.passthrough,
             &entry.untracked,
             &entry.late_unknown_seen,
+            &entry.resized,
         ] {
             counter.store(0, Ordering::Relaxed);
         }
@@ -169,8 +173,7 @@ impl Group {
         }
         slots.own_volume(index, Watched { spec: spec.clone(), bits: bits.clone() });
         drop(slots);
-        self.tracks.push(VolumeTrack::new(self.shared.clone(), index, spec.clone(), bits));
-        Ok(())
+        Ok(VolumeTrack::new(self.shared.clone(), index, spec.clone(), bits))
     }
 
     /// Ends the capture of the volumes. What is in the ring can still be read.
@@ -181,6 +184,30 @@ impl Group {
         let volumes: Vec<(u32, VolumeSpec)> = self.tracks.iter().map(|t| (t.index(), t.spec().clone())).collect();
         let mut slots = self.shared.slots();
         self.shared.end_group(&mut slots, self.slot, &volumes);
+    }
+
+    /// Ends nothing: [`crate::Capture::take_over_group`] goes on with it, in this process or the next. Whether that can
+    /// be, that is, whether it has a note.
+    pub fn leave(&self) -> bool {
+        let noted = self.shared.ledger[self.slot as usize].state.load(Ordering::Acquire) == LEDGER_KEPT;
+        if !noted || self.ended.swap(true, Ordering::AcqRel) {
+            return false;
+        }
+        self.shared.slots().leave_group(self.slot);
+        true
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    pub(crate) fn settle(&self) -> &Mutex<Instant> {
+        &self.settle
+    }
+
+    /// Gives the one before.
+    pub(crate) fn replace_track(&mut self, number: usize, track: VolumeTrack) -> VolumeTrack {
+        std::mem::replace(&mut self.tracks[number], track)
     }
 
     /// What names the ring.
@@ -349,7 +376,7 @@ pub(crate) fn bitmap_words(bytes: u64) -> u64 {
 }
 
 impl Shared {
-    /// Whether the group in `slot` captures these very volumes.
+    /// Whether the group in `slot` captures these very volumes, which may have grown since.
     fn check_kept(&self, slots: &Slots, slot: u32, volumes: &[(u32, u32)], specs: &[VolumeSpec]) -> Result<(), String> {
         let there = self.ledger[slot as usize].volumes.load(Ordering::Acquire) as usize;
         if there != specs.len() || volumes.len() != specs.len() {
@@ -357,7 +384,8 @@ impl Shared {
         }
         for ((number, spec), &(kept_number, index)) in specs.iter().enumerate().zip(volumes) {
             let kept = slots.watched_at(index).map(|watched| &watched.spec);
-            if kept_number as usize != number || kept != Some(spec) {
+            let same = |kept: &VolumeSpec| VolumeSpec { bytes: kept.bytes.max(spec.bytes), ..kept.clone() } == *spec;
+            if kept_number as usize != number || !kept.is_some_and(same) {
                 return Err(format!("volume {number} is {spec:?} and was {kept:?}"));
             }
             let (was, is) = (self.volumes[index as usize].identity.load(Ordering::Acquire), disk_identity(spec.disk));
@@ -397,6 +425,17 @@ pub(crate) fn set_inner(outer: &MapHandle, slot: u32, inner: &MapHandle) -> Resu
         .map_err(|e| CaptureError::kernel("hand a map to the programs", e))
 }
 
+/// The size of the device that a volume is, so that the programs see when it changes; 0 if the volume is a part of it only.
+fn device_sectors(spec: &VolumeSpec) -> u64 {
+    let sectors = spec.bytes / 512;
+    let (major, minor) = spec.disk;
+    let whole = || std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/size")).ok()?.trim().parse().ok();
+    match spec.start_bytes {
+        0 if whole() != Some(sectors) => 0,
+        _ => sectors,
+    }
+}
+
 fn check_ring(bytes: u32) -> Result<(), CaptureError> {
     if bytes.is_power_of_two() && bytes >= RING_BYTES_MIN && (bytes as usize).is_multiple_of(PAGE_BYTES) {
         return Ok(());
@@ -407,7 +446,7 @@ fn check_ring(bytes: u32) -> Result<(), CaptureError> {
     ))
 }
 
-fn check_volume(spec: &VolumeSpec) -> Result<(), CaptureError> {
+pub(crate) fn check_volume(spec: &VolumeSpec) -> Result<(), CaptureError> {
     let (major, minor) = spec.disk;
     let end = spec.start_bytes.checked_add(spec.bytes);
     if spec.bytes == 0 || !spec.start_bytes.is_multiple_of(512) || !spec.bytes.is_multiple_of(512) || end.is_none() {

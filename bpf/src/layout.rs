@@ -46,7 +46,9 @@ pub(crate) struct VolumeEntry {
     pub(crate) sectors: AtomicU64,
     /// See [`crate::pins::disk_identity`].
     pub(crate) identity: AtomicU64,
-    pub(crate) unused1: [AtomicU64; 3],
+    /// Sectors that the device had when last looked at; 0: it is not the volume alone, so its size says nothing.
+    pub(crate) device: AtomicU64,
+    pub(crate) unused1: [AtomicU64; 2],
     pub(crate) records: AtomicU64,
     pub(crate) bytes: AtomicU64,
     pub(crate) dropped_records: AtomicU64,
@@ -60,7 +62,9 @@ pub(crate) struct VolumeEntry {
     pub(crate) untracked: AtomicU64,
     /// How much of `late_unknown` has made the volume dirty.
     pub(crate) late_unknown_seen: AtomicU64,
-    pub(crate) unused2: [AtomicU64; 4],
+    /// Times that the device was found to have another size.
+    pub(crate) resized: AtomicU64,
+    pub(crate) unused2: [AtomicU64; 3],
 }
 
 #[repr(C)]
@@ -85,7 +89,9 @@ const _: () = assert!(size_of::<VolumeEntry>() == 192);
 const _: () = assert!(core::mem::offset_of!(VolumeEntry, records) == 64);
 const _: () = assert!(core::mem::offset_of!(VolumeEntry, start) == 16);
 const _: () = assert!(core::mem::offset_of!(VolumeEntry, identity) == 32);
+const _: () = assert!(core::mem::offset_of!(VolumeEntry, device) == 40);
 const _: () = assert!(core::mem::offset_of!(VolumeEntry, untracked) == 144);
+const _: () = assert!(core::mem::offset_of!(VolumeEntry, resized) == 160);
 const _: () = assert!(core::mem::offset_of!(DiskEntry, volume) == 16);
 const _: () = assert!(core::mem::offset_of!(GroupEntry, first_drop) == 8);
 const _: () = assert!(size_of::<GroupEntry>() == 64);

@@ -22,6 +22,7 @@ mod capture;
 pub mod doctor;
 mod error;
 mod group;
+mod grow;
 mod layout;
 mod ledger;
 mod memory;

@@ -30,10 +30,11 @@ pub(crate) fn inner_map(outer: &MapHandle, slot: u32) -> Result<Option<MapHandle
 }
 
 impl Shared {
-    /// The bitmap of a volume. One that is not there any more (its group was being given up) is made anew.
+    /// The bitmap of a volume. One that is not there any more (its group was being given up) is made anew. A volume that
+    /// drains because it grew shares the larger one.
     fn find_bits(&self, index: u32, words: u64) -> Result<Table<std::sync::atomic::AtomicU64>, CaptureError> {
         let map = match inner_map(&self.dirty, index)? {
-            Some(map) if u64::from(map.max_entries()) == words => map,
+            Some(map) if u64::from(map.max_entries()) >= words => map,
             _ => {
                 let map = dirty_map(words as u32)?;
                 crate::group::set_inner(&self.dirty, index, &map)?;

@@ -68,6 +68,11 @@ impl Slots {
         self.kept.insert(slot);
     }
 
+    /// It was left by this process, and somebody else may go on with it.
+    pub(crate) fn leave_group(&mut self, slot: u32) {
+        self.kept.insert(slot);
+    }
+
     /// Somebody goes on with it.
     pub(crate) fn take_over_group(&mut self, slot: u32) {
         self.kept.remove(&slot);

@@ -34,6 +34,8 @@ pub struct VolumeCounters {
     pub passthrough: u64,
     /// Writes that could not be remembered for their completion; their regions are dirty.
     pub untracked: u64,
+    /// Times that a write found the volume's device with another size than before.
+    pub resized: u64,
 }
 
 impl std::ops::AddAssign for VolumeCounters {
@@ -49,6 +51,7 @@ impl std::ops::AddAssign for VolumeCounters {
         self.late_unknown += o.late_unknown;
         self.passthrough += o.passthrough;
         self.untracked += o.untracked;
+        self.resized += o.resized;
     }
 }
 
@@ -67,6 +70,10 @@ impl VolumeTrack {
 
     pub(crate) fn index(&self) -> u32 {
         self.index
+    }
+
+    pub(crate) fn bits(&self) -> &Arc<Table<AtomicU64>> {
+        &self.bits
     }
 
     pub(crate) fn entry(&self) -> &VolumeEntry {
@@ -194,6 +201,7 @@ impl VolumeTrack {
             late_unknown: get(&entry.late_unknown),
             passthrough: get(&entry.passthrough),
             untracked: get(&entry.untracked),
+            resized: get(&entry.resized),
         }
     }
 }

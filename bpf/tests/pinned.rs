@@ -277,3 +277,66 @@ fn without_a_place_for_pins_capture_says_so() {
     let full = capture.add_group(1000, &[disk.whole()]).err().unwrap();
     assert_eq!(full.kind(), CaptureErrorKind::Invalid);
 }
+
+/// Grown twice while writes go on, by the process that has it and by one that takes it over: no hole, no bit lost, what is
+/// new is dirty, and the first write that meets the new size says so at its place.
+#[test]
+fn a_volume_that_grew_is_captured_on() {
+    let (bpffs, disk) = (Bpffs::new(), loop_device(100 * MIB));
+    let capture = open(&disk, &bpffs);
+    let spec = |bytes| varve_bpf::VolumeSpec { bytes, ..disk.whole() };
+    let mut group = add(&capture, "db", &[disk.whole()]);
+    let noted = group.note();
+    write(&disk, 2048, 1);
+    assert_eq!(fills(&group), [1]);
+    let track = &group.volumes()[0];
+    track.set_dirty(3);
+    assert!(track.take_dirty(3));
+    track.set_dirty(99);
+    let resize = |bytes: u64| {
+        std::fs::File::options().write(true).open(&disk.backing).unwrap().set_len(bytes).unwrap();
+        run("losetup", &["-c", disk.path.to_str().unwrap()]);
+    };
+    resize(300 * MIB);
+    let before = group.ring().producer();
+    write(&disk, 250 * 2048, 2);
+    assert_eq!(group.counters().resized, 1);
+    assert_eq!(group.take_first_drop(), Some(before));
+    write(&disk, 4096, 3);
+    assert_eq!((group.counters().resized, group.take_first_drop()), (1, None), "said once");
+    assert_eq!(fills(&group), [1, 3], "beyond the old end nothing is captured");
+    assert!(group.is_outgrown(&[spec(300 * MIB)]) && !group.is_outgrown(&[spec(100 * MIB)]));
+    group.grow(&[spec(300 * MIB)]).unwrap();
+    let dirty = |group: &varve_bpf::Group| {
+        let track = &group.volumes()[0];
+        std::iter::successors(track.next_dirty(0), |at| track.next_dirty(at + 1)).collect::<Vec<u64>>()
+    };
+    let mut wanted = vec![3, 99];
+    wanted.extend(100..300);
+    assert_eq!(dirty(&group), wanted);
+    write(&disk, 299 * 2048, 4);
+    assert_eq!(fills(&group), [1, 3, 4]);
+    assert_eq!(group.counters().captured_records, 3);
+    group.set_note(&noted);
+    // In this process, then in the next one.
+    assert!(group.leave() && !group.leave());
+    drop(group);
+    resize(301 * MIB);
+    let group = capture.take_over_group("db", &[spec(301 * MIB)]).unwrap().unwrap();
+    assert!(group.is_outgrown(&[spec(301 * MIB)]));
+    group.set_note(&noted);
+    std::mem::forget((group, capture));
+    let capture = open(&disk, &bpffs);
+    let mut group = capture.take_over_group("db", &[spec(301 * MIB)]).unwrap().unwrap();
+    write(&disk, 7 * 2048, 5);
+    group.grow(&[spec(301 * MIB)]).unwrap();
+    write(&disk, 300 * 2048, 6);
+    assert_eq!(fills(&group), [1, 3, 4, 5, 6]);
+    assert_eq!(group.counters().resized, 2);
+    wanted.push(300);
+    assert_eq!(dirty(&group), wanted);
+    wait_for("old writes have completed", || group.poll_settled().unwrap());
+    assert!((0..301).all(|region| !group.volumes()[0].in_flight(region)));
+    drop(group);
+    capture.unpin().unwrap();
+}

@@ -83,7 +83,7 @@ pub enum GapReason {
     Repair = 10,
     /// A replica was exchanged or changed behind the receiver's back.
     ReplicaChanged = 11,
-    /// The volume's size changed in a way that cannot be followed.
+    /// The volume's size changed. If it grew, what is new is sent, and the gap closes.
     VolumeChanged = 12,
     /// The replicas are being rolled back.
     Rollback = 13,

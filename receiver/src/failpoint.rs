@@ -36,6 +36,9 @@ pub const GROUP_AFTER: &str = "group-after";
 /// The source is quiet and everything is here, the takeover is not durable.
 pub const PLANNED_QUIET: &str = "planned-quiet";
 
+/// The volumes' new sizes are written down, the replicas have the old ones.
+pub const GROWN: &str = "grown";
+
 /// A takeover is durable, its stream has not begun.
 pub const PROMOTE_MARKED: &str = "promote-marked";
 

@@ -16,21 +16,23 @@ fn word(pair: &Pair, group: &str) -> String {
 }
 
 #[test]
-fn a_volume_that_grows_is_not_called_protected() {
+fn a_volume_that_shrinks_is_not_called_protected() {
     require_root();
     let scratch = Scratch::disk();
     let device = LoopDevice::new(&scratch, "volume", 32 << 20);
     let pair = Pair::new();
-    pair.protect("grows", &[device.path()]);
-    pair.wait_protected("grows", LIMIT);
-    device.resize(64 << 20);
-    wait_until(Duration::from_secs(15), "it is not called protected any more", || word(&pair, "grows") != "protected");
+    pair.protect("shrinks", &[device.path()]);
+    pair.wait_protected("shrinks", LIMIT);
+    device.resize(16 << 20);
+    wait_until(Duration::from_secs(15), "it is not called protected any more", || {
+        word(&pair, "shrinks") != "protected"
+    });
     std::thread::sleep(Duration::from_secs(3));
-    let status = pair.production.group("grows").unwrap();
+    let status = pair.production.group("shrinks").unwrap();
     assert_eq!(status["data"], "gap", "{status:#}");
-    assert!(status["reason"].as_str().unwrap().contains("changed its size"), "{status:#}");
+    assert!(status["reason"].as_str().unwrap().contains("shrank"), "{status:#}");
     // It says so for good, and can be let go of.
-    pair.production.varve(&["unprotect", "grows", "--yes"]).ok();
+    pair.production.varve(&["unprotect", "shrinks", "--yes"]).ok();
 }
 
 #[test]

@@ -246,6 +246,55 @@ fn writes_that_fail_leave_no_difference() {
     assert_equal(&pair, "failing", &[device.path()], &replicas);
 }
 
+/// A disk that fails some writes with EIO in the midst of others, over and over: what it holds is read again, nothing else
+/// is, and each good stretch between two gaps keeps its points.
+#[test]
+fn a_disk_that_fails_some_writes() {
+    require_root();
+    let seed = Seed::new();
+    let scratch = Scratch::memory();
+    let trigger = scratch.join("failing");
+    let file = format!("error-pwrite-file={}", trigger.display());
+    let parameters = ["error-pwrite=EIO", "error-pwrite-rate=5%", file.as_str()];
+    let device = SlowDevice::with_filters(&scratch, "disk", 48 << 20, &["error"], &parameters);
+    let pair = Pair::new();
+    let replicas = pair.protect("eio", &[device.path()]);
+    pair.wait_protected("eio", LIMIT);
+    let counter = |name: &str| pair.production.group("eio").unwrap()["counters"][name].as_u64().unwrap();
+    let mut points = Vec::new();
+    let probes = counter("probes");
+    for round in 0..3 {
+        let name = format!("good{round}");
+        pair.production.varve(&["bookmark", "eio", &name]).ok();
+        points.push((name, digest_device(device.path())));
+        let failed = counter("failed_writes");
+        let load = Fio::new(device.path()).block("4k-64k").option("size=8m").depth(4).seed(seed.number() + round);
+        let load = load.rate(4 << 20).seconds(600).ignore_errors().start(&scratch);
+        std::fs::write(&trigger, "").unwrap();
+        wait_until(LIMIT, "writes fail", || counter("failed_writes") > failed + 5);
+        std::fs::remove_file(&trigger).unwrap();
+        load.stop();
+        wait_until(LIMIT, "what failed was read again", || {
+            pair.production.group("eio").unwrap()["data"] == "protected"
+        });
+        assert_equal(&pair, "eio", &[device.path()], &replicas);
+    }
+    // Eight regions are written; the forty others are not looked at. A region may be read as often as a write in it fails.
+    assert!(counter("image_bytes") <= counter("failed_writes") * (2 << 20) && counter("probes") > probes);
+    let status = pair.recovery.group("eio").unwrap();
+    let reasons: Vec<&str> =
+        status["gaps"].as_array().unwrap().iter().filter_map(|gap| gap["reason"].as_str()).collect();
+    assert!(reasons.contains(&"failed-write"), "{reasons:?}");
+    for (name, digest) in points {
+        let to = scratch.join("restored");
+        let at = format!("bookmark:{name}");
+        let path = to.to_str().unwrap();
+        pair.recovery.varve(&["restore", "eio", "--at", &at, "--volume", "0", "--to", path]).ok();
+        assert_eq!(digest_device(&to), digest, "{name}");
+        std::fs::remove_file(to).unwrap();
+    }
+}
+
 #[test]
 fn the_receiver_dies_and_comes_back() {
     require_root();

@@ -69,7 +69,7 @@ impl Kept {
         let t = &self.troubles;
         let flag = |is: bool, bit: u64| if is { bit } else { 0 };
         let mut note = [0; NOTE_WORDS];
-        note[..16].copy_from_slice(&[
+        note[..17].copy_from_slice(&[
             VERSION,
             reason_number(open),
             position,
@@ -86,6 +86,7 @@ impl Kept {
             t.late_unknown,
             t.passthrough,
             self.misses,
+            t.resized,
         ]);
         note
     }
@@ -110,6 +111,8 @@ impl Kept {
                 late: note[12],
                 late_unknown: note[13],
                 passthrough: note[14],
+                // Notes of agents that did not look for it have a zero here, and so do their programs' counters.
+                resized: note[16],
             },
             misses: note[15],
         })
@@ -134,6 +137,7 @@ mod tests {
             late: 6,
             late_unknown: 7,
             passthrough: 8,
+            resized: 10,
         };
         let kept = Kept {
             gap,

@@ -38,7 +38,7 @@ use tokio::task::JoinHandle;
 use varve_bpf::{Capture, Group, Origin, VolumeSpec};
 use varve_common::limits::SYNC_REGIONS_MAX;
 use varve_common::problem::Problem;
-use varve_common::state::Link;
+use varve_common::state::{GapReason, Link};
 use varve_common::wire::messages::VolumeHello;
 use varve_io::aligned::BufPool;
 use varve_io::direct::DirectFile;
@@ -96,6 +96,31 @@ pub struct GroupHandle {
     task: std::sync::Mutex<Option<JoinHandle<()>>>,
 }
 
+/// Captures volumes that grew in their new size. The gap is noted before: whoever comes after a kill must not take what
+/// the new part's bitmap says for less than that.
+fn follow_sizes(mut group: Group, specs: &[VolumeSpec]) -> Result<Group, String> {
+    let Some(mut kept) = group.kept() else { return Ok(group) };
+    let resized = group.troubles().resized;
+    if !group.is_outgrown(specs) && resized == kept.troubles.resized {
+        return Ok(group);
+    }
+    // Where the first write met the new size, if one has; a place before it does no harm.
+    let producer = group.ring().producer();
+    let position = group.take_first_drop().map_or(producer, |first| first.min(producer));
+    kept.gap.begin(GapReason::VolumeChanged, position);
+    kept.shown = kept.shown.or(Some(GapReason::VolumeChanged));
+    kept.troubles.resized = resized;
+    group.keep(&kept);
+    if let Err(error) = group.grow(specs) {
+        group.end();
+        return Err(format!("a volume that grew cannot be captured in its new size: {error}"));
+    }
+    // Counters are what they were, and a little more where both entries of a volume saw a write.
+    let position = kept.gap.parts().1;
+    tracing::info!(position, "volumes that changed their size are captured in the new one");
+    Ok(group)
+}
+
 /// Goes on with what an agent before left of the group, if it did and if that is proved to be this group; else begins
 /// anew. Says which, in words.
 fn begin_capture(
@@ -112,7 +137,9 @@ fn begin_capture(
             Err("the note about it is not understood".to_owned())
         }
     };
-    let origin = match capture.take_over_group(name, specs).map(|taken| taken.and_then(understood)) {
+    let taken = capture.take_over_group(name, specs);
+    let taken = taken.map(|taken| taken.and_then(understood).and_then(|group| follow_sizes(group, specs)));
+    let origin = match taken {
         Some(Ok(group)) => {
             let capacity = group.ring().capacity();
             let waiting = group.ring().producer() - group.ring().consumer();
@@ -222,6 +249,11 @@ impl GroupHandle {
         let _ = tokio::task::spawn_blocking(move || group.end()).await;
     }
 
+    /// Ends the group's worker so that another one can go on with its capture, in this process; whether one can.
+    pub async fn leave(&self) -> bool {
+        self.stop().await && self.group.leave()
+    }
+
     /// Whether writes from before its capture began have completed.
     pub fn settled(&self) -> bool {
         source::Source::settled(&*self.group)
@@ -232,8 +264,8 @@ impl GroupHandle {
         self.group.disks_are_the_same()
     }
 
-    /// Ends the group's worker. Capture goes on if it is pinned.
-    pub async fn stop(&self) {
+    /// Ends the group's worker. Capture goes on if it is pinned. Whether all of it has ended.
+    pub async fn stop(&self) -> bool {
         // The worker may have ended by itself.
         let _ = self.stop.send(true);
         let task = self.task.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
@@ -241,7 +273,9 @@ impl GroupHandle {
             && tokio::time::timeout(STOP_LIMIT, task).await.is_err()
         {
             tracing::error!(group = %self.file.name, "did not end within {} s", STOP_LIMIT.as_secs());
+            return false;
         }
+        true
     }
 
     /// Whether the worker ended without being told.

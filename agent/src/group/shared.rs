@@ -59,6 +59,8 @@ pub struct Facts {
     pub fenced: Option<Fence>,
     /// Its volumes are quiet for a planned switch-over.
     pub quiet: Option<Shown>,
+    /// A volume has another size than it is captured in.
+    pub outgrown: bool,
 }
 
 /// See the module's text.
@@ -125,6 +127,7 @@ impl GroupShared {
         let ever_consistent = ever_consistent || kept.as_ref().is_some_and(|kept| kept.gap.ever_consistent());
         let (gap, gap_since_ns) = kept.map_or((Some(gap), None), |kept| (kept.shown, kept.shown_since_ns));
         let facts = Facts {
+            outgrown: false,
             link: Link::Disconnected,
             link_reason: None,
             refused: None,

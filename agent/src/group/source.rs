@@ -103,6 +103,8 @@ pub struct Troubles {
     pub late_unknown: u64,
     /// Passthrough commands.
     pub passthrough: u64,
+    /// Writes that found a volume's device in another size.
+    pub resized: u64,
 }
 
 /// What capture gives for a group: its stream, its volumes' bitmaps, its events.
@@ -159,6 +161,7 @@ impl Source for Group {
             late: counters.late,
             late_unknown: counters.late_unknown,
             passthrough: counters.passthrough,
+            resized: counters.resized,
         }
     }
     fn captured(&self) -> (u64, u64) {

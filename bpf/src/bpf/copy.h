@@ -21,6 +21,10 @@ struct job {
 	u32 marks; /* of those: to remember in `bios` */
 	u32 opaque; /* what lands on the disk is not what is in the pages */
 
+	/* the device that it was sent to: a partition, or the disk itself */
+	u64 device_start;
+	u64 device_sectors;
+
 	/* where the data is */
 	u64 segment; /* address of the current bio_vec */
 	u32 skip;    /* bytes of it that are done */

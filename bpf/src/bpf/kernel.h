@@ -98,6 +98,8 @@ struct gendisk {
 } relocated;
 
 struct block_device {
+	u64 bd_start_sect;
+	u64 bd_nr_sectors;
 	struct gendisk *bd_disk;
 } relocated;
 

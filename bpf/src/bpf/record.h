@@ -77,7 +77,7 @@ enum {
 };
 
 struct volume {
-	/* line 0: read by every write, written by user space only */
+	/* line 0: read by every write, written by user space only (`device` also when a device's size changed) */
 	u32 flags;
 	u32 group;
 	u32 number; /* in its group */
@@ -85,7 +85,8 @@ struct volume {
 	u64 start; /* sectors */
 	u64 sectors;
 	u64 identity; /* user space: which disk the number named when the volume was added */
-	u64 unused1[3];
+	u64 device; /* sectors that the block device which begins at `start` had when last looked at, 0 = nobody looks */
+	u64 unused1[2];
 	/* lines 1 and 2: counters */
 	u64 records;
 	u64 bytes;
@@ -99,12 +100,15 @@ struct volume {
 	u64 passthrough;
 	u64 untracked;
 	u64 late_unknown_seen; /* user space: how much of late_unknown has made the volume dirty */
-	u64 unused2[4];
+	u64 resized; /* times that a write came to a device whose size had changed */
+	u64 unused2[3];
 };
 _Static_assert(sizeof(struct volume) == 192, "volume is three lines of cache");
 _Static_assert(__builtin_offsetof(struct volume, start) == 16, "start");
 _Static_assert(__builtin_offsetof(struct volume, records) == 64, "counters start a line");
-_Static_assert(__builtin_offsetof(struct volume, untracked) == 144, "last counter");
+_Static_assert(__builtin_offsetof(struct volume, device) == 40, "device");
+_Static_assert(__builtin_offsetof(struct volume, untracked) == 144, "counters");
+_Static_assert(__builtin_offsetof(struct volume, resized) == 160, "last counter");
 
 struct group {
 	u64 time_offset; /* wall clock minus boot clock, wrapping */

@@ -30,6 +30,30 @@ always bool is_data(u32 op)
 	return op == OP_WRITE || op == OP_DISCARD || op == OP_SECURE_ERASE || op == OP_WRITE_ZEROES;
 }
 
+/*
+ * The first write after a volume's device has another size: what a file system does once it knows of its new room must
+ * not stand before the gap. The position is taken before the count rises and both before this write's record is
+ * reserved, and whoever sees the new size in `device` comes after both: so who sees a record of a write from after the
+ * change finds the count, and a position that is not after the record.
+ */
+subprogram int note_resize(u32 volume, u64 sectors)
+{
+	u32 key = volume;
+	struct volume *v = bpf_map_lookup_elem(&volumes, &key);
+	if (!v)
+		return 0;
+	key = v->group;
+	struct group *g = bpf_map_lookup_elem(&groups, &key);
+	void *ring = bpf_map_lookup_elem(&rings, &key);
+	if (g && ring) {
+		u64 position = bpf_ringbuf_query(ring, BPF_RB_PROD_POS);
+		__sync_val_compare_and_swap(&g->first_drop, 0, position + 1);
+	}
+	add(v->resized, 1);
+	__sync_lock_test_and_set(&v->device, sectors);
+	return 0;
+}
+
 /* First look at a volume of the disk: is it touched, and is the bio to be counted or remembered? */
 static long classify(u32 i, void *ctx)
 {
@@ -42,6 +66,9 @@ static long classify(u32 i, void *ctx)
 	u32 flags = *(volatile u32 *)&v->flags;
 	if (!flags)
 		return 0;
+	u64 device = *(volatile u64 *)&v->device;
+	if (device && device != j->device_sectors && j->device_start == v->start && flags & VOLUME_ACTIVE)
+		note_resize(index, j->device_sectors);
 	u32 bit = 1u << (i & 31);
 	if (!j->sectors) { /* a flush is for every volume, and is not in flight in any region */
 		if (flags & VOLUME_ACTIVE)
@@ -157,7 +184,8 @@ always int accepted(struct bio *bio, bool deferred)
 	u32 op = opf & OP_MASK;
 	if (!(op & 1) || (deferred && !(opf & req_flag(__REQ_NOWAIT))))
 		return 0;
-	struct gendisk *disk = bio->bi_bdev->bd_disk;
+	struct block_device *device = bio->bi_bdev;
+	struct gendisk *disk = device->bd_disk;
 	u32 at;
 	struct disk *d = find_disk(disk_number(disk->major, disk->first_minor), &at);
 	if (!d || deferred != is_deferred(opf, d->flags))
@@ -173,6 +201,8 @@ always int accepted(struct bio *bio, bool deferred)
 	j.bio = (u64)bio;
 	j.disk = at;
 	j.op = op;
+	j.device_start = device->bd_start_sect;
+	j.device_sectors = device->bd_nr_sectors;
 	if (opf & req_flag(__REQ_FUA))
 		j.flags |= FLAG_FUA;
 	if (opf & req_flag(__REQ_PREFLUSH))

@@ -366,7 +366,10 @@ fn gap(facts: &Facts, passed: Option<GapReason>) -> Verdict {
     let text = format!("points cannot be recovered from a gap on: {}", reason.explain());
     let next = match reason {
         GapReason::VolumeChanged => {
-            format!("'varve unprotect {0}', then 'varve protect {0}' again if the status asks for it", facts.group)
+            format!(
+                "nothing if it grew: what is new is sent by itself. If it shrank, 'varve status {}' says more",
+                facts.group
+            )
         }
         _ => "nothing: what differs is sent by itself, and the last good point before stays".to_owned(),
     };

@@ -75,10 +75,9 @@ impl Talk {
         let volumes = volumes_at(&self.slot, timeline, split, None).map_err(|problem| problem.to_string())?;
         let views: Vec<_> = volumes.into_iter().map(|(_, volume)| volume).collect();
         let replica = |number: usize| place.making.join(format!("replica-{number}.img"));
-        let made = meta.volumes.iter().enumerate().map(|(number, volume)| VolumeMeta {
-            path: volume.path.clone(),
-            bytes: volume.bytes,
-            replica: replica(number),
+        let made = meta.volumes.iter().enumerate().map(|(number, volume)| {
+            // Its history begins here: it has had one size.
+            VolumeMeta::new(volume.path.clone(), volume.bytes, replica(number))
         });
         let mut branch = GroupMeta::new(name, &self.host, meta.epoch, split_ns, made.collect());
         branch.retention = meta.retention;

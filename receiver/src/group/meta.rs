@@ -172,6 +172,45 @@ pub struct VolumeMeta {
     pub bytes: u64,
     /// Where the replica is.
     pub replica: PathBuf,
+    /// The sizes that it had before it grew, oldest first.
+    #[serde(default)]
+    pub grown: Vec<SizeBefore>,
+}
+
+/// A size that a volume had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SizeBefore {
+    /// The size.
+    pub bytes: u64,
+    /// The last height at which it had it. No point there can be recovered: a volume grows inside a gap.
+    pub until: u64,
+}
+
+/// A volume grows so often at most. What is older than the first point of the timeline is forgotten.
+pub const GROWTHS_MAX: usize = 64;
+
+impl VolumeMeta {
+    /// A volume that has had one size.
+    pub fn new(path: impl Into<String>, bytes: u64, replica: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), bytes, replica: replica.into(), grown: Vec::new() }
+    }
+
+    /// Its size at a point of the timeline.
+    pub fn bytes_at(&self, height: u64) -> u64 {
+        self.grown.iter().find(|before| height <= before.until).map_or(self.bytes, |before| before.bytes)
+    }
+
+    /// It grew inside the gap that is open at `height`; the timeline begins at `oldest`. Whether there is room to note that.
+    pub fn grow(&mut self, bytes: u64, height: u64, oldest: u64) -> bool {
+        self.grown.retain(|before| before.until >= oldest);
+        if self.grown.len() >= GROWTHS_MAX {
+            return false;
+        }
+        // Of several in one gap the oldest is found first: nobody can ask for the sizes in between.
+        self.grown.push(SizeBefore { bytes: self.bytes, until: height });
+        self.bytes = bytes;
+        true
+    }
 }
 
 /// Why a `group.json` is not used.
@@ -259,7 +298,11 @@ impl GroupMeta {
     fn objection(&self, dir: &Path) -> Option<String> {
         let named = dir.file_name().is_some_and(|name| name == self.name.as_str());
         let id_ok = self.id.len() == 32 && self.id.bytes().all(|b| b.is_ascii_hexdigit());
-        let sizes = self.volumes.iter().all(|volume| (1..=VOLUME_BYTES_MAX).contains(&volume.bytes));
+        let sizes = self.volumes.iter().all(|volume| {
+            let all = volume.grown.iter().map(|before| before.bytes).chain([volume.bytes]);
+            let until = volume.grown.iter().map(|before| before.until);
+            all.clone().all(|bytes| (1..=VOLUME_BYTES_MAX).contains(&bytes)) && all.is_sorted() && until.is_sorted()
+        });
         let count = (1..=VOLUMES_PER_GROUP_MAX).contains(&self.volumes.len());
         if check_name("group", &self.name).is_err() || !named {
             return Some(format!("its name is '{}'", self.name.escape_debug()));
@@ -273,12 +316,26 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_point_has_the_size_of_its_time() {
+        let mut volume = VolumeMeta::new("/dev/vdb", 8, "/r.img");
+        assert!(volume.grow(12, 100, 0) && volume.grow(14, 100, 0) && volume.grow(20, 300, 0));
+        let sizes = [0, 100, 101, 300, 301].map(|height| volume.bytes_at(height));
+        assert_eq!(sizes, [8, 8, 14, 14, 20]);
+        assert!(volume.grow(30, 400, 101));
+        assert_eq!(volume.grown.len(), 2, "what cannot be asked for is forgotten");
+        assert_eq!([101, 301, 401].map(|height| volume.bytes_at(height)), [14, 20, 30]);
+        let mut many = VolumeMeta::new("/dev/vdb", 8, "/r.img");
+        let grown = (1..=65u64).filter(|n| many.grow(8 + n, 10 * n, 0)).count();
+        assert_eq!((grown, many.bytes), (GROWTHS_MAX, 8 + 64));
+    }
+
+    #[test]
     fn round_trip_and_refusals() {
         let base = tempfile::tempdir().expect("directory");
         let dir = base.path().join("db");
         std::fs::create_dir(&dir).expect("group's directory");
         assert!(GroupMeta::load(&dir).expect("nothing there").is_none());
-        let volume = VolumeMeta { path: "/dev/vdb".into(), bytes: 1 << 20, replica: "/r.img".into() };
+        let volume = VolumeMeta::new("/dev/vdb", 1 << 20, "/r.img");
         let meta = GroupMeta::new("db", "production", 3, 7, vec![volume]);
         meta.save(&dir).expect("save");
         assert_eq!(GroupMeta::load(&dir).expect("load"), Some(meta.clone()));

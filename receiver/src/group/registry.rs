@@ -5,7 +5,7 @@
 //! the desk: after a silent loss of the network the old session would otherwise sit there until its idle timeout.
 
 use super::live::{Counters, Live};
-use super::meta::{Branch, GroupMeta, Held, VolumeMeta};
+use super::meta::{Branch, GROWTHS_MAX, GroupMeta, Held, VolumeMeta};
 use super::open::{APPLIED_NAME, HISTORY_NAME, LANDING_NAME, OpenGroup, Past};
 use super::replicas;
 use crate::apply::mark::AppliedFile;
@@ -301,10 +301,46 @@ impl Registry {
             meta = slot.board().meta.clone().ok_or_else(|| storage("the group is gone"))?;
         }
         self.ensure_open(slot, &mut desk, &meta).await?;
+        if hello::grows(&meta, hello) {
+            meta = self.grow(slot, &mut desk, meta, hello).await?;
+        }
         if let Some(open) = &desk.open {
             begin_at_home(self, slot, open).await.map_err(|why| storage(&why))?;
         }
         Ok(Claim { slot: slot.clone(), desk, turn, meta, stopping: self.stopping.clone() })
+    }
+
+    /// The volumes grew. In a gap the replicas and the timeline follow; before it they have the old size still, and the
+    /// session ends when the gap begins ([`crate::session::intake::Rules::grows`]).
+    async fn grow(
+        &self,
+        slot: &Arc<Slot>,
+        desk: &mut Desk,
+        mut meta: GroupMeta,
+        hello: &Hello,
+    ) -> Result<GroupMeta, Refused> {
+        let Some(open) = &desk.open else { return Ok(meta) };
+        let landed = open.live.view().landed;
+        if landed.gap.is_none() {
+            return Ok(meta);
+        }
+        let oldest = open.timeline.begin().unwrap_or(0);
+        for (volume, theirs) in meta.volumes.iter_mut().zip(&hello.volumes).filter(|(a, b)| a.bytes < b.bytes) {
+            replicas::check_room(volume, theirs.bytes)?;
+            let (path, from) = (theirs.path.clone(), volume.bytes);
+            if !volume.grow(theirs.bytes, landed.height, oldest) {
+                let text = format!("{path} has grown {GROWTHS_MAX} times within this history");
+                return Err(refuse(RefusedReason::Volumes, text, "a shorter retention forgets the older sizes"));
+            }
+            tracing::info!(group = slot.name, from, to = volume.bytes, "{path} grew, its replica follows");
+        }
+        close(slot, desk).await;
+        // The sizes first: a replica that is smaller than its volume and was not always so is extended when it is opened.
+        let volumes = meta.volumes.clone();
+        self.change_meta(slot, |meta| meta.volumes = volumes).await?;
+        failpoint::hit(failpoint::GROWN);
+        self.ensure_open(slot, desk, &meta).await?;
+        Ok(meta)
     }
 
     fn slot_for(&self, hello: &Hello) -> Result<Arc<Slot>, Refused> {
@@ -586,7 +622,7 @@ fn make_group(
             let text = format!("{} is already a replica of the group '{group}'", path.display());
             return Err(refuse(RefusedReason::Replica, text, "choose another replica"));
         }
-        volumes.push(VolumeMeta { path: volume.path.clone(), bytes: volume.bytes, replica });
+        volumes.push(VolumeMeta::new(volume.path.clone(), volume.bytes, replica));
     }
     crashsafe::create_dir_all_durable(dir).map_err(io)?;
     check_space(dir)?;

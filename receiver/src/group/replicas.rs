@@ -96,6 +96,22 @@ fn make(path: &Path, bytes: u64) -> Result<(), Refused> {
     })
 }
 
+/// Refuses a growth that the replica has no room for.
+pub fn check_room(volume: &VolumeMeta, bytes: u64) -> Result<(), Refused> {
+    let path = &volume.replica;
+    let file = DirectFile::open_read(path).map_err(|e| io_refused("cannot open the replica", path, &e))?;
+    if !file.is_block_device() || file.len() >= bytes {
+        return Ok(());
+    }
+    let text = format!(
+        "{} grew to {bytes} bytes and its replica, the device {}, has {}",
+        volume.path,
+        path.display(),
+        file.len()
+    );
+    Err(refused(text, "make that device larger; it is tried again by itself, and until then the gap stays open"))
+}
+
 /// Opens the replica of a volume and claims it.
 pub fn open(volume: &VolumeMeta) -> Result<Replica, Refused> {
     let (path, bytes) = (&volume.replica, volume.bytes);
@@ -108,6 +124,11 @@ pub fn open(volume: &VolumeMeta) -> Result<Replica, Refused> {
         return Err(refused(format!("the replica {} is in use: {user}", path.display()), next));
     }
     let file = DirectFile::open_rw_exclusive(path).map_err(|e| io_refused("cannot open the replica", path, &e))?;
+    // The sizes are written down before the file is extended, and this may be after a crash in between.
+    if !file.is_block_device() && volume.grown.last().is_some_and(|before| file.len() == before.bytes) {
+        let grown = file.set_len(bytes).and_then(|()| file.sync_data());
+        grown.map_err(|e| io_refused("cannot make the replica larger", path, &e))?;
+    }
     let have = file.len();
     if have < bytes {
         let text = format!("the replica {} is too small: it has {have} bytes, the volume {bytes}", path.display());
@@ -144,7 +165,7 @@ mod tests {
     use super::*;
 
     fn volume(replica: PathBuf, bytes: u64) -> VolumeMeta {
-        VolumeMeta { path: "/dev/x".into(), bytes, replica }
+        VolumeMeta::new("/dev/x", bytes, replica)
     }
 
     #[test]

@@ -170,8 +170,7 @@ pub enum ContentError {
     },
 }
 
-/// Checks one record against the group's volumes. A resize changes nothing here: a volume that grew is refused with the
-/// first write beyond its old end, or with the next hello.
+/// Checks one record against the group's volumes. A resize changes nothing here: volumes grow between two sessions.
 pub fn check_record(record: &Record<'_>, volumes: &[u64]) -> Result<(), ContentError> {
     if !record.kind.changes_data() {
         return Ok(());

@@ -69,11 +69,10 @@ pub fn check_against(meta: &GroupMeta, hello: &Hello) -> Result<(), Refused> {
         return refuse_volumes(format!("the group '{}' has {have} volumes here, {got} at the source", meta.name));
     }
     for (number, (ours, theirs)) in meta.volumes.iter().zip(&hello.volumes).enumerate() {
-        if ours.bytes != theirs.bytes {
-            let change = if theirs.bytes > ours.bytes { "grew" } else { "shrank" };
+        if theirs.bytes < ours.bytes {
             let (path, have, got) = (&theirs.path, ours.bytes, theirs.bytes);
             return refuse_volumes(format!(
-                "volume {number} ({path}) {change} from {have} to {got} bytes, which cannot be followed yet"
+                "volume {number} ({path}) shrank from {have} to {got} bytes; only growth is followed"
             ));
         }
         if let Some(wish) = theirs.replica.as_ref().filter(|wish| ours.replica.as_os_str() != wish.as_str()) {
@@ -82,6 +81,11 @@ pub fn check_against(meta: &GroupMeta, hello: &Hello) -> Result<(), Refused> {
         }
     }
     Ok(())
+}
+
+/// Whether a volume is larger than it is here.
+pub fn grows(meta: &GroupMeta, hello: &Hello) -> bool {
+    meta.volumes.iter().zip(&hello.volumes).any(|(ours, theirs)| ours.bytes < theirs.bytes)
 }
 
 #[cfg(test)]
@@ -105,7 +109,7 @@ mod tests {
     #[test]
     fn each_objection() {
         let meta = {
-            let volume = VolumeMeta { path: "/dev/vdb".into(), bytes: 4096, replica: "/r.img".into() };
+            let volume = VolumeMeta::new("/dev/vdb", 4096, "/r.img");
             GroupMeta::new("db", "host", 2, 0, vec![volume])
         };
         let both = |hello: &Hello| check(hello).and_then(|()| check_against(&meta, hello));
@@ -119,10 +123,14 @@ mod tests {
             (|h| h.incarnation = [0; 16], RefusedReason::Protocol),
             (|h| h.oldest = 9, RefusedReason::Protocol),
             (|h| h.epoch = 1, RefusedReason::Epoch),
-            (|h| h.volumes[0].bytes = 8192, RefusedReason::Volumes),
+            (|h| h.volumes[0].bytes = 2048, RefusedReason::Volumes),
             (|h| h.volumes.push(h.volumes[0].clone()), RefusedReason::Volumes),
             (|h| h.volumes[0].replica = Some("/other.img".into()), RefusedReason::Volumes),
         ];
+        let mut larger = hello();
+        assert!(!grows(&meta, &larger));
+        larger.volumes[0].bytes = 8192;
+        assert!(both(&larger).is_ok() && grows(&meta, &larger));
         for (change, reason) in cases {
             let mut hello = hello();
             change(&mut hello);

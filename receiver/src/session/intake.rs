@@ -29,6 +29,9 @@ pub struct Rules {
     pub incarnation: Incarnation,
     /// The epochs under which it may write: that of its hello, and that of the welcome.
     pub epochs: RangeInclusive<u64>,
+    /// The agent's volumes are larger than ours. They grow in a gap and between two sessions: this one ends with the mark
+    /// that opens it, so nothing of the new part can stand before a gap.
+    pub grows: bool,
 }
 
 /// What became of a chunk.
@@ -66,6 +69,8 @@ pub struct Intake {
     pub reply: Option<AskReply>,
     /// An arena was wanted and all were held.
     pub starved: bool,
+    /// A gap was opened in which the volumes can grow: nothing more is taken.
+    pub can_grow: bool,
 }
 
 /// A frame whose body is coming.
@@ -105,12 +110,16 @@ impl Intake {
             report: None,
             reply: None,
             starved: false,
+            can_grow: false,
         }
     }
 
     /// Takes a chunk of the stream from its front. Copies each byte of a body once.
     pub fn feed(&mut self, chunk: &mut Bytes) -> Result<Fed, Refused> {
         loop {
+            if self.can_grow {
+                return Ok(Fed::Blocked);
+            }
             let Some(partial) = self.partial else {
                 let wanted = FRAME_HEADER_BYTES - self.head_bytes;
                 let take = wanted.min(chunk.len());
@@ -306,6 +315,7 @@ impl Intake {
         let padded = arena.len().next_multiple_of(ENTRY_ALIGN);
         arena.resize(padded, 0);
         self.state.pass(&effect);
+        self.can_grow = self.rules.grows && self.state.gap.is_some();
         self.items.push(Item::Entry(Entry {
             at,
             kind: frame.kind,
@@ -444,7 +454,7 @@ fn hole(text: String) -> Refused {
 fn content(error: ContentError) -> Refused {
     match error {
         ContentError::Bounds { .. } | ContentError::Volume { .. } => {
-            let next = "if the volume grew: unprotect the group, 'varve forget' it on the receiver, protect it again";
+            let next = "an agent whose volume grew comes again with its new size; if this stays, restart the agent";
             refuse(RefusedReason::Volumes, error.to_string(), next)
         }
         ContentError::Record(_) => protocol(error.to_string()),

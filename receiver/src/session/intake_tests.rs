@@ -10,7 +10,7 @@ const VOLUME_BYTES: u64 = 1 << 30;
 const INCARNATION: Incarnation = [9; 16];
 
 fn rules() -> Rules {
-    Rules { volumes: Arc::new([VOLUME_BYTES]), incarnation: INCARNATION, epochs: 3..=3 }
+    Rules { volumes: Arc::new([VOLUME_BYTES]), incarnation: INCARNATION, epochs: 3..=3, grows: false }
 }
 
 fn begun_at(position: u64) -> StreamState {

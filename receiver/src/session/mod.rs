@@ -209,7 +209,8 @@ impl Session {
         claim.slot.counters.sessions.fetch_add(1, Ordering::Relaxed);
 
         let epochs = hello.epoch..=claim.meta.epoch;
-        let rules = Rules { volumes: open.volumes.clone(), incarnation: hello.incarnation, epochs };
+        let grows = hello::grows(&claim.meta, &hello);
+        let rules = Rules { volumes: open.volumes.clone(), incarnation: hello.incarnation, epochs, grows };
         let (to_writer, answers) = mpsc::unbounded_channel();
         let intake = Intake::new(rules, landed, resumed, to_writer, claim.slot.counters.clone());
         let acks = Arc::new(AckRule::new(hello.incarnation, resumed));
@@ -314,7 +315,13 @@ impl Session {
                 continue;
             }
             let idle = self.progress.borrow().landed_batches == self.submitted;
-            let Some(batch) = idle.then(|| self.intake.next_batch()).flatten() else { return Ok(()) };
+            let Some(batch) = idle.then(|| self.intake.next_batch()).flatten() else {
+                if idle && self.intake.can_grow {
+                    let text = "the volumes grew and the gap in which their replicas follow has begun";
+                    return Err(refuse_for_now(RefusedReason::Busy, text, "the agent connects again by itself").into());
+                }
+                return Ok(());
+            };
             self.submitted += 1;
             if batch.has_begin() {
                 self.acks.begun_at(self.submitted);

@@ -334,8 +334,9 @@ pub fn volumes_at(
     let mut opened = Vec::with_capacity(volumes.len());
     for (number, volume) in volumes.into_iter().enumerate() {
         let replica = DirectFile::open_read(&volume.replica).map_err(failed)?;
-        let overlay = overlay_in.map(|dir| Overlay::create(dir, volume.bytes)).transpose().map_err(failed)?;
-        let view = ViewVolume::new(timeline.clone(), replica, number as u16, volume.bytes, height, overlay);
+        let bytes = volume.bytes_at(height);
+        let overlay = overlay_in.map(|dir| Overlay::create(dir, bytes)).transpose().map_err(failed)?;
+        let view = ViewVolume::new(timeline.clone(), replica, number as u16, bytes, height, overlay);
         opened.push((volume.path, Arc::new(view)));
     }
     Ok(opened)

@@ -262,6 +262,7 @@ impl Worker {
                     remote_consistent: welcome.consistent,
                     fresh: Vec::new(),
                     regions: Regions::default(),
+                    reading: false,
                     last_report: None,
                     compression: Compression::new(self.compression, Instant::now()),
                     backlog: Backlog::default(),

@@ -70,7 +70,7 @@ pub enum Command {
     Bookmark(String, oneshot::Sender<Result<(u64, u64, bool), Problem>>),
     /// Begin a verify; answered with its number.
     Verify(bool, oneshot::Sender<Result<u64, Problem>>),
-    /// A volume is not what it was: a gap begins, which this worker will not end. Answered with its position.
+    /// A volume is not what it was: a gap begins, which this worker will not end (the next one may). Answered with its position.
     VolumeChanged(oneshot::Sender<Result<u64, Problem>>),
     /// What became of an [`Order::Quiesce`].
     Quiet(u64, Result<Quiet, Problem>),
@@ -142,6 +142,8 @@ struct State {
     quiescing: Option<u64>,
     /// What it is to be told.
     replies: Vec<AskReply>,
+    /// See [`Worker::outgrown`].
+    outgrown: bool,
 }
 
 /// What lasts as long as one session.
@@ -154,6 +156,8 @@ struct Session {
     remote_consistent: bool,
     fresh: Vec<bool>,
     regions: Regions,
+    /// The sync thread was told of the session.
+    reading: bool,
     last_report: Option<Instant>,
     compression: Compression,
     backlog: Backlog,
@@ -235,6 +239,7 @@ impl Worker {
             journal_lost: false,
             quiescing: None,
             replies: Vec::new(),
+            outgrown: false,
         };
         if self.shared.facts().ever_consistent {
             state.gap.note_ever_consistent();
@@ -453,6 +458,7 @@ impl Worker {
             remote_consistent: welcome.consistent,
             fresh: welcome.fresh.clone(),
             regions: Regions::default(),
+            reading: false,
             last_report: None,
             compression: Compression::new(self.compression, Instant::now()),
             backlog: Backlog::default(),
@@ -527,8 +533,16 @@ impl Worker {
             facts.replicas = welcome.replicas;
             facts.epoch = welcome.epoch;
         }
-        self.sync.shared().start(session.number, session.fresh.clone());
         Ok(())
+    }
+
+    /// Has regions read from when the receiver may be sent what differs: a gap that it has not heard of yet may be that of a
+    /// volume that grew, and it does not know of the new part before.
+    fn begin_reading(&self, state: &State, session: &mut Session) {
+        if !session.reading && (state.gap.open().is_none() || !session.remote_consistent) {
+            session.reading = true;
+            self.sync.shared().start(session.number, session.fresh.clone());
+        }
     }
 
     /// The receiver does not know this ring (or cannot go on with it): everything is compared.
@@ -563,6 +577,7 @@ impl Worker {
                 return Ended::Stopped;
             }
             self.every_turn(state, Some(session.sent));
+            self.begin_reading(state, session);
             let busy = match self.send_turn(state, session, sent_max).await {
                 Ok(busy) => busy,
                 Err(ended) => {

@@ -36,6 +36,7 @@ impl Worker {
             Command::Quiet(id, outcome) => self.quiet(state, id, outcome),
             Command::VolumeChanged(answer) => {
                 let position = self.source.stream().producer();
+                self.outgrown(state);
                 self.gap_begins(state, GapReason::VolumeChanged, position);
                 // What is acknowledged after the gap's mark proves that the mark has landed.
                 let _ = self.source.mark(RecordKind::Canary, &[]);

@@ -71,6 +71,8 @@ impl Worker {
             GapReason::MissedEvents
         } else if troubles.passthrough > before.passthrough {
             GapReason::Passthrough
+        } else if troubles.resized > before.resized {
+            GapReason::VolumeChanged
         } else if troubles.dropped > before.dropped {
             GapReason::RingFull
         } else if troubles.unreadable > before.unreadable || troubles.untracked > before.untracked {
@@ -90,11 +92,23 @@ impl Worker {
             sent => sent.unwrap_or(0).max(self.source.stream().consumer()),
         };
         let first_drop = self.source.take_first_drop();
-        // Only of a write that found no room is the place in the stream known, so it counts only if that was all.
-        let drops_alone = Troubles { dropped: before.dropped, unreadable: before.unreadable, ..troubles } == before;
+        // Only of a write that found no room or another size is the place in the stream known, so it counts only if that
+        // was all.
+        let Troubles { dropped, unreadable, resized, .. } = before;
+        let drops_alone = Troubles { dropped, unreadable, resized, ..troubles } == before;
         let position = first_drop.filter(|_| drops_alone && !missed).unwrap_or(here).max(here);
+        if troubles.resized > before.resized {
+            self.outgrown(state);
+        }
         self.gap_begins(state, reason, position);
         self.sync.shared().nudge();
+    }
+
+    /// A volume has another size than it is captured in: what is written to its new part is in no bitmap, so this worker
+    /// ends no gap any more. The daemon ends it and starts one that captures all of it, or says why that cannot be.
+    pub(super) fn outgrown(&self, state: &mut State) {
+        state.outgrown = true;
+        self.shared.facts().outgrown = true;
     }
 
     /// Something that the stream does not hold is dirty from `position` on.
@@ -176,9 +190,7 @@ impl Worker {
 
     /// Ends the gap if nothing is missing any more.
     pub(super) fn finish_gap(&mut self, state: &mut State, session: &Session) {
-        // What is not in the stream because a volume grew is in no bitmap either.
-        let may_end = state.gap.open().is_some_and(|reason| reason != GapReason::VolumeChanged);
-        if !may_end || !session.regions.is_empty() {
+        if state.gap.open().is_none() || state.outgrown || !session.regions.is_empty() {
             return;
         }
         if !self.sync.shared().nothing_left(&*self.source) || !self.source.settled() {
