@@ -1,16 +1,14 @@
 //! What the campaign is made of: a load whose every sector can be traced to the write that made it, a database whose
-//! acknowledged commits are known outside of it, a link that can be cut, and a watch on what `varve status` claims.
+//! acknowledged commits are known outside of it, and a watch on what `varve status` claims.
 //!
 //! None of it shares code with the product: the model is a list of writes, and the judge reads devices.
 
 mod commits;
-mod link;
 mod load;
 mod model;
 mod watcher;
 
 pub use commits::Commits;
-pub use link::Link;
 pub use load::{Load, LoadVolume};
 pub use model::{Deed, Image, Op, SECTOR, locate};
 pub use watcher::{Client, Seen, Watcher};

@@ -5,7 +5,7 @@ use rand::rngs::StdRng;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use varve_tests::campaign::{Client, Commits, Image, Link, Load, LoadVolume, Op, Watcher};
+use varve_tests::campaign::{Client, Commits, Image, Load, LoadVolume, Op, Watcher};
 use varve_tests::*;
 
 pub const GROUP: &str = "soak";
@@ -82,7 +82,7 @@ pub struct Bench {
     pub load: Load,
     pub mount: Mount,
     pub pair: Pair,
-    pub link: Link,
+    pub link: Impair,
     pub devices: Vec<LoopDevice>,
     pub full: FullTmpfs,
     pub small: Mount,
@@ -129,7 +129,7 @@ impl Bench {
         let load = Load::start(volumes, seed);
         load.pace(PACE);
         let commits = Commits::start(&scratch, &mount);
-        let (pair, link) = pair(&small, ring_mib, journal_mib);
+        let (pair, link) = pair(&small, ring_mib, journal_mib, &Seed::of(seed));
         let devices = vec![a, b, fs];
         let paths: Vec<&Path> = devices.iter().map(LoopDevice::path).collect();
         let replicas = pair.protect(GROUP, &paths);
@@ -282,7 +282,7 @@ pub fn streams(points: &Value) -> Vec<Value> {
 }
 
 /// A pair whose receiver has a small disk, and whose link can be cut.
-fn pair(small: &Mount, ring_mib: u64, journal_mib: u64) -> (Pair, Link) {
+fn pair(small: &Mount, ring_mib: u64, journal_mib: u64, seed: &Seed) -> (Pair, Impair) {
     let address = format!("127.0.0.1:{}", free_port());
     let mut recovery = Installation::inside(small.path());
     recovery.varve(&["receiver", "init", "--listen", &address]).ok();
@@ -296,7 +296,7 @@ fn pair(small: &Mount, ring_mib: u64, journal_mib: u64) -> (Pair, Link) {
     std::fs::create_dir_all(production.root().join("etc/varve")).unwrap();
     let config = format!("ring_mib = {ring_mib}\njournal_max_mib = {journal_mib}\nlagging_seconds = 2\n");
     std::fs::write(production.root().join("etc/varve/agent.toml"), config).unwrap();
-    let link = Link::new(&address);
+    let link = Impair::new(&address, seed);
     production.varve(&["join", &link.address(), token["token"].as_str().unwrap()]).ok();
     production.start(Role::Agent);
     (Pair { production, recovery, address }, link)

@@ -43,8 +43,10 @@ pub enum Fault {
     BothKilled(u64),
     /// Nothing passes; `true`: still so while the next fault happens.
     LinkCut(u64, bool),
-    /// So many of 1000 packets are lost, until the round ends.
-    LinkLossy(u32),
+    /// So many of 1000 packets are lost, so many come twice, so many late; and how late all are, in ms. Until the round ends.
+    LinkBad([u32; 3], u64),
+    /// The agent has another address from here on, as behind a router that was restarted.
+    LinkMoved,
     /// Nothing passes until ring and journal are full.
     Overflow,
     ReceiverDiskFull(u64),
@@ -75,7 +77,8 @@ impl Fault {
             45..=56 => Fault::ReceiverDies(FAILPOINTS[rng.random_range(0..FAILPOINTS.len())], rng.random_range(1..12)),
             57..=61 => Fault::BothKilled(rng.random_range(0..500)),
             62..=70 => Fault::LinkCut(rng.random_range(5..6000), rng.random_bool(0.4)),
-            71..=75 => Fault::LinkLossy(rng.random_range(1..60)),
+            71..=73 => Fault::LinkBad([60, 60, 100].map(|most| rng.random_range(0..most)), rng.random_range(0..40)),
+            74..=75 => Fault::LinkMoved,
             76..=81 => Fault::Overflow,
             82..=85 => Fault::ReceiverDiskFull(rng.random_range(1500..5000)),
             86..=89 => Fault::WritesFail(rng.random_range(200..2500)),
@@ -132,7 +135,14 @@ impl Fault {
                     away_for(bench, *away, |bench| bench.link.cut(false));
                 }
             }
-            Fault::LinkLossy(of_1000) => bench.link.lose(*of_1000),
+            Fault::LinkBad(of_1000, late_ms) => {
+                let [loss, duplicate, reorder] = of_1000.map(|part| f64::from(part) / 1000.0);
+                let (held, latency) = (Duration::from_millis(20), Duration::from_millis(*late_ms));
+                bench.link.set(Conditions { loss, duplicate, reorder, held, latency, ..Conditions::default() });
+                // What passes may be less than what is written.
+                bench.receiver_was_away();
+            }
+            Fault::LinkMoved => bench.link.move_agent(),
             Fault::Overflow => overflow(bench),
             Fault::ReceiverDiskFull(time) => receiver_disk_full(bench, *time),
             Fault::WritesFail(time) => {

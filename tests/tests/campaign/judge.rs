@@ -93,7 +93,7 @@ fn refused(out: &Output) -> Result<(), No> {
 /// Everything is healed, nobody writes: the replica is what the volumes are, and both are what the model says.
 pub fn barrier(bench: &mut Bench) {
     bench.link.cut(false);
-    bench.link.lose(0);
+    bench.link.set(Conditions::default());
     bench.pair.wait_protected(GROUP, LIMIT);
     bench.receiver_is_back();
     let acknowledged = bench.commits.acknowledged();

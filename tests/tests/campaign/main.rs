@@ -8,7 +8,7 @@
 //! left running.
 //!
 //! `VARVE_SEED` replays a cycle's choices (not the scheduler's). `VARVE_SOAK_SECONDS` says how long `soak` runs. Left out:
-//! clocks cannot be set here without setting the machine's.
+//! clocks, which cannot be set here without setting the machine's (receiver/tests/clock.rs has a source that sets its own).
 #![allow(clippy::unwrap_used, reason = "tests")]
 #![allow(missing_docs, reason = "tests say what they test by their names")]
 
