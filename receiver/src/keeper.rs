@@ -85,7 +85,10 @@ fn last_time_ns(layers: &[LayerInfo]) -> u64 {
 fn expire(slot: &Slot, timeline: &Timeline, why: &str) -> Result<bool, HistoryError> {
     // Nobody hears that a bookmark is kept between the question and the answer.
     let _deciding = slot.keeping.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let kept = timeline.chronicle().kept().map(|bookmark| bookmark.height).min();
+    let chronicle = timeline.chronicle();
+    // In a gap it is the last point before: until the gap ends it is all there is to go back to. Else it needs no layer.
+    let newest = chronicle.point_at_or_below(timeline.applied().height);
+    let kept = chronicle.kept().map(|bookmark| bookmark.height).chain(newest).min();
     let Some(oldest) = timeline.droppable(kept) else { return Ok(false) };
     let height = oldest.last_height.next_multiple_of(HEIGHT_STEP);
     let time_ns = last_time_ns(&timeline.layers()).min(oldest.last_time_ns);

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use support::Receiver;
 use support::agent::{Agent, Got, hello};
 use support::host::now_ns;
-use support::looker::Looker;
+use support::looker::{Looker, parse_time};
 use support::nbd::Nbd;
 use support::past::Past;
 use support::stream::{Source, record, wire};
@@ -281,6 +281,40 @@ async fn many_images_of_zeroes_replace_more_than_they_are_long() {
         assert_eq!(world.byte_at(&named("good"), region << 20), b'o', "what the images replaced");
         assert_eq!(world.byte_at(&named("zeroes"), region << 20), 0);
     }
+}
+
+/// Retention would let it go, and the gap is not over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_good_point_outlives_retention_in_a_gap() {
+    let mut world = World::new(&[16 << 20], "", None).await;
+    many_layers(&mut world, 8).await;
+    world.bookmark("good").await;
+    world.settle().await;
+    let good = world.time_ns;
+    world.mark(MarkKind::GapBegin, Some(GapReason::RingFull)).await;
+    many_layers(&mut world, 4).await;
+    let request = ReceiverRequest::Retention { group: GROUP.into(), age_seconds: None, bytes: Some(1), dry_run: false };
+    block_in_place(|| world.looker.done::<RetentionReply>(&request));
+    let oldest = |world: &World| world.looker.points().window.from.map(|from| parse_time(&from));
+    let until = |what: &str, done: &dyn Fn() -> bool| {
+        let start = Instant::now();
+        while !done() {
+            assert!(start.elapsed() < Duration::from_secs(20), "waited in vain: {what}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    };
+    // Everything before it may go, and goes.
+    block_in_place(|| until("the oldest go", &|| oldest(&world).is_none_or(|from| from + 45 * SECOND > good)));
+    for _ in 0..2 {
+        assert_eq!(world.byte_at(&named("good"), 0), 17, "the last good point before the gap");
+        many_layers(&mut world, 4).await;
+    }
+    world.mark(MarkKind::GapEnd, None).await;
+    many_layers(&mut world, 3).await;
+    let gone =
+        || world.looker.open(&named("good")).is_some_and(|view| view.map(|view| world.looker.close(&view)).is_err());
+    block_in_place(|| until("it goes when the gap is over", &gone));
+    assert_eq!(world.byte_at(&PointSpec::Latest, 0), 12);
 }
 
 /// One write while the source's clock was wrong.

@@ -129,12 +129,21 @@ impl Looker {
         if failed == 0 { Seen::Right } else { Seen::Errors(failed) }
     }
 
+    /// The step that a view shows: `index`, unless the bookmark was set again under its name while it was looked up. Then
+    /// either of the two is right.
+    pub fn opened(&self, view: &ViewReply, at: &PointSpec, index: usize) -> usize {
+        let Expected::After(newer) = self.expected(at) else { return index };
+        let end = format!(":{}", self.past.lock().unwrap().step(newer).position);
+        if matches!(at, PointSpec::Bookmark(_)) && view.point.position.ends_with(&end) { newer } else { index }
+    }
+
     /// Opens a point and compares it with the state after step `index`.
     pub fn look(&self, at: &PointSpec, index: usize, rng: &mut StdRng, errors: bool) -> Seen {
         match self.open(at) {
             None => Seen::Gone,
             Some(Err(problem)) => Seen::Refused(problem),
             Some(Ok(view)) => {
+                let index = self.opened(&view, at, index);
                 let model = self.image(index);
                 let what = format!("{at} (step {index}, {:?})", self.describe(index));
                 let seen = self.compare(&view, &model, rng, &what, errors);
@@ -187,13 +196,13 @@ impl Looker {
             }
         };
         for (word, index) in [("before", before), ("after", after)] {
-            // Before the first point there is only one side.
-            let words = if word == "after" && before.is_none() {
-                "the oldest point".to_owned()
-            } else {
-                format!("the nearest {word}")
+            // Before the first point there is only one side: of a gap, or of all there is.
+            let names: &[&str] = match (word, before) {
+                ("after", None) => &["the oldest point", "the nearest after"],
+                ("after", _) => &["the nearest after"],
+                _ => &["the nearest before"],
             };
-            let said = problem.next.split(&format!("{words}: --at ")).nth(1);
+            let said = names.iter().find_map(|name| problem.next.split(&format!("{name}: --at ")).nth(1));
             let said = said.map(|rest| rest.split([';', ' ']).next().unwrap().to_owned());
             match (said, index) {
                 (Some(text), Some(index)) => {
