@@ -368,8 +368,28 @@ pub struct GroupStatus {
     /// What the watch sees; `None` until it has looked.
     #[serde(default)]
     pub watch: Option<WatchStatus>,
+    /// Who may write, when that is not simply the source; `None`: it is.
+    #[serde(default)]
+    pub authority: Option<AuthorityStatus>,
     /// Counters since the daemon started, by name (docs/json.md).
     pub counters: std::collections::BTreeMap<String, u64>,
+}
+
+/// See [`GroupStatus::authority`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuthorityStatus {
+    /// What runs where, in words.
+    pub text: String,
+    /// Since when (RFC 3339).
+    pub since: Option<String>,
+    /// Bytes of the stream that were written at the recovery host since it was taken over: they are not home.
+    pub not_home_bytes: Option<u64>,
+    /// The volumes are quiet for a planned switch-over: `read-only`, `claimed`, or `not-held`.
+    pub quiet: Option<String>,
+    /// Whether this side does not know who is right.
+    pub unsure: bool,
+    /// The next sensible command.
+    pub next: String,
 }
 
 /// See [`GroupStatus::alerts`]. docs/monitor.md lists the ids.

@@ -6,7 +6,8 @@ use crate::group::registry::{Board, Slot};
 use crate::group::stream::Point;
 use crate::limits::REPORT_AGE_MAX;
 use varve_common::control::{
-    GapStatus, GroupStatus, HistoryStatus, ResyncStatus, TakeoverStatus, VolumeStatus, Window, show_position, show_time,
+    AuthorityStatus, GapStatus, GroupStatus, HistoryStatus, ResyncStatus, TakeoverStatus, VolumeStatus, Window,
+    show_position, show_time,
 };
 use varve_common::state::{DataFacts, Link, Role};
 use varve_common::wire::messages::Report;
@@ -79,8 +80,37 @@ pub fn group(daemon: &Daemon, slot: &Slot) -> GroupStatus {
         journal: None,
         alerts: Vec::new(),
         watch: None,
+        authority: authority(daemon, slot, &board),
         counters: slot.counters.snapshot(),
     }
+}
+
+/// What runs where, if it runs here.
+fn authority(daemon: &Daemon, slot: &Slot, board: &Board) -> Option<AuthorityStatus> {
+    let meta = board.meta.as_ref()?;
+    let takeover = meta.takeover.as_ref()?;
+    let name = &meta.name;
+    let written = board.live.as_ref().map(|live| live.view().landed);
+    let written = written.filter(|landed| landed.at.incarnation == crate::group::meta::unhex(&takeover.incarnation));
+    let how = if takeover.planned { "planned, nothing is missing" } else { "unplanned" };
+    let next = match (&board.unsure, slot.failback.status(Some(meta))) {
+        (Some(_), _) => format!(
+            "find out who has the newest data: if '{0}' has, 'varve unprotect {name}' there and protect under another name; if \
+             this host has, 'varve failback {name} --keep-branch NAME' here (a restart of varve-receiver serves the devices again)",
+            meta.owner
+        ),
+        (None, Some(failback)) => failback.next,
+        (None, None) => daemon.promotions.status(Some(meta)).map(|it| it.next).unwrap_or_default(),
+    };
+    let place = format!("runs here, on '{}', under epoch {} ({how}); not on '{}'", daemon.name, meta.epoch, meta.owner);
+    Some(AuthorityStatus {
+        text: board.unsure.clone().unwrap_or(place),
+        since: Some(takeover.since.clone()),
+        not_home_bytes: written.map(|landed| landed.at.position),
+        quiet: None,
+        unsure: board.unsure.is_some(),
+        next,
+    })
 }
 
 /// Time of the oldest point.

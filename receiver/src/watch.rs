@@ -82,6 +82,13 @@ pub fn start(daemon: &Arc<Daemon>) -> io::Result<()> {
 }
 
 fn look(daemon: &Daemon) {
+    for slot in daemon.registry.groups().iter().filter(|slot| slot.board().unsure.is_some()) {
+        // Whoever does not know who is right serves nothing writable. A word of the source alone takes nothing from its users: it
+        // may be the source that lies.
+        if let Err(problem) = daemon.promotions.stop_serving(&slot.name, false, "its devices stay") {
+            tracing::debug!(group = slot.name, why = problem.why, "its devices stay");
+        }
+    }
     // A branch has no source to be silent.
     let is_branch = |slot: &Slot| slot.board().meta.as_ref().is_some_and(|meta| meta.branch.is_some());
     let groups = daemon.registry.groups();

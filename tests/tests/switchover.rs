@@ -304,3 +304,153 @@ fn what_only_the_old_source_has_is_kept_before_it_is_overwritten() {
     pair.recovery.varve(&["scrub", "old"]).ok();
     pair.recovery.varve(&["forget", "old", "--yes"]).ok();
 }
+
+/// A reboot: nothing is pinned any more.
+fn reboot(install: &mut Installation, meanwhile: impl FnOnce(&Path)) {
+    if install.running(Role::Agent) {
+        install.stop(Role::Agent);
+    }
+    let agent = std::env::current_exe().unwrap().parent().and_then(Path::parent).unwrap().join("varve-agent");
+    let agent = std::env::var_os("VARVE_BIN_DIR").map_or(agent, |dir| PathBuf::from(dir).join("varve-agent"));
+    run(std::process::Command::new(agent).arg("--root").arg(install.root()).arg("--unpin-all")).ok();
+    meanwhile(install.root());
+    install.start(Role::Agent);
+}
+
+fn authority(install: &Installation) -> Value {
+    install.group("g").map_or(Value::Null, |status| status["authority"].clone())
+}
+
+#[track_caller]
+fn wait_authority(install: &Installation, words: &str, unsure: bool) -> Value {
+    let start = std::time::Instant::now();
+    loop {
+        let found = authority(install);
+        if found["text"].as_str().is_some_and(|text| text.contains(words)) && found["unsure"] == unsure {
+            return found;
+        }
+        assert!(start.elapsed() < LIMIT, "'{words}' is not said: {:#?}", install.group("g"));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn copy_dir(from: &Path, to: &Path) {
+    let _ = std::fs::remove_dir_all(to);
+    run_ok("cp", &[Path::new("-a"), from, to]);
+}
+
+#[test]
+fn who_comes_with_an_old_state_is_told_and_nobody_goes_on_as_if_he_knew() {
+    require_root();
+    let scratch = Scratch::disk();
+    let device = LoopDevice::new(&scratch, "volume", 16 << 20);
+    let mut pair = Pair::new();
+    let replicas = pair.protect("g", &[device.path()]);
+    pair.wait_protected("g", LIMIT);
+    write_at(device.path(), 5, 5).unwrap();
+    pair.wait_applied("g", LIMIT);
+    let (agents, receivers) = (scratch.join("agent"), scratch.join("receiver"));
+    pair.production.stop(Role::Agent);
+    copy_dir(&pair.production.root().join("var/lib/varve/agent"), &agents);
+    pair.production.start(Role::Agent);
+    wait_state(&pair.production, "source", "protected");
+    let name = json(&pair.recovery, &["status"])["daemons"][0]["name"].as_str().unwrap().to_owned();
+    pair.recovery.varve(&["failover", "g", "--yes"]).ok();
+    let told = wait_authority(&pair.production, "taken over", false);
+    assert!(told["next"].as_str().unwrap().contains(&format!("on '{name}': 'varve failover abort g'")), "{told:#}");
+    assert!(told["text"].as_str().unwrap().contains(&name) && told["since"].is_string(), "{told:#}");
+    pair.recovery.varve(&["failover", "commit", "g", "--yes"]).ok();
+    write_at(&promoted(&pair, 0), 6, 6).unwrap();
+    let here = authority(&pair.recovery);
+    assert!(here["not_home_bytes"].as_u64().unwrap() > PIECE as u64, "{here:#}");
+    // What the agent was told it knows after a reboot, too, when nobody answers.
+    pair.recovery.stop(Role::Receiver);
+    copy_dir(&pair.recovery.root().join("var/lib/varve/receiver"), &receivers);
+    reboot(&mut pair.production, |_| ());
+    assert_eq!(state(&pair.production).0, "fenced");
+    wait_authority(&pair.production, "taken over", false);
+    pair.recovery.start(Role::Receiver);
+    pair.recovery.varve(&["failback", "g", "--yes"]).ok();
+    pair.recovery.varve(&["failback", "g", "--cut-over", "--yes"]).ok();
+    wait_state(&pair.production, "source", "protected");
+    assert_eq!(authority(&pair.production), Value::Null);
+    pair.wait_applied("g", LIMIT);
+    assert_same(device.path(), &replicas[0]);
+    // An old image of the production host: refused, told what to run, its volume untouched.
+    let now = digest_device(device.path());
+    let newest = scratch.join("newest");
+    reboot(&mut pair.production, |root| {
+        copy_dir(&root.join("var/lib/varve/agent"), &newest);
+        copy_dir(&agents, &root.join("var/lib/varve/agent"));
+    });
+    let told = wait_authority(&pair.production, "under epoch 1", false);
+    assert!(told["next"].as_str().unwrap().contains("varve failover g"), "{told:#}");
+    assert_eq!((state(&pair.production).0.as_str(), digest_device(device.path())), ("fenced", now.clone()));
+    assert_eq!(state(&pair.recovery).0, "replica");
+    reboot(&mut pair.production, |root| copy_dir(&newest, &root.join("var/lib/varve/agent")));
+    wait_state(&pair.production, "source", "protected");
+    // An old image of the recovery host, from when the group ran there: neither side goes on.
+    pair.recovery.stop(Role::Receiver);
+    copy_dir(&receivers, &pair.recovery.root().join("var/lib/varve/receiver"));
+    pair.recovery.start(Role::Receiver);
+    wait_authority(&pair.recovery, "who is right is not known", true);
+    wait_authority(&pair.production, "who is right is not known", true);
+    let served = || pair.recovery.group("g").unwrap()["history"]["takeover"]["devices"].as_array().unwrap().len();
+    wait_until(LIMIT, "nothing is served", || served() == 0);
+    assert_eq!(digest_device(device.path()), now);
+    // And one that has lost everything.
+    pair.recovery.stop(Role::Receiver);
+    std::fs::remove_dir_all(pair.recovery.root().join("var/lib/varve/receiver/groups/g")).unwrap();
+    pair.recovery.start(Role::Receiver);
+    wait_authority(&pair.production, "lost its state", true);
+    reboot(&mut pair.production, |_| ());
+    let told = wait_authority(&pair.production, "lost its state", true);
+    assert!(told["next"].as_str().unwrap().contains("varve unprotect g"), "{told:#}");
+    pair.production.varve(&["unprotect", "g", "--yes"]).ok();
+    assert!(!pair.production.root().join("var/lib/varve/agent/authority/g.json").exists());
+}
+
+#[test]
+fn both_sides_promoted_by_hand_and_a_reboot_in_between() {
+    require_root();
+    let scratch = Scratch::disk();
+    let device = LoopDevice::new(&scratch, "volume", 16 << 20);
+    let mut pair = Pair::new();
+    pair.protect("g", &[device.path()]);
+    pair.wait_protected("g", LIMIT);
+    write_at(device.path(), 5, 5).unwrap();
+    pair.wait_applied("g", LIMIT);
+    pair.recovery.stop(Role::Receiver);
+    pair.recovery.set_env("VARVE_FAILPOINT", "promote-marked");
+    pair.recovery.start(Role::Receiver);
+    pair.recovery.set_env("VARVE_FAILPOINT", "");
+    wait_state(&pair.production, "source", "protected");
+    pair.recovery.varve(&["failover", "g", "--planned", "--yes"]).expect_code(4);
+    wait_until(LIMIT, "it ends there", || !pair.recovery.running(Role::Receiver));
+    // Nobody answers: a reboot does not make it writable, only the operator does, who takes it upon himself.
+    reboot(&mut pair.production, |_| run_ok("blockdev", &[Path::new("--setrw"), device.path()]).clear());
+    wait_until(LIMIT, "quiet again", || is_read_only(device.path()));
+    let held = wait_authority(&pair.production, "not known yet", true);
+    assert_eq!(held["quiet"], "read-only", "{held:#}");
+    pair.production.varve(&["failover", "abort", "g", "--force", "--yes"]).ok();
+    for piece in 10..14 {
+        write_at(device.path(), 99, piece).unwrap();
+    }
+    reboot(&mut pair.production, |_| ());
+    write_at(device.path(), 98, 14).unwrap();
+    let branch = digest_device(device.path());
+    pair.recovery.start(Role::Receiver);
+    wait_until(LIMIT, "served", || promoted(&pair, 0).exists());
+    write_at(&promoted(&pair, 0), 77, 20).unwrap();
+    wait_authority(&pair.production, "taken over", false);
+    assert_eq!((state(&pair.production).0.as_str(), digest_device(device.path())), ("fenced", branch.clone()));
+    pair.recovery.varve(&["failover", "commit", "g", "--yes"]).ok();
+    let look = json(&pair.recovery, &["failback", "g", "--dry-run"]);
+    assert_eq!(look["branch_bytes"], 5 * PIECE, "{look:#}");
+    pair.recovery.varve(&["failback", "g", "--keep-branch", "theirs", "--yes"]).ok();
+    pair.recovery.varve(&["failback", "g", "--cut-over", "--yes"]).ok();
+    wait_state(&pair.production, "source", "protected");
+    assert_eq!(view_digest(&pair, "theirs", "latest"), branch);
+    let content = std::fs::read(device.path()).unwrap();
+    assert_eq!((content[20 * PIECE], content[12 * PIECE], content[5 * PIECE]), (77, 0, 5));
+}

@@ -27,7 +27,7 @@ use std::time::Duration;
 use stream::Ended;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use varve_common::control::{GroupStatus, ResyncStatus, VolumeStatus, Window};
+use varve_common::control::{AuthorityStatus, GroupStatus, ResyncStatus, VolumeStatus, Window};
 use varve_common::problem::Problem;
 use varve_common::state::{Data, Link, Role};
 
@@ -121,12 +121,13 @@ impl Returning {
     pub fn status(&self) -> GroupStatus {
         let shown = self.shown();
         let next = "the group runs on the recovery host and comes home: nothing may use its volumes here";
+        let next = shown.reason.as_deref().unwrap_or(next);
         GroupStatus {
             name: self.name.clone(),
             role: Role::Fenced,
             link: shown.link,
             data: Data::Gap,
-            reason: Some(shown.reason.unwrap_or_else(|| next.to_owned())),
+            reason: Some(shown.reason.clone().unwrap_or_else(|| next.to_owned())),
             gap_reason: None,
             epoch: shown.file.epoch,
             rpo_seconds: None,
@@ -150,6 +151,12 @@ impl Returning {
             journal: None,
             alerts: Vec::new(),
             watch: None,
+            authority: Some(AuthorityStatus {
+                text: "the group runs on the recovery host, and its volumes here are being overwritten with what it holds there"
+                    .to_owned(),
+                next: next.to_owned(),
+                ..AuthorityStatus::default()
+            }),
             counters: BTreeMap::new(),
         }
     }

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use varve_common::control::{
-    GapStatus, GroupStatus, ResyncStatus, RingStatus, VolumeStatus, Window, show_position, show_time,
+    AuthorityStatus, GapStatus, GroupStatus, ResyncStatus, RingStatus, VolumeStatus, Window, show_position, show_time,
 };
 use varve_common::limits::REGION_BYTES;
 use varve_common::state::{Data, DataFacts, GapReason, Link, Role};
@@ -308,7 +308,11 @@ impl GroupShared {
         let position = |offset| Some(show_position(&self.incarnation, offset));
         let newest =
             data.is_consistent().then(|| show_time(now.saturating_sub(rpo.map_or(0, |rpo| rpo.as_nanos() as u64))));
-        let reason = [facts.read_error, facts.link_reason, facts.gap.map(|gap| gap.explain().to_owned())];
+        // What was said before a restart still holds.
+        let fenced = facts.fenced.as_ref().map(|fence| format!("the receiver refuses: {}. {}", fence.text, fence.next));
+        let link_reason =
+            facts.link_reason.filter(|_| facts.fenced.is_none() || facts.link == Link::Refused).or(fenced);
+        let reason = [facts.read_error, link_reason, facts.gap.map(|gap| gap.explain().to_owned())];
         GroupStatus {
             name: self.name.clone(),
             role: match (facts.refused, &facts.fenced) {
@@ -349,6 +353,7 @@ impl GroupShared {
             journal: self.journal().map(|journal| journal.status()),
             alerts: Vec::new(),
             watch: None,
+            authority: authority(&self.name, facts.fenced.as_ref(), facts.quiet.as_ref()),
             counters: self.counter_table(),
         }
     }
@@ -384,4 +389,37 @@ impl GroupShared {
         .map(|(name, value)| (name.to_owned(), value))
         .collect()
     }
+}
+
+/// Who may write, as far as this host knows; `None`: it may.
+fn authority(group: &str, fence: Option<&Fence>, quiet: Option<&Shown>) -> Option<AuthorityStatus> {
+    let held = quiet.map(|quiet| match (&quiet.problem, quiet.read_only) {
+        (Some(_), _) => "not-held",
+        (None, true) => "read-only",
+        (None, false) => "claimed",
+    });
+    let problem =
+        quiet.and_then(|quiet| quiet.problem.clone()).map_or(String::new(), |why| format!("; NOT quiet: {why}"));
+    let (text, since, next) = match (fence, quiet) {
+        (Some(fence), _) => (fence.text.clone(), fence.since.clone(), fence.next.clone()),
+        (None, Some(quiet)) => (
+            format!(
+                "a planned switch-over made the volumes of '{group}' quiet, and what became of it is not known yet"
+            ),
+            quiet.since.clone(),
+            format!(
+                "wait for the receiver, or see 'varve status {group}' there; if it does not run there: \
+                 'varve failover abort {group} --force' here"
+            ),
+        ),
+        (None, None) => return None,
+    };
+    Some(AuthorityStatus {
+        text: format!("{text}{problem}"),
+        since: Some(since).filter(|since| !since.is_empty()),
+        not_home_bytes: None,
+        quiet: held.map(str::to_owned),
+        unsure: fence.is_none() || fence.is_some_and(|fence| fence.text.starts_with("who is right is not known")),
+        next,
+    })
 }

@@ -96,6 +96,8 @@ pub struct Board {
     pub asks: Option<mpsc::Sender<Ask>>,
     /// What the operator should know of the history.
     pub notice: Option<String>,
+    /// It runs here and a source contradicts that: who is right is not known.
+    pub unsure: Option<String>,
 }
 
 impl Board {
@@ -117,6 +119,7 @@ impl Slot {
             report: None,
             asks: None,
             notice: None,
+            unsure: None,
         };
         Self {
             name: name.to_owned(),
@@ -289,7 +292,12 @@ impl Registry {
             None => self.make(slot, host, hello).await?,
         };
         slot.failback.call_home(&meta, hello)?;
-        hello::check_against(&meta, hello)?;
+        if let Some(text) = hello::unsure(&meta, hello)
+            && slot.board().unsure.replace(text.clone()).is_none()
+        {
+            tracing::error!(group = slot.name, host, "{text}; its devices go away as soon as nobody uses them");
+        }
+        hello::check_against(&meta, hello, &self.config.name)?;
         check_held(&meta)?;
         check_space(&self.dir(&slot.name))?;
         if hello.epoch > meta.epoch {

@@ -32,23 +32,35 @@ pub fn check(hello: &Hello) -> Result<(), Refused> {
     Ok(())
 }
 
-/// Checks epoch and volumes against the group.
-pub fn check_against(meta: &GroupMeta, hello: &Hello) -> Result<(), Refused> {
+/// Checks epoch and volumes against the group. `receiver`: our name, for the operator of the other side.
+pub fn check_against(meta: &GroupMeta, hello: &Hello, receiver: &str) -> Result<(), Refused> {
     if let Some(branch) = &meta.branch {
         let text =
             format!("the group '{}' is a branch of '{}', which was kept: nobody writes to it", meta.name, branch.of);
         return Err(refuse(RefusedReason::Owner, text, "protect under another name"));
     }
+    let name = &meta.name;
     if let Some(takeover) = &meta.takeover {
+        if let Some(text) = unsure(meta, hello) {
+            let next = format!(
+                "find out who has the newest data. If this host has: 'varve unprotect {name}' here, then protect the volumes under \
+                 another name. If '{receiver}' has: there 'varve failback {name} --keep-branch NAME'"
+            );
+            return Err(refuse(RefusedReason::Epoch, text, next));
+        }
         let text = format!(
-            "the group '{}' was taken over at {}: it runs on the recovery host under epoch {}",
-            meta.name, takeover.since, meta.epoch
+            "the group '{name}' was taken over at {}: it runs on the recovery host '{receiver}' under epoch {}",
+            takeover.since, meta.epoch
         );
         let next = match takeover.committed {
-            true => {
-                "leave this host's volumes as they are; when it shall run here again: 'varve failback' on the receiver"
-            }
-            false => "on the receiver: 'varve failover commit' or 'varve failover abort' of this group",
+            true => format!(
+                "leave this host's volumes as they are; when it shall run here again, on '{receiver}': 'varve failback {name}' \
+                 (--keep-branch NAME keeps what was written here since)"
+            ),
+            false => format!(
+                "leave this host's volumes as they are; on '{receiver}': 'varve failover abort {name}' brings it back here, \
+                 'varve failover commit {name}' keeps it there"
+            ),
         };
         return Err(refuse(RefusedReason::Epoch, text, next));
     }
@@ -57,7 +69,11 @@ pub fn check_against(meta: &GroupMeta, hello: &Hello) -> Result<(), Refused> {
             "the source writes under epoch {}, the group '{}' is at {}",
             hello.epoch, meta.name, meta.source_epoch_min
         );
-        let next = "this host was fenced off by a promotion: see 'varve status' on the receiver, then 'varve failback'";
+        let next = format!(
+            "this host has an older state (an old image of it, or another host had the group since). Its volumes stay as they \
+             are. On '{receiver}': 'varve failover {name}', then 'varve failback {name} --keep-branch NAME' brings the newest \
+             state here; or 'varve unprotect {name}' here"
+        );
         return Err(refuse(RefusedReason::Epoch, text, next));
     }
     let refuse_volumes = |text: String| {
@@ -88,6 +104,18 @@ pub fn grows(meta: &GroupMeta, hello: &Hello) -> bool {
     meta.volumes.iter().zip(&hello.volumes).any(|(ours, theirs)| ours.bytes < theirs.bytes)
 }
 
+/// The source has a younger epoch than a group that runs here: one of us has an old state.
+pub fn unsure(meta: &GroupMeta, hello: &Hello) -> Option<String> {
+    let contradicts = meta.takeover.is_some() && hello.epoch > meta.epoch;
+    contradicts.then(|| {
+        format!(
+            "who is right is not known: the source writes '{}' under epoch {}, and as far as the recovery host knows it runs there \
+             under epoch {}; one of them has an old state",
+            meta.name, hello.epoch, meta.epoch
+        )
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -112,7 +140,7 @@ mod tests {
             let volume = VolumeMeta::new("/dev/vdb", 4096, "/r.img");
             GroupMeta::new("db", "host", 2, 0, vec![volume])
         };
-        let both = |hello: &Hello| check(hello).and_then(|()| check_against(&meta, hello));
+        let both = |hello: &Hello| check(hello).and_then(|()| check_against(&meta, hello, "backup"));
         assert_eq!(both(&hello()), Ok(()));
         type Change = fn(&mut Hello);
         let cases: [(Change, RefusedReason); 10] = [

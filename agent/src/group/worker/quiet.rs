@@ -93,13 +93,18 @@ impl Worker {
         if let Some(fence) = facts.fenced.as_ref().filter(|fence| welcome.epoch <= fence.epoch) {
             let name = &self.shared.name;
             let text = format!(
-                "its state is older than what it said at {}, or was lost: it agrees under epoch {} and had said: {}",
-                fence.since, welcome.epoch, fence.text
+                "who is right is not known: at {} the receiver said that this host may not write any more, now it agrees under \
+                 epoch {}: it has lost its state, or has an old one",
+                fence.since, welcome.epoch
             );
             let next = format!(
                 "nobody knows here who is right: make sure that '{name}' runs nowhere else, then 'varve unprotect {name}' here \
                  and protect it again"
             );
+            let fence = Fence { text: text.clone(), next: next.clone(), ..fence.clone() };
+            facts.fenced = Some(fence.clone());
+            drop(facts);
+            self.order(Order::Fenced(name.clone(), fence));
             return Err(Ended::Refused(Refused { reason: RefusedReason::Owner, text, next, retry: false }));
         }
         let was = facts.fenced.take().is_some() || facts.quiet.is_some();

@@ -16,6 +16,9 @@ pub(crate) fn next_step(group: &GroupStatus, varve: &str, watched: bool) -> Opti
 }
 
 fn by_role(group: &GroupStatus) -> Option<String> {
+    if let Some(authority) = group.authority.as_ref().filter(|authority| !authority.next.is_empty()) {
+        return Some(authority.next.clone());
+    }
     (group.role == Role::Fenced).then(|| {
         "stop writing here: the other side was promoted (varve status on the recovery host shows its epoch)".to_owned()
     })

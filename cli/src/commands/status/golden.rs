@@ -56,6 +56,7 @@ fn group(data: Data) -> GroupStatus {
         history: None,
         alerts: Vec::new(),
         watch: None,
+        authority: None,
         counters: Default::default(),
     }
 }

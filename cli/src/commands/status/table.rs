@@ -112,6 +112,14 @@ fn details(group: &GroupStatus, rate: Option<f64>) -> Vec<String> {
     if let Some(reason) = &group.reason {
         rows.push(("why", reason.clone()));
     }
+    if let Some(authority) = &group.authority {
+        let since = authority.since.as_deref().map_or(String::new(), |since| format!(", since {}", words::time(since)));
+        let not_home = authority.not_home_bytes.filter(|bytes| *bytes > 0);
+        let not_home =
+            not_home.map_or(String::new(), |bytes| format!("; {} written there are not home", words::bytes(bytes)));
+        let quiet = authority.quiet.as_ref().map_or(String::new(), |quiet| format!("; the volumes here: {quiet}"));
+        rows.push(("runs", format!("{}{since}{not_home}{quiet}", authority.text)));
+    }
     rows.extend(explained.filter(|text| group.reason.as_ref() != Some(text)).map(|text| ("why", text)));
     rows.extend(sync_text(group, rate).map(|text| ("sync", text)));
     rows.extend(group.verify.as_ref().map(|verify| ("verify", verify_text(verify))));
