@@ -61,6 +61,10 @@ pub struct Promotions {
     served: Mutex<BTreeMap<String, Served>>,
     /// Views of tests, by group.
     tests: Mutex<BTreeMap<String, u64>>,
+    /// Whether the daemon ends: then nothing is served any more.
+    closing: tokio::sync::watch::Sender<bool>,
+    /// Held for reading by whoever is making devices.
+    making: tokio::sync::RwLock<()>,
 }
 
 /// A group that runs here.
@@ -148,7 +152,13 @@ pub fn plan_planned(slot: &Slot, at: &PointSpec) -> Result<FailoverReply, Proble
 impl Promotions {
     /// None yet. `run_dir`: of mounts and links.
     pub fn new(run_dir: PathBuf) -> Self {
-        Self { run_dir, served: Mutex::default(), tests: Mutex::default() }
+        Self {
+            run_dir,
+            served: Mutex::default(),
+            tests: Mutex::default(),
+            closing: tokio::sync::watch::Sender::new(false),
+            making: tokio::sync::RwLock::default(),
+        }
     }
 
     /// A test beside the replication: writable views.
@@ -319,6 +329,13 @@ impl Promotions {
         epoch: u64,
     ) -> Result<(Vec<VolumeReply>, Vec<String>), Problem> {
         let failed = |why: String| context.failed(why);
+        // A device that is made behind the back of `close_all` would outlive the daemon that serves it, and hold it up.
+        let _making = self.making.read().await;
+        let mut closing = self.closing.subscribe();
+        let ends = || failed("the daemon ends; it serves again when it starts".to_owned());
+        if *closing.borrow() {
+            return Err(ends());
+        }
         let incarnation = unhex(&takeover.incarnation);
         let rolled = open.rolled.clone();
         let mark = |kind, reason, position, time_ns| Mark {
@@ -349,7 +366,10 @@ impl Promotions {
         };
         if !takeover.rollback {
             // What the devices read is the replica from the first moment on.
-            catch_up(open, landed.height).await.map_err(failed)?;
+            tokio::select! {
+                there = catch_up(open, landed.height) => there.map_err(failed)?,
+                _ = closing.wait_for(|closing| *closing) => return Err(ends()),
+            }
         }
         let (position, height, time_ns) = (landed.at.position, landed.height, landed.at.time_ns);
         let start = Start { incarnation, position, height, time_ns, epoch, gap_end };
@@ -530,6 +550,8 @@ impl Promotions {
 
     /// The daemon ends: devices go, what was written is durable, the next start serves again.
     pub fn close_all(&self) {
+        self.closing.send_replace(true);
+        let _made = self.making.blocking_write();
         let names: Vec<String> = lock(&self.served).keys().cloned().collect();
         for name in names {
             if let Err(problem) = self.stop_serving(&name, true, "a device stays") {
