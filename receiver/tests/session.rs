@@ -452,12 +452,12 @@ async fn who_may_write_to_a_group() {
     source.epoch = 5;
     let mut late = Agent::on(agent.connection.clone()).await;
     assert_eq!(late.hello(&hello("db", &source, 0)).await.unwrap_err().reason, RefusedReason::Epoch);
-    // Other volumes.
+    // A volume that shrank; one that grew is followed.
     source.epoch = 6;
-    source.volumes[1] += 512;
+    source.volumes[1] -= 512;
     let refused = late_hello(&agent, &source).await;
     assert_eq!(refused.reason, RefusedReason::Volumes);
-    assert!(refused.text.contains("grew"), "{refused:?}");
+    assert!(refused.text.contains("shrank"), "{refused:?}");
     // A name that would leave the directory.
     let mut hail = hello("../../etc", &source, 0);
     let refused = Agent::on(agent.connection.clone()).await.hello(&hail).await.unwrap_err();
