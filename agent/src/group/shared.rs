@@ -271,8 +271,12 @@ impl GroupShared {
     /// The word of the data axis at this moment.
     pub fn data(&self) -> Data {
         let rpo = self.rpo();
-        let facts = self.facts();
-        let behind = facts.link != Link::Streaming || rpo.is_some_and(|rpo| rpo > self.lagging_after);
+        self.word(&self.facts(), rpo)
+    }
+
+    /// The word for these facts: with [`Shared::status`], one look is behind everything that one answer says.
+    fn word(&self, facts: &Facts, rpo: Option<Duration>) -> Data {
+        let behind = facts.link != Link::Streaming || rpo.is_none_or(|rpo| rpo > self.lagging_after);
         DataFacts {
             ever_consistent: facts.ever_consistent,
             gap: facts.gap,
@@ -298,13 +302,14 @@ impl GroupShared {
 
     /// As `varve status` shows it.
     pub fn status(&self) -> GroupStatus {
-        let (data, rpo, resync, lag_bytes) = (self.data(), self.rpo(), self.resync(), self.lag_bytes());
+        let (rpo, resync, lag_bytes) = (self.rpo(), self.resync(), self.lag_bytes());
         // The consumer first: it never passes a producer that is read later.
         let consumer = self.source.stream().consumer();
         let producer = self.source.stream().producer();
         let durable = self.durable.load(Ordering::Acquire);
         let now = self.stream_ns();
         let facts = self.facts().clone();
+        let data = self.word(&facts, rpo);
         let position = |offset| Some(show_position(&self.incarnation, offset));
         let newest =
             data.is_consistent().then(|| show_time(now.saturating_sub(rpo.map_or(0, |rpo| rpo.as_nanos() as u64))));

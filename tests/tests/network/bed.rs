@@ -12,8 +12,10 @@ use varve_tests::*;
 
 pub const LIMIT: Duration = Duration::from_secs(90);
 pub const GROUP: &str = "line";
-/// What an operator waits for an answer.
-pub const ANSWER_MAX: Duration = Duration::from_secs(1);
+/// An answer or a write that waits for the line waits longer; one that does not is done in milliseconds, and the disk of a
+/// busy machine takes its share.
+pub const ANSWER_MAX: Duration = Duration::from_secs(4);
+pub const HELD: Duration = Duration::from_secs(4);
 /// Longer than a connection without a sign of life lasts.
 pub const SILENCE: Duration = Duration::from_secs(13);
 

@@ -14,8 +14,8 @@ fn an_outage_beyond_ring_and_journal_is_a_gap_that_closes() {
     std::thread::sleep(Duration::from_millis(500));
     bed.bookmark(&writer, "before");
     wait_until(LIMIT, "a gap begins", || bed.status()["gap_reason"] == "ring-full");
-    let (agent, _) = bed.assert_answers();
-    assert_eq!(agent["data"], "gap", "{agent:#}");
+    // Until the silence is noticed, the regions are on their way as far as the agent knows.
+    wait_until(LIMIT, "nothing is said to be sent", || bed.assert_answers().0["data"] == "gap");
     bed.pair.production.varve(&["bookmark", GROUP, "inside"]).expect_code(3);
     std::thread::sleep(Duration::from_secs(if soak() { 120 } else { 12 }));
     let memory = bed.pair.production.resident_bytes(Role::Agent);
@@ -39,7 +39,7 @@ fn an_outage_beyond_ring_and_journal_is_a_gap_that_closes() {
     });
     bed.bookmark(&writer, "after");
     let slowest = writer.stop();
-    assert!(slowest < Duration::from_secs(1), "nobody held the writer: {slowest:?}");
+    assert!(slowest < HELD, "nobody held the writer: {slowest:?}");
     bed.assert_equal();
     bed.assert_bookmarks();
     let points = bed.pair.recovery.varve(&["points", GROUP, "--json"]).ok().json();
