@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{Link, MapCore, MapFlags, MapHandle, MapType, PrintLevel, ProgramHandle, libbpf_sys};
+use libbpf_rs::{Link, MapCore, MapFlags, MapHandle, MapType, ProgramHandle, libbpf_sys};
 use tracing::info;
 
 use crate::calibrate::calibrate;
@@ -20,6 +20,7 @@ use crate::pins::{self, Pins, sign};
 use crate::skeleton::VarveSkelBuilder;
 use crate::slots::Slots;
 use crate::tend::Stuck;
+use crate::verdict;
 
 /// How to load.
 #[derive(Clone, Debug)]
@@ -136,7 +137,7 @@ impl Capture {
 
     fn start(options: &CaptureOptions, dir: Option<&Path>) -> Result<Capture, CaptureError> {
         doctor::refuse_unsupported()?;
-        libbpf_speaks_through_tracing();
+        verdict::listen();
         let pins = dir.map(Pins::prepare);
         let mut object = MaybeUninit::uninit();
         let skeleton = VarveSkelBuilder::default()
@@ -385,17 +386,9 @@ fn explain(error: &CaptureError) -> String {
     format!("{error}{source}")
 }
 
-/// libbpf prints to standard error by default; what it says belongs to our log, and errors come back as values anyway.
-fn libbpf_speaks_through_tracing() {
-    libbpf_rs::set_print(Some((PrintLevel::Info, |level, text| match level {
-        PrintLevel::Warn => tracing::debug!("libbpf: {}", text.trim_end()),
-        _ => tracing::trace!("libbpf: {}", text.trim_end()),
-    })));
-}
-
 /// Whether the kernel takes the programs; nothing stays loaded.
 pub(crate) fn try_load() -> Result<(), CaptureError> {
-    libbpf_speaks_through_tracing();
+    verdict::listen();
     let mut object = MaybeUninit::uninit();
     let skeleton = VarveSkelBuilder::default()
         .open(&mut object)
@@ -405,6 +398,14 @@ pub(crate) fn try_load() -> Result<(), CaptureError> {
 
 fn load_error(error: libbpf_rs::Error) -> CaptureError {
     use libbpf_rs::ErrorKind::PermissionDenied;
+    if let Some(refusal) = verdict::take() {
+        return CaptureError::new(
+            CaptureErrorKind::Unsupported,
+            format!("this kernel's verifier refused the capture program {refusal}"),
+            "report this with the kernel's version (`uname -r`); meanwhile, boot another kernel",
+        )
+        .because(error);
+    }
     if error.kind() == PermissionDenied {
         return CaptureError::new(
             CaptureErrorKind::Permission,

@@ -124,6 +124,9 @@ fn permission() -> Check {
     }
 }
 
+const BUILD_AND_RIGHTS: &str =
+    "boot a kernel built with CONFIG_BPF_SYSCALL=y and CONFIG_BPF_EVENTS=y; run with CAP_BPF and CAP_PERFMON";
+
 /// The programs themselves: whether the kernel's verifier takes them is nothing to guess about. (libbpf's probe of the
 /// tracing type tries fentry, which hardened kernels refuse although tracepoints work.)
 fn programs() -> Check {
@@ -136,7 +139,11 @@ fn programs() -> Check {
             Err(e) => format!("{e}: {}", e.source().map(ToString::to_string).unwrap_or_default()),
         },
         why: "writes are seen by programs on the block layer's tracepoints",
-        next: "boot a kernel built with CONFIG_BPF_SYSCALL=y and CONFIG_BPF_EVENTS=y; run with CAP_BPF and CAP_PERFMON",
+        next: match &loaded {
+            // The verifier refused them: what it says is in the error.
+            Err(e) if e.kind() == CaptureErrorKind::Unsupported => e.hint(),
+            _ => BUILD_AND_RIGHTS,
+        },
     }
 }
 

@@ -32,6 +32,7 @@ mod ring;
 mod slots;
 mod tend;
 mod track;
+mod verdict;
 
 #[allow(
     unsafe_code,

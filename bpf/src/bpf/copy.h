@@ -8,6 +8,18 @@
 /* Steps of one record: every step but a segment switch copies at least a byte, and no real bio comes near this. */
 #define STEPS_MAX (1u << 17)
 
+/* What becomes of a bio in one volume. A second one is on the stack while its pages are walked through, seven calls deep, where
+ * all stacks together have 512 bytes, and on older kernels each counts in steps of 32: so no more than is needed there. */
+struct walk {
+	struct extent extent;
+	u64 time_ns;
+	u64 segment; /* address of the current bio_vec */
+	u32 skip;    /* bytes of it that are done */
+	u32 flags;   /* FLAG_* */
+	u32 group;
+	u32 number;
+};
+
 /* A bio being captured. Lives on the stack of the capture program. */
 struct job {
 	u64 sector; /* on the disk */
@@ -15,7 +27,6 @@ struct job {
 	u64 bio; /* address */
 	u32 disk; /* index */
 	u32 op;
-	u32 flags; /* FLAG_* */
 	u32 hits;  /* volume slots that it touches */
 	u32 adds;  /* of those: whose bytes in flight it counts for */
 	u32 marks; /* of those: to remember in `bios` */
@@ -25,15 +36,7 @@ struct job {
 	u64 device_start;
 	u64 device_sectors;
 
-	/* where the data is */
-	u64 segment; /* address of the current bio_vec */
-	u32 skip;    /* bytes of it that are done */
-
-	/* the extent in the current volume */
-	struct extent extent;
-	u64 time_ns;
-	u32 group;
-	u32 number;
+	struct walk walk; /* for the current volume */
 };
 
 /* Where the copying of one record stands. */
@@ -141,13 +144,13 @@ failed:
 	return 1;
 }
 
-always void fill_header(struct record_header *h, struct job *j, u32 kind, u32 flags, u64 offset, u64 length, u32 payload)
+always void fill_header(struct record_header *h, struct walk *w, u32 kind, u32 flags, u64 offset, u64 length, u32 payload)
 {
 	h->kind = kind;
 	h->flags = flags;
-	h->volume = j->number;
+	h->volume = w->number;
 	h->payload = payload;
-	h->time_ns = j->time_ns;
+	h->time_ns = w->time_ns;
 	h->offset = offset;
 	h->length = length;
 }
@@ -176,22 +179,22 @@ subprogram int give_up(u32 group, u32 volume, u64 from, u64 sectors, u32 unreada
 	return 0;
 }
 
-always int give_up_extent(struct job *j, struct extent *e, u32 unreadable)
+always int give_up_extent(struct walk *w, struct extent *e, u32 unreadable)
 {
-	return give_up(j->group, e->volume, e->from, e->sectors, unreadable);
+	return give_up(w->group, e->volume, e->from, e->sectors, unreadable);
 }
 
 /* A record without payload for the whole extent. */
-subprogram int put_plain(struct job *j, u32 kind)
+subprogram int put_plain(struct walk *w, u32 kind)
 {
-	if (!j)
+	if (!w)
 		return 0;
-	u32 key = j->group;
+	u32 key = w->group;
 	void *ring = bpf_map_lookup_elem(&rings, &key);
 	struct record_header *h = ring ? bpf_ringbuf_reserve(ring, sizeof(*h), 0) : NULL;
 	if (!h)
-		return give_up_extent(j, &j->extent, 0);
-	fill_header(h, j, kind, j->flags, j->extent.from << SECTOR_SHIFT, j->extent.sectors << SECTOR_SHIFT, 0);
+		return give_up_extent(w, &w->extent, 0);
+	fill_header(h, w, kind, w->flags, w->extent.from << SECTOR_SHIFT, w->extent.sectors << SECTOR_SHIFT, 0);
 	bpf_ringbuf_submit(h, BPF_RB_NO_WAKEUP);
 	return 0;
 }
@@ -202,19 +205,19 @@ struct page_record {
 };
 
 /* The commonest write of all: one page, no dynptr and no loop. */
-subprogram int put_page(struct job *j, u64 from)
+subprogram int put_page(struct walk *w, u64 from)
 {
-	if (!j)
+	if (!w)
 		return 0;
-	u32 key = j->group;
+	u32 key = w->group;
 	void *ring = bpf_map_lookup_elem(&rings, &key);
 	struct page_record *r = ring ? bpf_ringbuf_reserve(ring, sizeof(*r), 0) : NULL;
 	if (!r)
-		return give_up_extent(j, &j->extent, 0);
-	fill_header(&r->header, j, RECORD_WRITE, j->flags, j->extent.from << SECTOR_SHIFT, PAGE_BYTES, PAGE_BYTES);
+		return give_up_extent(w, &w->extent, 0);
+	fill_header(&r->header, w, RECORD_WRITE, w->flags, w->extent.from << SECTOR_SHIFT, PAGE_BYTES, PAGE_BYTES);
 	if (bpf_probe_read_kernel(r->data, PAGE_BYTES, (void *)from)) {
 		bpf_ringbuf_discard(r, BPF_RB_NO_WAKEUP);
-		return give_up_extent(j, &j->extent, 1);
+		return give_up_extent(w, &w->extent, 1);
 	}
 	bpf_ringbuf_submit(r, BPF_RB_NO_WAKEUP);
 	return 0;
@@ -223,16 +226,16 @@ subprogram int put_page(struct job *j, u64 from)
 /* Record number i of a bio. */
 static long put_chunk(u32 i, void *ctx)
 {
-	struct job *j = ctx;
-	u64 total = j->extent.sectors << SECTOR_SHIFT;
+	struct walk *w = ctx;
+	u64 total = w->extent.sectors << SECTOR_SHIFT;
 	u64 done = (u64)i * PAYLOAD_BYTES_MAX;
 	if (done >= total)
 		return 1;
 	u32 n = min64(total - done, PAYLOAD_BYTES_MAX);
 	struct extent part = {
-		.from = j->extent.from + (done >> SECTOR_SHIFT),
+		.from = w->extent.from + (done >> SECTOR_SHIFT),
 		.sectors = n >> SECTOR_SHIFT,
-		.volume = j->extent.volume,
+		.volume = w->extent.volume,
 	};
 	u32 key = 0;
 	struct record r;
@@ -240,63 +243,63 @@ static long put_chunk(u32 i, void *ctx)
 	if (!r.scratch)
 		return 1;
 	struct copy *c = &r.scratch->copy;
-	c->segment = j->segment;
-	c->skip = j->skip;
+	c->segment = w->segment;
+	c->skip = w->skip;
 	c->left_in_segment = 0;
 	c->left = n;
 	c->at = sizeof(struct record_header);
 	c->failed = 0;
 
-	key = j->group;
+	key = w->group;
 	void *ring = bpf_map_lookup_elem(&rings, &key);
 	if (!ring) {
-		give_up_extent(j, &part, 0);
+		give_up_extent(w, &part, 0);
 		return 0;
 	}
 	bool reserved = !bpf_ringbuf_reserve_dynptr(ring, n + sizeof(struct record_header), 0, &r.to);
 	if (!reserved) {
 		bpf_ringbuf_discard_dynptr(&r.to, BPF_RB_NO_WAKEUP);
-		give_up_extent(j, &part, 0);
+		give_up_extent(w, &part, 0);
 		/* Where the next record's data begins is not known without walking; skip it by bytes. */
-		j->skip += n;
+		w->skip += n;
 		return 0;
 	}
 	bpf_loop(STEPS_MAX, copy_step, &r, 0);
 	struct record_header *h = bpf_dynptr_data(&r.to, 0, sizeof(*h));
 	if (!h || c->failed || c->left) {
 		bpf_ringbuf_discard_dynptr(&r.to, BPF_RB_NO_WAKEUP);
-		give_up_extent(j, &part, 1);
-		j->skip += n;
+		give_up_extent(w, &part, 1);
+		w->skip += n;
 		return 0;
 	}
 	u32 more = done + n < total ? FLAG_MORE : 0;
-	fill_header(h, j, RECORD_WRITE, j->flags | more, part.from << SECTOR_SHIFT, n, n);
+	fill_header(h, w, RECORD_WRITE, w->flags | more, part.from << SECTOR_SHIFT, n, n);
 	bpf_ringbuf_submit_dynptr(&r.to, BPF_RB_NO_WAKEUP);
 	/* The next record goes on inside the same segment, or at the start of the following one. */
 	if (c->left_in_segment) {
 		u32 length = 0;
 		bpf_probe_read_kernel(&length, sizeof(length), (void *)(c->segment - 8));
-		j->segment = c->segment - 16;
-		j->skip = length - c->left_in_segment;
+		w->segment = c->segment - 16;
+		w->skip = length - c->left_in_segment;
 	} else {
-		j->segment = c->segment;
-		j->skip = 0;
+		w->segment = c->segment;
+		w->skip = 0;
 	}
 	return 0;
 }
 
-subprogram int put_write(struct job *j)
+subprogram int put_write(struct walk *w)
 {
-	if (!j)
+	if (!w)
 		return 0;
-	u64 bytes = j->extent.sectors << SECTOR_SHIFT;
+	u64 bytes = w->extent.sectors << SECTOR_SHIFT;
 	if (bytes == PAGE_BYTES) {
-		struct copy c = { .segment = j->segment, .skip = j->skip };
+		struct copy c = { .segment = w->segment, .skip = w->skip };
 		if (next_segment(&c) && c.left_in_segment >= PAGE_BYTES)
-			return put_page(j, c.from);
+			return put_page(w, c.from);
 	}
 	/* A copy: the way through the segments is walked again if another volume captures the same bio. */
-	struct job walk = *j;
+	struct walk walk = *w;
 	bpf_loop((bytes + PAYLOAD_BYTES_MAX - 1) / PAYLOAD_BYTES_MAX, put_chunk, &walk, 0);
 	return 0;
 }

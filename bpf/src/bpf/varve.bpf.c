@@ -101,9 +101,10 @@ static long capture_volume(u32 i, void *ctx)
 	u32 counted = j->adds & bit;
 	if (!hit && !counted)
 		return 0;
-	struct extent *e = &j->extent;
-	j->group = v->group;
-	j->number = v->number;
+	struct walk *w = &j->walk;
+	struct extent *e = &w->extent;
+	w->group = v->group;
+	w->number = v->number;
 	if (!j->sectors) {
 		e->from = 0;
 		e->sectors = 0;
@@ -125,21 +126,21 @@ static long capture_volume(u32 i, void *ctx)
 			add(v->untracked, 1);
 		}
 	}
-	u32 key = j->group;
+	u32 key = w->group;
 	struct group *g = bpf_map_lookup_elem(&groups, &key);
 	if (!g)
 		return 0;
-	j->time_ns = bpf_ktime_get_boot_ns() + g->time_offset;
+	w->time_ns = bpf_ktime_get_boot_ns() + g->time_offset;
 	add(v->records, 1);
 	add(v->bytes, e->sectors << SECTOR_SHIFT);
 	if (!j->sectors)
-		put_plain(j, RECORD_FLUSH);
+		put_plain(w, RECORD_FLUSH);
 	else if (j->op != OP_WRITE)
-		put_plain(j, j->op == OP_WRITE_ZEROES ? RECORD_WRITE_ZEROES : RECORD_DISCARD);
+		put_plain(w, j->op == OP_WRITE_ZEROES ? RECORD_WRITE_ZEROES : RECORD_DISCARD);
 	else if (j->opaque)
-		give_up_extent(j, e, 1);
+		give_up_extent(w, e, 1);
 	else
-		put_write(j);
+		put_write(w);
 	return 0;
 }
 
@@ -204,16 +205,16 @@ always int accepted(struct bio *bio, bool deferred)
 	j.device_start = device->bd_start_sect;
 	j.device_sectors = device->bd_nr_sectors;
 	if (opf & req_flag(__REQ_FUA))
-		j.flags |= FLAG_FUA;
+		j.walk.flags |= FLAG_FUA;
 	if (opf & req_flag(__REQ_PREFLUSH))
-		j.flags |= FLAG_PREFLUSH;
-	if (!j.sectors && !(j.flags & FLAG_PREFLUSH))
+		j.walk.flags |= FLAG_PREFLUSH;
+	if (!j.sectors && !(j.walk.flags & FLAG_PREFLUSH))
 		return 0;
 	struct bio___crypt *crypt = (void *)bio;
 	if (bpf_core_field_exists(crypt->bi_crypt_context))
 		j.opaque = BPF_CORE_READ(crypt, bi_crypt_context) != NULL;
-	j.segment = (u64)bio->bi_io_vec + (u64)bio->bi_iter.bi_idx * 16;
-	j.skip = bio->bi_iter.bi_bvec_done;
+	j.walk.segment = (u64)bio->bi_io_vec + (u64)bio->bi_iter.bi_idx * 16;
+	j.walk.skip = bio->bi_iter.bi_bvec_done;
 	capture_bio(&j, d);
 	return 0;
 }
