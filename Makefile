@@ -14,7 +14,7 @@ UNITDIR := $(PREFIX)/lib/systemd/system
 TMPFDIR := $(PREFIX)/lib/tmpfiles.d
 DOCDIR  := $(PREFIX)/share/doc/varve
 
-.PHONY: help build demo test soak bench fuzz lint install uninstall clean need-cargo need-root
+.PHONY: help build demo test soak vm bench fuzz lint install uninstall clean need-cargo need-root
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,12 @@ test: need-root need-cargo ## every test (installs what they need)
 	@if $(CARGO) nextest --version >/dev/null 2>&1; \
 	then set -x; $(CARGO) nextest run $(CARGO_FLAGS) --workspace --config-file tests/nextest.toml; \
 	else set -x; $(CARGO) test $(CARGO_FLAGS) --workspace --bins --lib --tests; fi
+
+# Not in `make test`: it wants QEMU and two of Debian's kernels, and takes ten minutes.
+vm: need-root need-cargo ## panics, lost power and capture on Debian's kernels 6.1 and 6.12, in QEMU guests
+	@scripts/install-deps build test vm
+	$(CARGO) build $(CARGO_FLAGS) --workspace --bins --tests
+	$(CARGO) test $(CARGO_FLAGS) -p varve-tests --test vm -- --ignored --nocapture --test-threads=1
 
 # Long and random; `make test` has a short version of each. SOAK_SECONDS=1800.
 soak: need-root need-cargo ## random load and random faults for half an hour, every round judged
