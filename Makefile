@@ -74,6 +74,7 @@ install: ## programs, units, docs below $(DESTDIR)$(PREFIX); run 'make build' fi
 	for u in $(UNITS); do sed 's,/usr/\(bin\|share\)/,$(PREFIX)/\1/,' "systemd/$$u" > "$(DESTDIR)$(UNITDIR)/$$u" || exit 1; done
 	install -m 0644 systemd/tmpfiles.conf "$(DESTDIR)$(TMPFDIR)/varve.conf"
 	install -m 0644 README.md LICENSE NOTICE docs/*.md "$(DESTDIR)$(DOCDIR)/"
+	install -m 0644 takeover/examples/db.toml "$(DESTDIR)$(DOCDIR)/takeover-example.toml"
 
 uninstall: ## what 'make install' put there; data and configuration stay
 	@# Capture outlives the agent: nobody would end it later.

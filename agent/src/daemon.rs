@@ -776,6 +776,7 @@ impl Failed {
             journal: None,
             alerts: Vec::new(),
             watch: None,
+            drill: None,
             authority: None,
             counters: BTreeMap::new(),
         }

@@ -154,6 +154,16 @@ pub(crate) fn retention_age(text: &str) -> Result<u64, Problem> {
     }
 }
 
+/// How often something is done: a minute at least.
+pub(crate) fn interval(text: &str) -> Result<std::time::Duration, Problem> {
+    let bad = |why: &str| {
+        let what = format!("'{}' is not how often something is done", text.escape_debug());
+        Problem::usage(what, why, "give a number and a unit, such as 12h or 7d")
+    };
+    let every = age_of(text).map_err(bad)?;
+    if every.as_secs() < 60 { Err(bad("it is less than a minute")) } else { Ok(every) }
+}
+
 /// A limit of bytes; `none`: no limit, which is 0.
 pub(crate) fn retention_bytes(text: &str) -> Result<u64, Problem> {
     if text == "none" { Ok(0) } else { size(text) }

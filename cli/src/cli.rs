@@ -1,9 +1,9 @@
 //! The words of the command line. What each subcommand does is in its own file.
 
 use crate::commands::{
-    bookmark, doctor, failback, failover, forget, host_invite, host_list, host_revoke, join, metrics, points, protect,
-    receiver_init, restore, retention, rollback, scrub, status, unprotect, verify, version, view_close, view_list,
-    view_open,
+    bookmark, doctor, drill, failback, failover, forget, host_invite, host_list, host_revoke, join, metrics, plan,
+    points, protect, receiver_init, restore, retention, rollback, scrub, status, unprotect, verify, version,
+    view_close, view_list, view_open,
 };
 use crate::context::{Context, Outcome, report};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
@@ -62,6 +62,11 @@ enum Command {
     Rollback(rollback::Args),
     /// Run a group on this recovery host, or test that it would; commit or abort that
     Failover(failover::Args),
+    /// Test the takeover of a group by its plan, now or again and again
+    Drill(drill::Args),
+    /// The takeover plan of a group
+    #[command(subcommand)]
+    Plan(Plan),
     /// Bring a group that runs on this recovery host home, or take it (on the host that shall have it)
     Failback(failback::Args),
     /// Write a volume as it was at a point to a file or device
@@ -101,6 +106,14 @@ enum Host {
 }
 
 #[derive(Subcommand)]
+enum Plan {
+    /// Look whether a plan is right
+    Check(plan::CheckArgs),
+    /// Take back what the plan of a takeover has done
+    Undo(plan::UndoArgs),
+}
+
+#[derive(Subcommand)]
 enum View {
     /// Open every volume of a group at a point
     Open(view_open::Args),
@@ -137,6 +150,9 @@ fn dispatch(context: &Context, command: Command) -> Outcome {
         Command::View(View::Close(args)) => view_close::run(context, &args),
         Command::Rollback(args) => rollback::run(context, &args),
         Command::Failover(args) => failover::run(context, &args),
+        Command::Drill(args) => drill::run(context, &args),
+        Command::Plan(Plan::Check(args)) => plan::check(context, &args),
+        Command::Plan(Plan::Undo(args)) => plan::undo(context, &args),
         Command::Failback(args) => failback::run(context, &args),
         Command::Restore(args) => restore::run(context, &args),
         Command::Retention(args) => retention::run(context, &args),

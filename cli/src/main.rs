@@ -14,6 +14,7 @@ mod commands;
 mod confirm;
 mod context;
 mod progress;
+mod takeover;
 mod words;
 
 use std::process::ExitCode;

@@ -371,6 +371,9 @@ pub struct GroupStatus {
     /// Who may write, when that is not simply the source; `None`: it is.
     #[serde(default)]
     pub authority: Option<AuthorityStatus>,
+    /// The drills of its takeover plan on this host; `None`: there were none (receiver).
+    #[serde(default)]
+    pub drill: Option<DrillStatus>,
     /// Counters since the daemon started, by name (docs/json.md).
     pub counters: std::collections::BTreeMap<String, u64>,
 }
@@ -390,6 +393,32 @@ pub struct AuthorityStatus {
     pub unsure: bool,
     /// The next sensible command.
     pub next: String,
+}
+
+/// See [`GroupStatus::drill`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DrillStatus {
+    /// When the last one began (RFC 3339).
+    pub began: String,
+    /// Every step of it was done.
+    pub good: bool,
+    /// Drills that were run.
+    pub runs: u64,
+    /// Drills that failed.
+    pub failures: u64,
+    /// The last one with every step done and at least one check good.
+    pub verified: Option<DrillVerified>,
+}
+
+/// See [`DrillStatus::verified`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DrillVerified {
+    /// When it began (RFC 3339).
+    pub at: String,
+    /// Time of the point that came up (RFC 3339).
+    pub point: String,
+    /// Measured: from the begin until every step was done.
+    pub rto_seconds: f64,
 }
 
 /// See [`GroupStatus::alerts`]. docs/monitor.md lists the ids.

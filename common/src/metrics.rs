@@ -187,6 +187,25 @@ pub const TABLE: &[Metric] = &[
             number(s, o, |group| timestamp(group.watch.as_ref()?.verified.as_deref()));
         },
     ),
+    gauge("varve_group_drill_failed", "1: the last drill of the takeover plan failed (receiver)", "1", |s, o| {
+        number(s, o, |group| Some(f64::from(!group.drill.as_ref()?.good)));
+    }),
+    gauge(
+        "varve_group_drill_verified_timestamp_seconds",
+        "the newest point that a drill brought up with its checks good; missing: never (receiver)",
+        "older than your drills' interval",
+        |s, o| {
+            number(s, o, |group| timestamp(Some(&group.drill.as_ref()?.verified.as_ref()?.point)));
+        },
+    ),
+    gauge(
+        "varve_group_drill_rto_seconds",
+        "how long that took: the measured RTO; missing: never (receiver)",
+        "above your RTO",
+        |s, o| {
+            number(s, o, |group| Some(group.drill.as_ref()?.verified.as_ref()?.rto_seconds));
+        },
+    ),
     counter(
         "varve_group_events_total",
         "the counters of docs/json.md since the daemon started; `counter` is a label",

@@ -6,11 +6,12 @@ use crate::group::registry::{Board, Slot};
 use crate::group::stream::Point;
 use crate::limits::REPORT_AGE_MAX;
 use varve_common::control::{
-    AuthorityStatus, GapStatus, GroupStatus, HistoryStatus, ResyncStatus, TakeoverStatus, VolumeStatus, Window,
-    show_position, show_time,
+    AuthorityStatus, DrillStatus, GapStatus, GroupStatus, HistoryStatus, ResyncStatus, TakeoverStatus, VolumeStatus,
+    Window, show_position, show_time,
 };
 use varve_common::state::{DataFacts, Link, Role};
 use varve_common::wire::messages::Report;
+use varve_takeover::DrillRecord;
 use varve_timeline::chronicle::Times;
 
 /// All groups, or the one of this name.
@@ -81,8 +82,15 @@ pub fn group(daemon: &Daemon, slot: &Slot) -> GroupStatus {
         alerts: Vec::new(),
         watch: None,
         authority: authority(daemon, slot, &board),
+        drill: drill(daemon, slot),
         counters: slot.counters.snapshot(),
     }
+}
+
+/// What the drills have shown, if there were any. Of a record that cannot be read nothing is said here: `varve drill show` says why.
+fn drill(daemon: &Daemon, slot: &Slot) -> Option<DrillStatus> {
+    let record = DrillRecord::load(daemon.registry.paths(), &slot.name).ok()??;
+    Some(record.status())
 }
 
 /// What runs where, if it runs here.

@@ -5,7 +5,7 @@ use crate::state::Mode;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::time::Duration;
-use varve_common::control::PointReply;
+use varve_common::control::{DrillStatus, DrillVerified, PointReply};
 use varve_common::paths::Paths;
 use varve_common::problem::Problem;
 use varve_io::crashsafe::{create_dir_all_durable, write_atomic};
@@ -87,6 +87,22 @@ impl DrillRecord {
             return Err(bad(format!("it has version {}, this program knows {VERSION}", record.version)));
         }
         Ok(Some(record))
+    }
+
+    /// As `varve status` shows it.
+    pub fn status(&self) -> DrillStatus {
+        let verified = |verified: &Verified| DrillVerified {
+            at: verified.at.clone(),
+            point: verified.point.time.clone(),
+            rto_seconds: verified.rto_seconds,
+        };
+        DrillStatus {
+            began: self.last.began.clone(),
+            good: self.last.outcome == Outcome::Done,
+            runs: self.runs,
+            failures: self.failures,
+            verified: self.verified.as_ref().map(verified),
+        }
     }
 
     /// Remembers a drill: the report of a test's run. A record that cannot be read is begun anew: a drill must not fail

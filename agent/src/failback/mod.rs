@@ -151,6 +151,7 @@ impl Returning {
             journal: None,
             alerts: Vec::new(),
             watch: None,
+            drill: None,
             authority: Some(AuthorityStatus {
                 text: "the group runs on the recovery host, and its volumes here are being overwritten with what it holds there"
                     .to_owned(),

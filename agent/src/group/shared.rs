@@ -358,6 +358,7 @@ impl GroupShared {
             journal: self.journal().map(|journal| journal.status()),
             alerts: Vec::new(),
             watch: None,
+            drill: None,
             authority: authority(&self.name, facts.fenced.as_ref(), facts.quiet.as_ref()),
             counters: self.counter_table(),
         }

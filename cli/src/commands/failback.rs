@@ -5,10 +5,12 @@ use crate::client::{Daemon, PATIENT, ask, ask_agent, ask_receiver};
 use crate::confirm::confirm;
 use crate::context::{Context, DONE, Outcome, note};
 use crate::progress::Meter;
+use crate::takeover;
 use crate::words;
 use std::io::IsTerminal;
 use varve_common::control::{AgentRequest, FailbackReply, ProtectReply, ReceiverRequest};
 use varve_common::problem::Problem;
+use varve_takeover::{Mode, standing};
 
 const EXAMPLE: &str = "Example, recovery host:
   varve failback db --dry-run
@@ -26,7 +28,7 @@ Example, another host that shall have the group:
 pub(crate) struct Args {
     /// The group's name (varve status)
     group: String,
-    /// Give it back: nobody may use the devices here
+    /// Give it back: what the takeover plan started here is stopped; nobody else may use the devices here
     #[arg(long, conflicts_with_all = ["to", "volume", "stop"])]
     cut_over: bool,
     /// Compare only what was sent since the volumes were claimed, not all of them, while nobody can write
@@ -127,10 +129,35 @@ fn cut_over(context: &Context, args: &Args) -> Outcome {
         confirm(args.yes, &format!("give '{group}' back? Its devices here go away"), &again)?;
     }
     let (quick, dry_run) = (args.quick, args.dry_run);
-    let request = ReceiverRequest::FailbackCutOver { group: group.clone(), quick, dry_run };
-    let reply = follow(context, &format!("giving back {group}"), &request)?;
+    let request = |dry_run| ReceiverRequest::FailbackCutOver { group: group.clone(), quick, dry_run };
+    if dry_run {
+        let reply: FailbackReply = follow(context, &format!("giving back {group}"), &request(true))?;
+        context.answer(&reply, text_of);
+        return Ok(DONE);
+    }
+    // What cannot be done is found while business still runs here.
+    if standing(&context.paths, group, Mode::Live)?.is_some() {
+        let _: FailbackReply = follow(context, &format!("looking at {group}"), &request(true))?;
+    }
+    let taken_back = take_back_plan(context, group)?;
+    let reply = follow(context, &format!("giving back {group}"), &request(false)).map_err(|mut problem| {
+        if taken_back {
+            let again = takeover::resume_command(context, group);
+            problem.next = format!("{}; '{again}' starts here again what the plan had started", problem.next);
+        }
+        problem
+    })?;
     context.answer(&reply, text_of);
     Ok(DONE)
+}
+
+/// What the takeover plan has started here uses the devices. Whether there was something.
+fn take_back_plan(context: &Context, group: &str) -> Result<bool, Problem> {
+    let Some(report) = takeover::take_back(context, group, Mode::Live)? else { return Ok(false) };
+    if !context.json {
+        note(report.to_string().trim_end());
+    }
+    takeover::not_taken_back(report).map_or(Ok(true), Err)
 }
 
 fn stop(context: &Context, args: &Args) -> Outcome {

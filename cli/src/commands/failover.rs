@@ -3,12 +3,16 @@
 use crate::check;
 use crate::client::{Daemon, PATIENT, ask, ask_agent, ask_receiver};
 use crate::confirm::confirm;
-use crate::context::{Context, DONE, Outcome, note};
+use crate::context::{Context, DONE, FAILED, Outcome, explain, note};
 use crate::progress::Meter;
+use crate::takeover;
 use crate::words;
+use serde::Serialize;
 use std::io::IsTerminal;
-use varve_common::control::{AgentRequest, FailoverReply, PlannedWish, ReceiverRequest};
+use std::time::SystemTime;
+use varve_common::control::{AgentRequest, FailoverReply, PlannedWish, PointReply, ReceiverRequest, VolumeStatus};
 use varve_common::problem::Problem;
+use varve_takeover::{DryRun, Mode, Plan, Report, standing};
 
 const EXAMPLE: &str = "Example:
   varve failover db --dry-run
@@ -20,7 +24,7 @@ const EXAMPLE: &str = "Example:
 
 /// Makes the volumes of a group writable block devices of this host, at a point. The source is fenced off first: from then on
 /// nothing that it sends is taken. What is written here is the group's history. Until `varve failover commit GROUP` the
-/// takeover can be undone by `varve failover abort GROUP`. With --test replication goes on, and what is written is gone with the
+/// takeover can be undone by `varve failover abort GROUP`. If the group has a takeover plan it is run then. With --test replication goes on, and what is written is gone with the
 /// test.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLE)]
@@ -44,7 +48,13 @@ pub(crate) struct Args {
     /// Compare nothing: the source can write while it is compared neither here nor there
     #[arg(long, requires = "planned")]
     quick: bool,
-    /// Print the point, what would be left out and lost; change nothing
+    /// Only make the devices: do not run the group's takeover plan
+    #[arg(long)]
+    no_plan: bool,
+    /// Go on with the takeover plan where it stopped; run it, if nothing of it is in place
+    #[arg(long, conflicts_with_all = ["test", "planned", "dry_run", "no_plan", "at"])]
+    resume: bool,
+    /// Print the point, what would be left out and lost, and the plan; change nothing
     #[arg(long)]
     dry_run: bool,
     /// Abort although a device is in use: its users get errors. On the production host: although the group may run on the
@@ -60,6 +70,7 @@ pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
     match &args.words[..] {
         [word, group] if word == "commit" => commit(context, args, group),
         [word, group] if word == "abort" => abort(context, args, group),
+        [group] if args.resume => resume_plan(context, group),
         [group] => begin(context, args, group),
         _ => Err(Problem::usage(
             format!("'{}' is not understood", args.words.join(" ")),
@@ -67,6 +78,17 @@ pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
             "varve failover --help",
         )),
     }
+}
+
+/// The answer, and what became of the plan.
+#[derive(Serialize)]
+struct Answer<'a> {
+    #[serde(flatten)]
+    reply: &'a FailoverReply,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    plan: Option<DryRun>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    report: Option<Report>,
 }
 
 fn begin(context: &Context, args: &Args, group: &str) -> Outcome {
@@ -81,11 +103,29 @@ fn begin(context: &Context, args: &Args, group: &str) -> Outcome {
         meter.end();
         reply
     };
-    if !args.dry_run && !args.test {
+    // A plan that cannot be run is found before anything is changed.
+    let plan = if args.no_plan { None } else { takeover::plan(context, group)? };
+    if let Some(plan) = &plan {
+        takeover::fits(context, group, plan)?;
+    }
+    let mode = if args.test { Mode::Test } else { Mode::Live };
+    let dry_run = |reply: &FailoverReply, plan: Plan| -> Result<DryRun, Problem> {
+        let devices = takeover::to_be(context, group)?;
+        let point = reply.point.clone();
+        Ok(takeover::runner(context, plan, group, mode, point, devices, SystemTime::now())?.dry_run())
+    };
+    if args.dry_run {
+        let reply = go(true)?;
+        let plan = plan.map(|plan| dry_run(&reply, plan)).transpose()?;
+        let answer = Answer { reply: &reply, plan, report: None };
+        context.answer(&answer, |answer| answer_text(context, answer, true));
+        return Ok(DONE);
+    }
+    if !args.test {
         let again = context.suggest(&format!("failover {group} --at '{}'", args.at));
         // What would be lost is shown before anybody is asked.
         if !args.yes && std::io::stdin().is_terminal() {
-            note(text_of(context, &go(true)?).trim_end());
+            note(text_of(context, &go(true)?, true).trim_end());
         }
         let question = match args.planned {
             true => format!("stop what uses '{group}' at its source and run it here?"),
@@ -93,9 +133,86 @@ fn begin(context: &Context, args: &Args, group: &str) -> Outcome {
         };
         confirm(args.yes, &question, &again)?;
     }
-    let reply = go(args.dry_run)?;
-    context.answer(&reply, |reply| text_of(context, reply));
-    Ok(DONE)
+    let began = SystemTime::now();
+    let reply = go(false)?;
+    let Some(plan) = plan else {
+        let answer = Answer { reply: &reply, plan: None, report: None };
+        context.answer(&answer, |answer| answer_text(context, answer, true));
+        return Ok(DONE);
+    };
+    let devices = takeover::served(&reply.volumes);
+    let report = takeover::runner(context, plan, group, mode, reply.point.clone(), devices, began)
+        .and_then(|runner| runner.run(&mut takeover::show(context.json)));
+    match report {
+        Ok(report) => Ok(tell(context, &Answer { reply: &reply, plan: None, report: Some(report) })),
+        Err(problem) => {
+            // The devices are there all the same.
+            let answer = Answer { reply: &reply, plan: None, report: None };
+            context.answer(&answer, |answer| answer_text(context, answer, false));
+            Err(problem)
+        }
+    }
+}
+
+/// Prints the answer with the plan's report; gives the exit code.
+fn tell(context: &Context, answer: &Answer<'_>) -> u8 {
+    context.answer(answer, |answer| answer_text(context, answer, false));
+    match answer.report.as_ref().and_then(|report| report.problem.as_ref()) {
+        Some(problem) => {
+            explain(problem);
+            FAILED
+        }
+        None => DONE,
+    }
+}
+
+fn answer_text(context: &Context, answer: &Answer<'_>, by_hand: bool) -> String {
+    let mut text = text_of(context, answer.reply, by_hand);
+    answer.plan.iter().for_each(|plan| text.push_str(&plan.to_string()));
+    if let Some(report) = &answer.report {
+        text.push_str(&report.to_string());
+        let group = &answer.reply.group;
+        let abort = takeover::abort_command(context, group);
+        let commit = context.suggest(&format!("failover commit {group}"));
+        text.push_str(&match (answer.reply.test, &report.problem) {
+            (true, _) => format!("next: '{abort}' ends the test\n"),
+            (false, None) => format!("next: '{commit}' to stay, '{abort}' to go back\n"),
+            (false, Some(_)) => String::new(),
+        });
+    }
+    text
+}
+
+/// Goes on with the plan of a takeover that is in place; from its start, if nothing of it is.
+fn resume_plan(context: &Context, group: &str) -> Outcome {
+    check::group(group)?;
+    let plan = Plan::load(context.paths.takeover_plan(group))?;
+    let standing = standing(&context.paths, group, Mode::Live)?;
+    let status = Daemon::Receiver.group(context, group)?;
+    let takeover = status.history.and_then(|history| history.takeover).filter(|takeover| !takeover.test);
+    let takeover = takeover.filter(|takeover| takeover.devices.len() == status.volumes.len()).ok_or_else(|| {
+        Problem::refused(
+            format!("the plan of '{group}' cannot be run"),
+            "the group's volumes are not served by this receiver now",
+            context.suggest(&format!("status {group}")),
+        )
+    })?;
+    let device = |(volume, device): (VolumeStatus, String)| varve_takeover::Device {
+        volume: volume.path,
+        device: device.into(),
+        bytes: volume.bytes,
+    };
+    let devices = status.volumes.into_iter().zip(takeover.devices).map(device).collect();
+    let goes_on = standing.is_some();
+    let point = standing.map_or_else(|| PointReply { time: takeover.point, ..PointReply::default() }, |run| run.point);
+    let runner = takeover::runner(context, plan, group, Mode::Live, point, devices, SystemTime::now())?;
+    let mut show = takeover::show(context.json);
+    let report = if goes_on { runner.resume(&mut show)? } else { runner.run(&mut show)? };
+    context.answer(&report, ToString::to_string);
+    Ok(report.problem.as_ref().map_or(DONE, |problem| {
+        explain(problem);
+        FAILED
+    }))
 }
 
 fn commit(context: &Context, args: &Args, group: &str) -> Outcome {
@@ -131,6 +248,7 @@ fn abort(context: &Context, args: &Args, group: &str) -> Outcome {
     let again = context.suggest(&format!("failover abort {group}"));
     let question = format!("undo the takeover of '{group}'? What was written here since stays in the history only");
     confirm(args.yes, &question, &again)?;
+    undo_plan(context, args, group)?;
     let request = ReceiverRequest::FailoverAbort { group: group.to_owned(), force: args.force };
     let reply: FailoverReply = ask_receiver(context, &request, PATIENT)?;
     context.answer(&reply, |reply| match reply.test {
@@ -145,7 +263,34 @@ fn abort(context: &Context, args: &Args, group: &str) -> Outcome {
     Ok(DONE)
 }
 
-fn text_of(context: &Context, reply: &FailoverReply) -> String {
+/// What the plan has done goes first: it uses the devices. Not for a takeover that will not be undone.
+fn undo_plan(context: &Context, args: &Args, group: &str) -> Result<(), Problem> {
+    let status = Daemon::Receiver.group(context, group)?.history.and_then(|history| history.takeover);
+    let modes: &[Mode] = match &status {
+        Some(takeover) if takeover.committed => &[],
+        Some(takeover) if takeover.test => &[Mode::Test],
+        Some(_) => &[Mode::Live],
+        None => &[Mode::Test, Mode::Live],
+    };
+    for mode in modes {
+        let Some(report) = takeover::take_back(context, group, *mode)? else { continue };
+        if !context.json {
+            note(report.to_string().trim_end());
+        }
+        match takeover::not_taken_back(report) {
+            Some(problem) if !args.force => return Err(problem),
+            Some(problem) => explain(&problem),
+            None => {}
+        }
+    }
+    if modes.contains(&Mode::Test) {
+        varve_takeover::clean(&context.paths, group, &varve_takeover::Tools::default())?;
+    }
+    Ok(())
+}
+
+/// `by_hand`: whether it is said what there is to do now.
+fn text_of(context: &Context, reply: &FailoverReply, by_hand: bool) -> String {
     let group = &reply.group;
     let head = match (reply.dry_run, reply.test) {
         (true, true) => format!("group '{group}' would be tested; nothing was changed"),
@@ -196,6 +341,9 @@ fn text_of(context: &Context, reply: &FailoverReply) -> String {
         return lines.join("\n") + "\n";
     }
     lines.push(format!("  ready after {}", words::seconds(reply.seconds)));
+    if !by_hand {
+        return lines.join("\n") + "\n";
+    }
     let abort = context.suggest(&format!("failover abort {group}"));
     lines.push(match reply.test {
         true => format!("next: '{abort}' ends the test"),

@@ -2,6 +2,7 @@
 
 pub(crate) mod bookmark;
 pub(crate) mod doctor;
+pub(crate) mod drill;
 pub(crate) mod failback;
 pub(crate) mod failover;
 pub(crate) mod forget;
@@ -10,6 +11,7 @@ pub(crate) mod host_list;
 pub(crate) mod host_revoke;
 pub(crate) mod join;
 pub(crate) mod metrics;
+pub(crate) mod plan;
 pub(crate) mod points;
 pub(crate) mod protect;
 pub(crate) mod receiver_init;

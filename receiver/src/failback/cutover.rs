@@ -40,13 +40,16 @@ pub async fn cut_over(
         let why = format!("the agent of '{}' is not connected", failback.host);
         return Err(Problem::unreachable(what, why, format!("'varve status {name}' says when it is")));
     };
-    if let Some(user) = promotions.user(&name) {
+    let reply = bare_reply(&context.slot, &meta, &failback.host);
+    let user = promotions.user(&name);
+    if dry_run {
+        // What the takeover plan has started is stopped by the command itself.
+        let next = user.map_or(reply.next.clone(), |user| format!("in use here: {user}; stop what is not in the plan"));
+        return Ok(FailbackReply { dry_run, next, ..reply });
+    }
+    if let Some(user) = user {
         let next = "stop what uses the devices and unmount them; then run the same command again";
         return Err(Problem::refused(what, format!("it is in use here: {user}"), next));
-    }
-    let reply = bare_reply(&context.slot, &meta, &failback.host);
-    if dry_run {
-        return Ok(FailbackReply { dry_run, ..reply });
     }
     let stopped = tokio::task::block_in_place(|| promotions.stop_serving(&name, false, &what));
     stopped?;

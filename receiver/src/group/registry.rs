@@ -369,6 +369,11 @@ impl Registry {
         self.paths.receiver_group(group)
     }
 
+    /// Where this installation lies.
+    pub fn paths(&self) -> &Paths {
+        &self.paths
+    }
+
     /// Where all groups are.
     pub fn groups_dir(&self) -> PathBuf {
         groups_dir(&self.paths)

@@ -3,7 +3,8 @@
 use super::picture::{DaemonProblem, Picture};
 use super::table::render;
 use varve_common::control::{
-    AlertStatus, DaemonStatus, GapStatus, GroupStatus, HistoryStatus, ResyncStatus, VolumeStatus, Window,
+    AlertStatus, DaemonStatus, DrillStatus, DrillVerified, GapStatus, GroupStatus, HistoryStatus, ResyncStatus,
+    VolumeStatus, Window,
 };
 use varve_common::problem::Problem;
 use varve_common::state::{Data, GapReason, Link, Role};
@@ -57,6 +58,7 @@ fn group(data: Data) -> GroupStatus {
         alerts: Vec::new(),
         watch: None,
         authority: None,
+        drill: None,
         counters: Default::default(),
     }
 }
@@ -86,6 +88,23 @@ fn a_history() {
   past    12.0 GiB in 25 layers, 1234567 before-images, 1 view open, 3 bookmarks (1 kept)
   past    the disk is nearly full, old points expire early
 ";
+    assert!(text.contains(expected), "{text}");
+}
+
+#[test]
+fn drills() {
+    let verified =
+        DrillVerified { at: "2026-11-19T03:00:01Z".into(), point: "2026-11-19T03:00:00.5Z".into(), rto_seconds: 4.25 };
+    let drill = |good, verified| {
+        let drill = DrillStatus { began: "2026-11-20T03:00:01Z".into(), good, runs: 3, failures: 1, verified };
+        of(GroupStatus { role: Role::Replica, drill: Some(drill), ..group(Data::Protected) })
+    };
+    let expected =
+        "  drill   the last one FAILED (2026-11-20 03:00:01.000Z), point 2026-11-19 03:00:00.500Z came up in 4.25 s\n";
+    let text = drill(false, Some(verified));
+    assert!(text.contains(expected), "{text}");
+    let expected = "  drill   the last one good (2026-11-20 03:00:01.000Z), no point was shown to come up yet\n";
+    let text = drill(true, None);
     assert!(text.contains(expected), "{text}");
 }
 

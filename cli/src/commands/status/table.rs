@@ -3,7 +3,7 @@
 use super::advice;
 use super::picture::{DaemonProblem, Picture, key};
 use crate::words;
-use varve_common::control::{AlertStatus, DaemonStatus, GroupStatus, HistoryStatus};
+use varve_common::control::{AlertStatus, DaemonStatus, DrillStatus, GroupStatus, HistoryStatus};
 use varve_common::state::Data;
 use varve_common::wire::messages::Verify;
 
@@ -125,6 +125,7 @@ fn details(group: &GroupStatus, rate: Option<f64>) -> Vec<String> {
     rows.extend(group.verify.as_ref().map(|verify| ("verify", verify_text(verify))));
     rows.extend(gaps_text(group).map(|text| ("gaps", text)));
     rows.extend(window_text(group).map(|text| ("points", text)));
+    rows.extend(group.drill.as_ref().map(|drill| ("drill", drill_text(drill))));
     if let Some(history) = &group.history {
         rows.push(("past", history_text(history)));
         rows.extend(history.notice.clone().map(|notice| ("past", notice)));
@@ -183,6 +184,18 @@ fn window_text(group: &GroupStatus) -> Option<String> {
     }
     let span = words::span(from, to).map(|span| format!(" ({span})")).unwrap_or_default();
     Some(format!("{} to {}{span}", words::time(from), words::time(to)))
+}
+
+fn drill_text(drill: &DrillStatus) -> String {
+    let how = if drill.good { "good" } else { "FAILED" };
+    let mut text = format!("the last one {how} ({}), ", words::time(&drill.began));
+    text.push_str(&match &drill.verified {
+        Some(good) => {
+            format!("point {} came up in {}", words::time(&good.point), words::fine_seconds(good.rto_seconds))
+        }
+        None => "no point was shown to come up yet".to_owned(),
+    });
+    text
 }
 
 fn history_text(history: &HistoryStatus) -> String {
