@@ -117,8 +117,12 @@ async fn play(
     agent.durable
 }
 
-/// One life with a failpoint after another, and at last one without.
-async fn crash_at(names: &[String], seed: u64, bytes: usize) -> usize {
+/// A step that must come is waited for; one that may come gets a while.
+const SURELY: Duration = Duration::from_secs(60);
+const PERHAPS: Duration = Duration::from_millis(400);
+
+/// One life with a failpoint after another, and at last one without. `patience`: how long each waits for its failpoint.
+async fn crash_at(names: &[String], seed: u64, bytes: usize, patience: Duration) -> usize {
     let tape = Tape::new(seed, bytes, 30_000);
     let mut receiver = Receiver::new();
     receiver.start(None);
@@ -161,7 +165,7 @@ async fn crash_at(names: &[String], seed: u64, bytes: usize) -> usize {
         }
         // The failpoint may lie in what goes on afterwards; if not, this life ends in another way.
         let start = std::time::Instant::now();
-        while receiver.is_running() && start.elapsed() < Duration::from_millis(400) {
+        while receiver.is_running() && start.elapsed() < patience {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         if receiver.is_running() {
@@ -199,9 +203,9 @@ async fn each_step_in_turn() {
     let mut rng = StdRng::seed_from_u64(seed);
     for name in failpoint::ALL {
         eprintln!("{name}");
-        assert_eq!(crash_at(&[format!("{name}:1")], rng.random(), 4 << 20).await, 1, "{name} was not reached");
+        assert_eq!(crash_at(&[format!("{name}:1")], rng.random(), 4 << 20, SURELY).await, 1, "{name} was not reached");
         // How many batches there are is a matter of timing: the later visit may not come.
-        crash_at(&[format!("{name}:{}", rng.random_range(2..10))], rng.random(), 12 << 20).await;
+        crash_at(&[format!("{name}:{}", rng.random_range(2..10))], rng.random(), 12 << 20, PERHAPS).await;
     }
 }
 
@@ -216,7 +220,7 @@ async fn crash_upon_crash() {
         let any = |_| format!("{}:{}", often[rng.random_range(0..often.len())], rng.random_range(1..5));
         let names: Vec<String> = (0..10).map(any).chain(["land-torn:1".to_owned()]).collect();
         eprintln!("round {round}: {names:?}");
-        assert!(crash_at(&names, rng.random(), 40 << 20).await > 0, "no failpoint was reached");
+        assert!(crash_at(&names, rng.random(), 40 << 20, PERHAPS).await > 0, "no failpoint was reached");
     }
 }
 

@@ -9,6 +9,8 @@ mod support;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use quinn::SendStream;
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -302,12 +304,13 @@ async fn a_directory_that_cannot_be_written(name: &str, part_of_group: &str) {
     drop(mounted);
 }
 
-struct Mounted(PathBuf);
+/// A mount, and its device.
+struct Mounted(PathBuf, PathBuf);
 
 impl Mounted {
     fn new(device: &Path, at: &Path) -> Self {
         mount(Some(device), at, Some("ext4"), MsFlags::empty(), None::<&str>).expect("root is needed");
-        Self(at.to_owned())
+        Self(at.to_owned(), device.to_owned())
     }
 }
 
@@ -320,6 +323,11 @@ impl Drop for Mounted {
                 assert!(std::thread::panicking(), "{}: {error}", self.0.display());
                 return;
             }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        // A mount namespace that was made meanwhile (other tests make some) has it mounted until it goes.
+        let exclusive = || OpenOptions::new().read(true).custom_flags(nix::libc::O_EXCL).open(&self.1);
+        while exclusive().is_err() && start.elapsed() < Duration::from_secs(60) {
             std::thread::sleep(Duration::from_millis(50));
         }
     }
