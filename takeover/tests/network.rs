@@ -109,6 +109,9 @@ fn the_neighbours_are_told_and_an_address_in_use_is_not_taken() {
     });
 }
 
+/// Nothing that ends by its time limit takes as long, on a busy machine either.
+const LONG: f64 = 30.0;
+
 #[test]
 fn checks_wait_and_say_what_was_wrong() {
     on_a_host_of_its_own(|| {
@@ -133,7 +136,7 @@ fn checks_wait_and_say_what_was_wrong() {
         assert!(!good && why.contains("exit code 7") && output == "out", "{why} {output}");
         assert!(try_it("run = \"[ -e @DIR@/bin ]\"").0);
         let (good, why, _, seconds) = try_it("run = [\"/bin/sleep\", \"1030\"]");
-        assert!(!good && why.contains("took longer") && seconds < 6.0, "{why}");
+        assert!(!good && why.contains("took longer") && seconds < LONG, "{why}");
 
         // Servers that are no good: one says nothing, one is no web server, one has a fault, one never ends.
         let served = |answer: &'static [u8], stay: bool| {
@@ -177,7 +180,7 @@ fn checks_wait_and_say_what_was_wrong() {
             stop();
             assert_eq!(good, wanted, "{}: {why}", String::from_utf8_lossy(answer));
             assert!(why.contains(words), "{}: {why}", String::from_utf8_lossy(answer));
-            assert!(seconds < 3.0);
+            assert!(seconds < LONG, "{seconds}");
         }
         host.assert_as(&before);
     });

@@ -17,6 +17,7 @@ const SHOWN_BYTES_MAX: usize = 512;
 
 pub(super) fn apply(work: &Work<'_>, probe: &Probe, every: Duration) -> Result<String, StepError> {
     let mut tries = 0;
+    let mut earlier: Option<StepError> = None;
     loop {
         tries += 1;
         let until = (Instant::now() + TRY_MAX).min(work.deadline);
@@ -38,6 +39,9 @@ pub(super) fn apply(work: &Work<'_>, probe: &Probe, every: Duration) -> Result<S
                 Err(error) => error,
             },
         };
+        // A try that the end cut short says less than the one before it.
+        let cut_short = until == work.deadline && Instant::now() >= until;
+        let fault = earlier.take().filter(|_| cut_short).unwrap_or(fault);
         if !work.pause(every) {
             let how_often = if tries == 1 { "once".to_owned() } else { format!("{tries} times") };
             let why = match work.is_cancelled() {
@@ -46,6 +50,7 @@ pub(super) fn apply(work: &Work<'_>, probe: &Probe, every: Duration) -> Result<S
             };
             return Err(StepError { why, ..fault });
         }
+        earlier = Some(fault);
     }
 }
 
