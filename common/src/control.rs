@@ -826,6 +826,10 @@ pub struct FailoverReply {
     pub newest: PointReply,
     /// Bytes that changed between the point and the newest: they are left out (and stay in the history).
     pub left_out_bytes: u64,
+    /// How old that is: what the source wrote later is not here. By the clocks of both hosts. `None`: `commit`
+    /// and `abort` do not look.
+    #[serde(default)]
+    pub newest_age_seconds: Option<f64>,
     /// Captured by the source and not here, as it said last: lost if the source does not come back. `None`: not known.
     pub not_here_bytes: Option<u64>,
     /// How long ago the source was heard of, seconds; `None`: never since the receiver started.

@@ -16,7 +16,25 @@ const USER: &str = "postgres";
 pub struct Postgres {
     bin: PathBuf,
     sockets: PathBuf,
+    directory: PathBuf,
     server: Child,
+}
+
+/// Of `/proc/PID/stat`: the state's letter and the parent.
+fn state_and_parent(pid: u32) -> Option<(char, u32)> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let mut fields = stat.rsplit_once(") ")?.1.split(' ');
+    Some((fields.next()?.chars().next()?, fields.next()?.parse().ok()?))
+}
+
+fn lives(pid: u32) -> bool {
+    state_and_parent(pid).is_some_and(|(state, _)| !matches!(state, 'Z' | 'X'))
+}
+
+fn children(parent: u32) -> Vec<u32> {
+    let numbers = std::fs::read_dir("/proc").unwrap().flatten();
+    let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    numbers.filter(|pid| state_and_parent(*pid).is_some_and(|(_, of)| of == parent)).collect()
 }
 
 /// The newest installed version's programs (Debian keeps them out of PATH, Fedora does not).
@@ -47,7 +65,14 @@ impl Postgres {
         std::fs::create_dir(directory).unwrap_or_else(|error| panic!("{}: {error}", directory.display()));
         run_ok("chown", &[Path::new(USER), directory]);
         run(as_postgres(&programs().join("initdb"))
-            .args(["--auth=trust", "--username=postgres", "--no-locale", "--encoding=UTF8", "--pgdata"])
+            .args([
+                "--auth=trust",
+                "--username=postgres",
+                "--no-locale",
+                "--encoding=UTF8",
+                "--data-checksums",
+                "--pgdata",
+            ])
             .arg(directory))
         .ok();
         Self::open(scratch, directory)
@@ -68,6 +93,8 @@ impl Postgres {
         args.extend(setting("listen_addresses", ""));
         args.extend(setting("unix_socket_directories", &sockets.display().to_string()));
         args.extend(setting("shared_buffers", "64MB"));
+        // In the cluster's directory, where the next start finds what a killed one left; else it stays in /dev/shm.
+        args.extend(setting("dynamic_shared_memory_type", "mmap"));
         let log = sockets.join("server.log");
         let mut server = Child::start_as(Some(USER), bin.join("postgres"), &args, &log, |command| {
             command.current_dir("/");
@@ -76,7 +103,7 @@ impl Postgres {
             assert_eq!(server.exit_code(), None, "PostgreSQL ended:\n{}", server.log());
             run(Command::new(bin.join("pg_isready")).arg("-q").arg("-h").arg(&sockets)).code == 0
         });
-        Postgres { bin, sockets, server }
+        Postgres { bin, sockets, directory: directory.to_owned(), server }
     }
 
     fn client(&self, program: &str) -> Command {
@@ -119,6 +146,56 @@ impl Postgres {
         command.args(["-n", "-c", &clients.to_string(), "-T", &seconds.to_string(), USER]);
         let args: Vec<_> = command.get_args().map(std::ffi::OsStr::to_owned).collect();
         Pgbench(Child::start(command.get_program(), &args, &self.sockets.join("pgbench.log"), |_| {}))
+    }
+
+    /// The same at so many transactions a second, until it is stopped.
+    #[track_caller]
+    pub fn pgbench_paced(&self, clients: u32, rate: u32) -> Pgbench {
+        let mut command = self.client("pgbench");
+        command.args(["-n", "-c", &clients.to_string(), "-R", &rate.to_string(), "-T", "3600", USER]);
+        let args: Vec<_> = command.get_args().map(std::ffi::OsStr::to_owned).collect();
+        Pgbench(Child::start(command.get_program(), &args, &self.sockets.join("pgbench.log"), |_| {}))
+    }
+
+    /// Reads every table and index and compares them with each other (`pg_amcheck`; the extension amcheck must be there).
+    #[track_caller]
+    pub fn amcheck(&self) {
+        let mut command = self.client("pg_amcheck");
+        let output = run(command.args(["--heapallindexed", "--rootdescend", "-d", USER])).ok();
+        assert_eq!(output.stdout.trim(), "", "{}", output.line);
+    }
+
+    /// Compares the checksum of every page of a cluster that was shut down.
+    #[track_caller]
+    pub fn check_pages(directory: &Path) {
+        run(as_postgres(&programs().join("pg_checksums")).args(["--check", "--pgdata"]).arg(directory)).ok();
+    }
+
+    /// Somebody else shuts it down: waits for the end.
+    #[track_caller]
+    pub fn wait_stopped(mut self) {
+        let code = self.server.wait(Duration::from_secs(60));
+        assert_eq!(code, Some(0), "PostgreSQL:\n{}", self.server.log());
+    }
+
+    /// As when the power fails: every process of it at once, none of them gets to do anything more.
+    #[track_caller]
+    pub fn kill(mut self) {
+        let pid = self.server.pid();
+        // It starts no more of them.
+        self.server.signal(Signal::SIGSTOP);
+        let workers = children(pid);
+        for worker in &workers {
+            // Not reaped by their stopped parent, so the numbers are theirs.
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(worker.cast_signed()), Signal::SIGKILL);
+        }
+        self.server.end_with(Signal::SIGKILL, Duration::from_secs(20));
+        wait_until(Duration::from_secs(20), "all of PostgreSQL has ended", || workers.iter().all(|pid| !lives(*pid)));
+        // What a killed server leaves in the kernel: 56 bytes, of which line 7 of its lock file has the number.
+        let lock = std::fs::read_to_string(self.directory.join("postmaster.pid")).unwrap_or_default();
+        if let Some(segment) = lock.lines().nth(6).and_then(|line| line.split_whitespace().nth(1)) {
+            run(Command::new("ipcrm").args(["--shmem-id", segment]));
+        }
     }
 
     /// Shuts down in an orderly way.

@@ -99,6 +99,13 @@ impl Mount {
         inside()
     }
 
+    /// Somebody else has unmounted it: a hook, say.
+    #[track_caller]
+    pub fn unmounted_by_others(mut self) {
+        let point = std::mem::take(&mut self.0);
+        assert!(!crate::scratch::mounts_below(&point).contains(&point), "{} is still mounted", point.display());
+    }
+
     /// Unmounts now and panics if it is busy.
     #[track_caller]
     pub fn unmount(self) {
@@ -108,6 +115,9 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
+        if self.0.as_os_str().is_empty() {
+            return;
+        }
         let gone = umount2(&self.0, MntFlags::empty());
         if let Err(error) = gone {
             let _ = umount2(&self.0, MntFlags::MNT_DETACH);

@@ -323,14 +323,19 @@ fn text_of(context: &Context, reply: &FailoverReply, by_hand: bool) -> String {
         lines.push(format!("  nothing is lost: the source is {quiet} since {}, {compared}", planned.barrier));
         lines.push(format!("  nobody could write for {pause}"));
     }
+    let since = reply.newest_age_seconds.map_or_else(String::new, |age| {
+        format!("what was written since the newest point, {} ago", words::fine_seconds(age))
+    });
     lines.push(match (reply.not_here_bytes, reply.source_heard_seconds) {
         (Some(0), _) if reply.planned.is_some() => "  not here: nothing".to_owned(),
         (Some(bytes), Some(seconds)) => format!(
-            "  not here: {} that the source had captured when it was heard of last, {} ago",
+            "  not here: {since}: {} of it the source had captured when it was heard of last, {} ago",
             words::bytes(bytes),
-            words::seconds(seconds)
+            words::fine_seconds(seconds)
         ),
-        _ => "  not here: unknown, nothing was heard of the source since this receiver started".to_owned(),
+        _ => format!(
+            "  not here: {since}: how much is not known, nothing was heard of the source since this receiver started"
+        ),
     });
     for volume in &reply.volumes {
         let place = volume.device.as_deref().or(volume.uri.as_deref()).unwrap_or("-");

@@ -54,6 +54,11 @@ fn now_ns() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64
 }
 
+/// How long ago by this host's clock; 0 if its clock is behind the source's.
+fn age_seconds(time_ns: u64) -> f64 {
+    Duration::from_nanos(now_ns().saturating_sub(time_ns)).as_secs_f64()
+}
+
 /// Everything that is taken over or tested.
 #[derive(Debug)]
 pub struct Promotions {
@@ -114,11 +119,13 @@ pub fn plan(slot: &Slot, at: &PointSpec) -> Result<FailoverReply, Problem> {
     let report = board.report.as_ref();
     let not_here = report.zip(landed).map(|((report, _), landed)| report.captured.saturating_sub(landed.at.position));
     let heard = report.map(|(_, at)| at.elapsed().as_secs_f64());
+    let newest_age = age_seconds(newest.time_ns);
     let epoch = board.meta.as_ref().map_or(0, |meta| meta.epoch + 1);
     Ok(FailoverReply {
         group: slot.name.clone(),
         point: point.reply(),
         newest: newest.reply(),
+        newest_age_seconds: Some(newest_age),
         left_out_bytes: if point.height < newest.height { left_out.bytes } else { 0 },
         not_here_bytes: not_here,
         source_heard_seconds: heard,
@@ -235,6 +242,7 @@ impl Promotions {
         let (_, point) = blocking(move || find(&slot, &at)).await?;
         let newest = open.timeline.locate(&PointSpec::Latest, now_ns());
         let newest = newest.map_err(|e| e.problem(&name, "latest"))?;
+        let newest_age = age_seconds(newest.time_ns);
         let rollback = point.height < landed.height;
         if source.is_some() && rollback {
             return Err(context.failed("the newest point is not the newest position"));
@@ -286,6 +294,7 @@ impl Promotions {
             planned: source.map(|quiet| quiet.reply()),
             point: point.reply(),
             newest: newest.reply(),
+            newest_age_seconds: Some(newest_age),
             epoch,
             dry_run: false,
             seconds: begin.elapsed().as_secs_f64(),
@@ -417,6 +426,7 @@ impl Promotions {
             group: context.slot.name.clone(),
             point: point(takeover.height, takeover.time_ns),
             newest: point(takeover.before_height, takeover.before_time_ns),
+            newest_age_seconds: None,
             left_out_bytes: 0,
             not_here_bytes: None,
             source_heard_seconds: None,

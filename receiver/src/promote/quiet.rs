@@ -63,6 +63,8 @@ struct Asked<'a> {
     heard: watch::Receiver<Option<Heard>>,
     progress: watch::Receiver<Progress>,
     id: u64,
+    /// Up to where it is durable, and when that moved.
+    moved: (u64, Option<Instant>),
 }
 
 impl<'a> Asked<'a> {
@@ -70,7 +72,19 @@ impl<'a> Asked<'a> {
         let board = slot.board();
         let (asks, live) = (board.asks.clone()?, board.live.clone()?);
         drop(board);
-        Some(Self { slot, asks, heard: slot.heard.subscribe(), progress: live.subscribe(), id: rand::random() })
+        let progress = live.subscribe();
+        let moved = (progress.borrow().durable.position, None);
+        Some(Self { slot, asks, heard: slot.heard.subscribe(), progress, id: rand::random(), moved })
+    }
+
+    /// How long nothing was heard: no report, and nothing of the stream.
+    fn silent(&mut self) -> Duration {
+        let durable = self.progress.borrow().durable.position;
+        if durable != self.moved.0 {
+            self.moved = (durable, Some(Instant::now()));
+        }
+        let reported = self.slot.board().report.as_ref().map(|(_, at)| *at);
+        reported.max(self.moved.1).map_or(Duration::MAX, |last| last.elapsed())
     }
 
     fn heard(&mut self) -> Option<Heard> {
@@ -86,13 +100,18 @@ impl<'a> Asked<'a> {
     }
 }
 
-/// A source that is connected and not silent is told, and is given a moment to send what it has. `None`: there is none.
+/// A source that is connected and not silent is told, and is given a moment to send what it has. `None`: there is none. Whether
+/// it is still there shows only in what it sends, long before its session ends: whoever takes over after a power cut does not
+/// wait for more than a silence.
 pub(super) async fn drain(slot: &Slot) -> Option<DrainedReply> {
-    let silent = slot.board().report.as_ref().is_none_or(|(_, at)| at.elapsed() > SOURCE_SILENT_TIME_MAX);
-    let mut asked = Asked::new(slot).filter(|_| !silent)?;
+    let mut asked = Asked::new(slot)?;
+    if asked.silent() > SOURCE_SILENT_TIME_MAX {
+        return None;
+    }
     asked.asks.try_send(Ask::Drain { id: asked.id }).ok()?;
     let (begin, mut complete) = (Instant::now(), false);
-    while !complete && begin.elapsed() < DRAIN_TIME_MAX && !asked.is_over() {
+    while !complete && begin.elapsed() < DRAIN_TIME_MAX && !asked.is_over() && asked.silent() <= SOURCE_SILENT_TIME_MAX
+    {
         tokio::time::sleep(LOOK.min(begin.elapsed() + Duration::from_millis(2))).await;
         complete = match asked.heard() {
             Some(Heard { reply: AskReply::Drained { position, .. }, .. }) => asked.has(position),
