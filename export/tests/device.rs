@@ -314,7 +314,7 @@ fn readers_do_not_wait_for_one_another() {
     let place = Place::new();
     let disk = Arc::new(Moody::default());
     let mut attached = attach(disk.clone(), &place.dir(), "slow", false).unwrap();
-    *disk.wait.lock().unwrap() = Duration::from_millis(100);
+    *disk.wait.lock().unwrap() = Duration::from_millis(700);
     let begin = Instant::now();
     thread::scope(|scope| {
         for at in 0..8 {
@@ -322,8 +322,8 @@ fn readers_do_not_wait_for_one_another() {
             scope.spawn(move || read_direct(path, at * 65536, 4096).unwrap());
         }
     });
-    // One after another it were 800 ms.
-    assert!(begin.elapsed() < Duration::from_millis(450), "{:?}", begin.elapsed());
+    // One after another it were 5.6 s.
+    assert!(begin.elapsed() < Duration::from_secs(4), "{:?}", begin.elapsed());
     *disk.wait.lock().unwrap() = Duration::ZERO;
     attached.detach().unwrap();
 }

@@ -340,7 +340,7 @@ fn a_removed_export_lets_go_of_its_disk() {
     stream.write_all(&go.concat()).unwrap();
     let begin = Instant::now();
     while served.exports.connections("one") != Some(1) {
-        assert!(begin.elapsed() < Duration::from_secs(5));
+        assert!(begin.elapsed() < Duration::from_secs(30));
         std::thread::sleep(Duration::from_millis(1));
     }
     assert!(Arc::strong_count(&disk) > 1);

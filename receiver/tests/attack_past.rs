@@ -169,7 +169,7 @@ impl World {
             loop {
                 match self.looker.open(at) {
                     Some(Ok(view)) => return view,
-                    other => assert!(start.elapsed() < Duration::from_secs(5), "{at}: {other:?}"),
+                    other => assert!(start.elapsed() < Duration::from_secs(20), "{at}: {other:?}"),
                 }
                 std::thread::sleep(Duration::from_millis(50));
             }

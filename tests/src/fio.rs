@@ -132,6 +132,14 @@ impl FioRun {
         self.child.exit_code().is_none()
     }
 
+    /// Stands still meanwhile.
+    pub fn held<T>(&mut self, inside: impl FnOnce() -> T) -> T {
+        self.child.signal(nix::sys::signal::Signal::SIGSTOP);
+        let done = inside();
+        self.child.signal(nix::sys::signal::Signal::SIGCONT);
+        done
+    }
+
     /// Asks it to end early and returns what it reached: every write that it counts has completed.
     #[track_caller]
     pub fn stop(mut self) -> FioResult {

@@ -54,7 +54,7 @@ fn a_bookmark_is_set_under_full_load() {
         assert!(out.code == 0 || (out.code == 3 && word(&pair, "load") != "protected"), "{out:?}");
     }
     load.finish();
-    assert!(worst < Duration::from_secs(7), "a bookmark took {worst:?}");
+    assert!(worst < Duration::from_secs(15), "a bookmark took {worst:?}");
 }
 
 /// A journal's region is written all the time, several writes deep: the sync must get its turn in it.
@@ -125,9 +125,9 @@ fn a_receiver_that_stands_still_holds_up_nothing() {
     });
     let began = Instant::now();
     pair.production.varve(&["unprotect", "stuck", "--yes"]).ok();
-    assert!(began.elapsed() < Duration::from_secs(5), "unprotect took {:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(15), "unprotect took {:?}", began.elapsed());
     let began = Instant::now();
     pair.production.stop(Role::Agent);
-    assert!(began.elapsed() < Duration::from_secs(5), "SIGTERM took {:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(15), "SIGTERM took {:?}", began.elapsed());
     pair.recovery.signal(Role::Receiver, Signal::SIGCONT);
 }

@@ -333,9 +333,9 @@ fn the_agent_dies_and_comes_back() {
     // Nobody sees these.
     Fio::new(device.path()).block("4k").option("number_ios=500").run(&scratch);
     pair.production.start(Role::Agent);
-    let group = pair.production.group("db").unwrap();
-    assert_ne!(group["data"], "protected", "it cannot know yet: {group:#}");
     pair.wait_protected("db", LIMIT);
+    let counters = pair.production.group("db").unwrap()["counters"].clone();
+    assert_eq!((&counters["captured_records"], &counters["image_bytes"]), (&500.into(), &0.into()), "{counters:#}");
     assert_equal(&pair, "db", &[device.path()], &replicas);
 }
 

@@ -65,7 +65,7 @@ fn taken_over_killed_served_again_and_aborted() {
     assert_eq!(pair.recovery.group("db").unwrap()["role"], "replica", "a dry run changes nothing");
     let begin = Instant::now();
     let reply = failover(&pair, "db", "latest");
-    assert!(begin.elapsed() < Duration::from_secs(5), "it took {:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(20), "it took {:?}", begin.elapsed());
     let copy = Mount::existing(&scratch, "copy", &device_of(&reply, 0), "rw");
     assert_eq!(std::fs::read(copy.path().join("file")).unwrap(), vec![7; 9 << 20]);
     std::fs::write(copy.path().join("written-here"), "kept").unwrap();

@@ -13,6 +13,8 @@ use zerocopy::IntoBytes;
 const TEMPORARY_SUFFIX: &str = "new";
 /// How it is called.
 const SUFFIX: &str = "seg";
+/// A file of this name says that the journal is empty, whatever the segments hold: they are being recycled.
+const EMPTY: &str = "empty";
 /// Free segments that are kept when the journal is empty: an outage must not begin with a search for space.
 const KEPT: usize = 2;
 /// This part of the file system stays free,
@@ -130,9 +132,13 @@ impl Segments {
             newest_sequence: 0,
         };
         crashsafe::create_dir_all_durable(dir)?;
+        crashsafe::remove_temporaries(dir)?;
         for (slot, path) in list(dir)? {
             segments.newest_slot = segments.newest_slot.max(slot);
             segments.adopt(&path)?;
+        }
+        if segments.empty_marker().exists() {
+            segments.recycle_all()?;
         }
         Ok(segments)
     }
@@ -226,10 +232,18 @@ impl Segments {
         self.free.extend(done.into_values().map(|(segment, _)| segment));
     }
 
-    /// The journal is empty: nothing in any file counts, and most of the space goes back.
+    fn empty_marker(&self) -> PathBuf {
+        self.dir.join(EMPTY)
+    }
+
+    /// The journal is empty: nothing in any file counts, and most of the space goes back. If this is cut off, no part of it
+    /// may be taken for a journal that the ring does not go on from: nothing could be spilled until it was sent.
     pub fn recycle_all(&mut self) -> Result<(), IoError> {
         let done = std::mem::take(&mut self.live);
-        // Newest first: what is left if this is cut off is the older part of a whole.
+        let marker = self.empty_marker();
+        if !done.is_empty() {
+            crashsafe::write_atomic(&marker, &[], 0o600)?;
+        }
         let used: Vec<Arc<Segment>> = done.into_values().rev().map(|(segment, _)| segment).collect();
         let kept = KEPT.saturating_sub(self.free.len());
         for (number, segment) in used.into_iter().enumerate() {
@@ -245,7 +259,7 @@ impl Segments {
                 self.remove(&segment)?;
             }
         }
-        Ok(())
+        crashsafe::remove_durable(&marker)
     }
 
     /// Free segments of another size than configured, and more than allowed, go.

@@ -294,6 +294,47 @@ fn a_kill_at_any_write_loses_nothing() {
     }
 }
 
+/// Cut off at any removal while an acknowledged journal is recycled, and the ring went on meanwhile: it is empty, not detached,
+/// so that the next outage can be spilled before the receiver is heard of.
+#[test]
+fn a_recycling_that_is_cut_off_is_finished() {
+    let (dir, model) = (dir(), Model::new(CAPACITY));
+    let (journal, spilling) = open(dir.path(), 64, 1, &model);
+    for _ in 0..400 {
+        let end = model.produce(100 << 10);
+        journal.offer(end, None, true, model.extent());
+        until("there is room in the ring", || {
+            let (consumer, producer, capacity) = model.extent();
+            producer - consumer <= capacity
+        });
+    }
+    drop(spilling);
+    (0..4).for_each(|_| drop(model.produce(100 << 10)));
+    let whole = files(dir.path());
+    assert!(whole.len() > 2, "{:?}", whole.keys());
+    // Everything was acknowledged, the ring a little further than the journal reaches.
+    let (_, end) = journal.range().expect("spilled");
+    let beyond = model.boundaries().into_iter().find(|at| *at > end).expect("more in the ring");
+    model.acknowledge(&journal, beyond);
+    drop(journal);
+    let names: Vec<String> = whole.keys().cloned().collect();
+    for left in 1..=names.len() {
+        // Newest first.
+        let mut cut: BTreeMap<String, Vec<u8>> =
+            names[..left].iter().map(|name| (name.clone(), whole[name].clone())).collect();
+        cut.insert("empty".to_owned(), Vec::new());
+        put(dir.path(), &cut);
+        let (journal, _spilling) = open(dir.path(), 64, 1, &model);
+        assert_eq!((journal.detached(), journal.range()), (None, None), "{left} left");
+        assert!(!files(dir.path()).contains_key("empty"));
+        assert!(journal.flush(model.end(), None, LIMIT), "{left} left: nothing can be spilled: {:?}", journal.status());
+        let (from, end) = journal.range().expect("spilled");
+        assert_eq!((from, end), (beyond, model.end()));
+        assert_reads(&journal, &model, from, end);
+        model.consumer.store(beyond, Ordering::SeqCst);
+    }
+}
+
 #[test]
 fn a_journal_of_another_ring_is_detached_and_of_another_group_is_nobodys() {
     let (dir, model) = (dir(), Model::new(1 << 40));

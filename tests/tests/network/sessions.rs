@@ -106,7 +106,7 @@ fn a_crash_loop_is_not_kept_out_afterwards() {
     bed.wait_streaming(LIMIT);
     let took = begun.elapsed();
     eprintln!("it streams {took:?} after the last start");
-    assert!(took < Duration::from_secs(3), "{took:?}");
+    assert!(took < Duration::from_secs(8), "{took:?}");
     bed.bookmark(&writer, "after-the-loop");
     drop(writer);
     bed.assert_whole();
