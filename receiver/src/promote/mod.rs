@@ -157,8 +157,15 @@ pub fn plan_planned(slot: &Slot, at: &PointSpec) -> Result<FailoverReply, Proble
 }
 
 impl Promotions {
-    /// None yet. `run_dir`: of mounts and links.
+    /// None yet. `run_dir`: of mounts and links. A link that an earlier life left there may name a device that is somebody
+    /// else's by now.
     pub fn new(run_dir: PathBuf) -> Self {
+        let entries = std::fs::read_dir(&run_dir).into_iter().flatten().flatten();
+        for entry in entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_symlink())) {
+            if let Err(error) = std::fs::remove_file(entry.path()) {
+                tracing::warn!(link = %entry.path().display(), %error, "a link of an earlier life stays");
+            }
+        }
         Self {
             run_dir,
             served: Mutex::default(),

@@ -202,6 +202,19 @@ impl Bed {
         (database, reply)
     }
 
+    /// The receiver is killed under a database that it serves; it serves again when it starts, and the database recovers. The
+    /// device's link is there when the device is, and not before.
+    #[track_caller]
+    pub fn receiver_killed(&mut self, database: Database) -> Database {
+        self.pair.recovery.kill(Role::Receiver);
+        database.kill();
+        self.pair.recovery.start(Role::Receiver);
+        let link = self.pair.recovery.root().join(format!("run/varve/views/{GROUP}-0"));
+        wait_until(LIMIT, "it is served again", || link.exists());
+        let name = self.name("recovery");
+        Database::open(&self.scratch, &name, &link)
+    }
+
     /// What a database at a point of a group holds.
     #[track_caller]
     pub fn view(&mut self, group: &str, at: &str) -> Rows {

@@ -97,7 +97,18 @@ fn what_a_power_cut_loses_is_what_was_said_and_the_rest_comes_home() {
         database_there.postgres.amcheck();
         let (era, clients) = (bed.era(), bed.rng.random_range(2..5));
         let load = Load::start(&database_there.postgres, era, clients, &mut bed.rng);
-        load.wait_more(100);
+        load.wait_more(if soak() { bed.rng.random_range(1..500) } else { 100 });
+        let database_there = bed.receiver_killed(database_there);
+        let mut era = load.gone();
+        let rows = ledger::read(&database_there.postgres);
+        era.assert_whole(&rows, "after a kill of the receiver");
+        bed.say(&format!("{} acknowledged there, the receiver killed, all of them there", era.acknowledged()));
+        era.settle(&rows);
+        eras.push(era);
+
+        let (era, clients) = (bed.era(), bed.rng.random_range(2..5));
+        let load = Load::start(&database_there.postgres, era, clients, &mut bed.rng);
+        load.wait_more(20);
         bed.line_back();
         bed.pair.production.start(Role::Agent);
         bed.wait_fenced();
