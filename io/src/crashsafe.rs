@@ -9,7 +9,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{Flock, FlockArg, PosixFadviseAdvice, posix_fadvise};
 
 use crate::IoError;
 
@@ -57,6 +57,33 @@ pub fn write_atomic(path: impl AsRef<Path>, bytes: &[u8], mode: u32) -> Result<(
     }
     // Without this the rename may be undone by a crash although the caller was told it happened.
     fsync_dir(parent_of(path)?)
+}
+
+/// All bytes of the file as the disk has them, and durable; `None` if there is no file.
+///
+/// A write that could not reach the disk leaves its pages in the cache, marked clean: whoever reads them takes for written
+/// what is lost, and a sync that succeeds later says nothing of them. So what waits is synced, then the cache is let go, then read.
+///
+/// # Errors
+/// If it cannot be opened, synced or read.
+pub fn read_back(path: impl AsRef<Path>) -> Result<Option<Vec<u8>>, IoError> {
+    let path = path.as_ref();
+    let fail = |doing: &'static str| move |e: io::Error| IoError::new(doing, path, e);
+    let mut file = match OpenOptions::new().read(true).write(true).open(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.map_err(fail("open"))?,
+    };
+    file.sync_all().map_err(fail("sync"))?;
+    fsync_dir(parent_of(path)?)?;
+    forget_cached(&file);
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).map_err(fail("read"))?;
+    Ok(Some(bytes))
+}
+
+/// Clean pages leave the cache; dirty ones stay. Best effort: a file system that keeps all in memory has no other place.
+pub(crate) fn forget_cached(file: &File) {
+    let _ = posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
 }
 
 /// A name beside `path` that nobody else uses: a rename is atomic only inside one file system.

@@ -1,6 +1,6 @@
 //! One file or block device, read and written past the page cache.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -30,7 +30,8 @@ pub struct DioAlign {
 ///
 /// Offsets and lengths below the tail must be multiples of [`DioAlign::offset`], buffers lie at
 /// multiples of [`DioAlign::memory`]; in the tail anything goes. Nothing is read or written past
-/// [`DirectFile::len`]. Where the file system has no O_DIRECT, all I/O is buffered and any alignment goes
+/// [`DirectFile::len`]. What is read after opening for writing is what the disk has or will get: nothing that only the page
+/// cache kept of a write that failed ([`crate::crashsafe::read_back`]). Where the file system has no O_DIRECT, all I/O is buffered and any alignment goes
 /// ([`DirectFile::is_direct`] says which); durability is then still by `sync_data`.
 ///
 /// All methods take `&self` and may be called from several threads; ranges that overlap are the callers' concern.
@@ -76,12 +77,13 @@ impl DirectFile {
         Self::open(path.as_ref(), Access::ReadWrite)
     }
 
-    /// As [`DirectFile::open_rw`], and claims a block device (O_EXCL): it fails with EBUSY
-    /// ([`IoError::is_busy`]) while the device is mounted, swapped on, held by dm or md, or claimed, and none
-    /// of these can begin while this is open. On a regular file the claim means nothing.
+    /// As [`DirectFile::open_rw`], and claims it. A block device by O_EXCL: it fails with EBUSY ([`IoError::is_busy`])
+    /// while the device is mounted, swapped on, held by dm or md, or claimed, and none of these can begin while
+    /// this is open. A regular file by `flock`: it fails (`is_busy` as well) while somebody else has claimed it so, in
+    /// this process or another; who does not ask is not kept out. A claim ends with the process, however that ends.
     ///
     /// # Errors
-    /// As [`DirectFile::open_read`], and EBUSY.
+    /// As [`DirectFile::open_read`], and EBUSY or `WouldBlock`.
     pub fn open_rw_exclusive(path: impl AsRef<Path>) -> Result<Self, IoError> {
         Self::open(path.as_ref(), Access::ReadWriteExclusive)
     }
@@ -124,6 +126,9 @@ impl DirectFile {
             let why = "it was replaced while it was being opened";
             return Err(IoError::refused("open", path, io::ErrorKind::InvalidInput, why));
         }
+        if !is_block && access == Access::ReadWriteExclusive {
+            lock(&main, path, &opened)?;
+        }
         // Through /proc and not by path: certainly the same inode.
         let buffered = OpenOptions::new()
             .read(true)
@@ -132,6 +137,11 @@ impl DirectFile {
             .map_err(|e| IoError::new("open a second descriptor of", path, e))?;
         let align = if direct { dio_align(&main, &opened, is_block).map_err(fail)? } else { None };
         let len = current_len(&main, is_block).map_err(fail)?;
+        let buffers_some =
+            align.is_none_or(|align| !len.is_multiple_of(u64::from(align.offset).max(PAGE_BYTES as u64)));
+        if access != Access::Read && buffers_some {
+            crate::crashsafe::forget_cached(&buffered);
+        }
         let (main, is_direct) = match align {
             Some(_) => (main, true),
             // Opened with O_DIRECT, but statx says that no alignment would do. Not opened anew, since
@@ -393,6 +403,36 @@ impl AsFd for DirectFile {
     /// The main (direct) descriptor, for calls that this crate does not have.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.main.as_fd()
+    }
+}
+
+/// Held by the descriptor, which outlives every use of the file.
+fn lock(file: &File, path: &Path, meta: &std::fs::Metadata) -> Result<(), IoError> {
+    match file.try_lock() {
+        Ok(()) => Ok(()),
+        Err(TryLockError::WouldBlock) => {
+            let why = format!("{} has claimed it", lock_holder(meta));
+            Err(IoError::refused("claim", path, io::ErrorKind::WouldBlock, why))
+        }
+        Err(TryLockError::Error(e)) => Err(IoError::new("claim", path, e)),
+    }
+}
+
+/// "process 1234 (varve-receiver)", as far as it can be told.
+fn lock_holder(meta: &std::fs::Metadata) -> String {
+    let (major, minor) = (libc::major(meta.dev()), libc::minor(meta.dev()));
+    let wanted = format!("{major:02x}:{minor:02x}:{}", meta.ino());
+    // "3: FLOCK  ADVISORY  WRITE 1234 fe:01:5678 0 EOF"
+    let locks = std::fs::read_to_string("/proc/locks").unwrap_or_default();
+    let held = locks.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let pid = held.into_iter().find_map(|words| match words[..] {
+        [_, "FLOCK", _, _, pid, place, ..] if place == wanted => Some(pid.to_owned()),
+        _ => None,
+    });
+    let Some(pid) = pid else { return "somebody".to_owned() };
+    match std::fs::read_to_string(format!("/proc/{pid}/comm")) {
+        Ok(name) => format!("process {pid} ({})", name.trim()),
+        Err(_) => format!("process {pid}"),
     }
 }
 

@@ -202,6 +202,15 @@ fn an_exclusive_claim_is_exclusive() {
     assert!(error.is_busy(), "{}", error.chain());
     drop(first);
     DirectFile::open_rw_exclusive(&device.path).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = sparse_file(dir.path(), "f", 4096);
+    let first = DirectFile::open_rw_exclusive(&path).unwrap();
+    let error = DirectFile::open_rw_exclusive(&path).unwrap_err();
+    let us = format!("process {} (", std::process::id());
+    assert!(error.is_busy() && error.chain().contains(&us), "{}", error.chain());
+    DirectFile::open_rw(&path).expect("who does not ask is not kept out");
+    drop(first);
+    DirectFile::open_rw_exclusive(&path).unwrap();
 }
 
 /// Needs root: dm error targets are not on every kernel, so a file system that is shut down under an open
