@@ -9,6 +9,7 @@ use crate::apply::replica::Replica;
 use crate::failure::refuse;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
 use varve_common::paths::Paths;
 use varve_common::wire::messages::{Refused, RefusedReason};
 use varve_io::{DirectFile, IoError, blockdev, crashsafe, sparse};
@@ -25,7 +26,13 @@ fn io_refused(doing: &str, path: &Path, error: &IoError) -> Refused {
         let next = "free space on that file system of the receiver; it is tried again by itself";
         return crate::failure::refuse_for_now(RefusedReason::DiskFull, error.chain(), next);
     }
-    refused(format!("{doing} {}: {}", path.display(), error.chain()), "check the path on the receiver")
+    let text = format!("{doing} {}: {}", path.display(), error.chain());
+    if error.is_busy() {
+        let next =
+            "a replica has one writer: end the other one, or choose another replica; it is tried again by itself";
+        return crate::failure::refuse_for_now(RefusedReason::Replica, text, next);
+    }
+    refused(text, "check the path on the receiver")
 }
 
 /// Where the replica of volume `number` of the group in `group_dir` is to be.
@@ -112,6 +119,20 @@ pub fn check_room(volume: &VolumeMeta, bytes: u64) -> Result<(), Refused> {
     Err(refused(text, "make that device larger; it is tried again by itself, and until then the gap stays open"))
 }
 
+/// A program that is just being started has a copy of every descriptor for a moment, those that were closed here meanwhile, too.
+const CLAIM_TRIES: u32 = 10;
+const CLAIM_TRY_INTERVAL: Duration = Duration::from_millis(20);
+
+fn claim(path: &Path) -> Result<DirectFile, IoError> {
+    for _ in 1..CLAIM_TRIES {
+        match DirectFile::open_rw_exclusive(path) {
+            Err(error) if error.is_busy() => std::thread::sleep(CLAIM_TRY_INTERVAL),
+            other => return other,
+        }
+    }
+    DirectFile::open_rw_exclusive(path)
+}
+
 /// Opens the replica of a volume and claims it.
 pub fn open(volume: &VolumeMeta) -> Result<Replica, Refused> {
     let (path, bytes) = (&volume.replica, volume.bytes);
@@ -123,7 +144,7 @@ pub fn open(volume: &VolumeMeta) -> Result<Replica, Refused> {
         let next = "free it (unmount, swapoff, losetup -d, …), or choose another replica";
         return Err(refused(format!("the replica {} is in use: {user}", path.display()), next));
     }
-    let file = DirectFile::open_rw_exclusive(path).map_err(|e| io_refused("cannot open the replica", path, &e))?;
+    let file = claim(path).map_err(|e| io_refused("cannot open the replica", path, &e))?;
     // The sizes are written down before the file is extended, and this may be after a crash in between.
     if !file.is_block_device() && volume.grown.last().is_some_and(|before| file.len() == before.bytes) {
         let grown = file.set_len(bytes).and_then(|()| file.sync_data());
@@ -182,6 +203,26 @@ mod tests {
         bytes[5 << 20] = 1;
         std::fs::write(&volume.replica, bytes).expect("write");
         assert!(!is_fresh(&open(&volume).expect("opened")));
+    }
+
+    /// Another receiver, or another group that got there by another name: two writers would both be right in their own view.
+    #[test]
+    fn a_file_has_one_writer() {
+        let dir = tempfile::tempdir().expect("directory");
+        let volume = volume(dir.path().join("a.img"), 1 << 20);
+        prepare(&volume).expect("made");
+        let first = open(&volume).expect("opened");
+        let link = dir.path().join("b.img");
+        std::fs::hard_link(&volume.replica, &link).expect("link");
+        for replica in [volume.replica.clone(), link] {
+            let refused = open(&VolumeMeta { replica, ..volume.clone() }).expect_err("claimed");
+            assert!(refused.text.contains("has claimed it"), "{refused:?}");
+            let us = format!("process {} (", std::process::id());
+            assert!(refused.text.contains(&us) && refused.next.contains("one writer"), "{refused:?}");
+            assert!(refused.retry, "the other one may end");
+        }
+        drop(first);
+        open(&volume).expect("free again");
     }
 
     #[test]
