@@ -2,6 +2,7 @@
 
 use crate::group::registry::{Registry, Slot};
 use crate::limits::{DISK_FREE_BYTES_MIN, FREE_BYTES_FLOOR, KEEPER_INTERVAL};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use varve_common::control::{Retention, show_time};
@@ -18,13 +19,24 @@ const HEIGHT_STEP: u64 = 8;
 
 /// Works until the registry stops.
 pub fn run(registry: &Arc<Registry>) {
+    // Said once: a disk that is full or fails does so every second.
+    let mut said: BTreeMap<String, String> = BTreeMap::new();
     while !registry.is_stopping() {
         for slot in registry.groups() {
             if registry.is_stopping() {
                 return;
             }
-            if let Err(error) = look_after(registry, &slot) {
-                tracing::error!(group = slot.name, %error, "the history could not be looked after; it is tried again");
+            match look_after(registry, &slot).map_err(|error| error.to_string()) {
+                Ok(()) => drop(said.remove(&slot.name)),
+                Err(error) if said.get(&slot.name) == Some(&error) => {}
+                Err(error) => {
+                    tracing::error!(
+                        group = slot.name,
+                        error,
+                        "the history could not be looked after; it is tried again"
+                    );
+                    said.insert(slot.name.clone(), error);
+                }
             }
         }
         std::thread::sleep(KEEPER_INTERVAL);

@@ -1,27 +1,27 @@
 //! Disks that fail under the receiver: under the landing log, the history, the replicas. What was acknowledged is never lost,
 //! what failed is never taken for done, the operator is told which part it was, and when the disk is well again it goes on.
 //!
-//! (A full disk and the end of the process at each durable step: `crash.rs`.)
+//! (A full disk and the end of the process at each durable step: `crash.rs`. The power of the receiver's host: `power.rs`.)
 #![allow(clippy::unwrap_used, reason = "tests")]
 #![allow(missing_docs, reason = "tests say what they test by their names")]
 
 mod support;
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use quinn::SendStream;
-use std::fs::OpenOptions;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::sync::Arc;
 use support::agent::{Agent, Got, hello};
-use support::stream::{Model, Sent, Source};
+use support::media::{Faults, Media, Mounted};
+use support::stream::{Model, Sent, Source, record};
 use support::{LIMIT, Receiver, assert_equal, seed};
-use varve_common::control::GroupStatus;
+use varve_common::control::{GroupStatus, PointsReply, ReceiverRequest, ScrubReply};
 use varve_common::format::MarkKind;
+use varve_common::record::RecordKind;
 use varve_common::wire::messages::{Hello, Refused, RefusedReason};
+use varve_export::device::Attached;
 use varve_net::identity::HostIdentity;
-use varve_tests::{Scratch, SlowDevice};
+use varve_tests::Scratch;
 
 const VOLUME: u64 = 8 << 20;
 
@@ -33,13 +33,19 @@ struct Script {
     model: Model,
 }
 
+/// With which a part begins.
+fn bookmark(part: usize) -> String {
+    format!("part-{part}")
+}
+
 impl Script {
     fn new(parts: usize, frames: usize) -> Self {
         let mut source = Source::new(seed(), &[VOLUME]);
         let begin = source.position;
         let mut model = Model::new(&[VOLUME]);
-        let parts = (0..parts).map(|_| {
-            let mut part = Vec::new();
+        let parts = (0..parts).map(|number| {
+            let mut part =
+                vec![source.frame(&record(RecordKind::Bookmark, 0, 0, 0, bookmark(number).as_bytes()), Vec::new())];
             for _ in 0..frames {
                 let sent = source.blocks(0, 24);
                 model.apply(&sent);
@@ -82,6 +88,14 @@ impl Script {
     }
 }
 
+/// Layers are closed when they have so many MiB.
+fn layers_of(receiver: &Receiver, mib: u32) {
+    receiver.configure(8, 32);
+    let config = receiver.paths.receiver_config();
+    let text = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(&config, format!("{text}history_layer_mib = {mib}\n")).unwrap();
+}
+
 /// One production host, which remembers what was acknowledged.
 struct Host {
     receiver: Receiver,
@@ -94,6 +108,7 @@ struct Host {
 impl Host {
     async fn new(script: Script, replica: Option<&Path>) -> Self {
         let mut receiver = Receiver::new();
+        layers_of(&receiver, 1);
         receiver.start(None);
         let identity = receiver.enrol("production").await;
         Self { receiver, identity, script, replica: replica.map(Path::to_owned), acknowledged: 0 }
@@ -163,182 +178,297 @@ impl Host {
     }
 
     fn replica_is_right(&self, replica: &[u8]) {
-        self.receiver.wait_for("db", "applied", |group| group.applied == group.durable);
+        self.receiver.wait_for("db", "applied", |group| group.durable.is_some() && group.applied == group.durable);
         assert_equal(replica, &self.script.model.volumes[0], "the replica");
     }
 }
 
-/// A file that makes a disk fail while it is there.
-struct Trigger(PathBuf);
-
-impl Trigger {
-    fn new(scratch: &Scratch) -> Self {
-        Self(scratch.join("fail"))
-    }
-
-    fn on(&self) {
-        std::fs::write(&self.0, "").unwrap();
-    }
-
-    fn off(&self) {
-        std::fs::remove_file(&self.0).unwrap();
-    }
-
-    /// A disk on which requests of a kind (`pread`, `pwrite`) fail.
-    fn disk(&self, scratch: &Scratch, bytes: u64, kind: &str) -> SlowDevice {
-        let file = self.0.display();
-        let parameters =
-            [format!("error-{kind}=EIO"), format!("error-{kind}-rate=100%"), format!("error-{kind}-file={file}")];
-        SlowDevice::with_filters(scratch, "disk", bytes, &["error"], &parameters.each_ref().map(String::as_str))
-    }
+/// A device as the replica, with which the script begins.
+async fn device(parts: usize, frames: usize) -> (Scratch, Arc<Media>, Attached, Host) {
+    let scratch = Scratch::disk();
+    let media = Media::new(VOLUME, seed());
+    let device = media.attach(&scratch.dir("device"));
+    let mut host = Host::new(Script::new(parts, frames), Some(device.path())).await;
+    host.goes_well(1).await;
+    (scratch, media, device, host)
 }
 
-/// What a block device holds, past every cache.
-fn content(device: &Path) -> Vec<u8> {
-    let path = device.display();
-    let output =
-        Command::new("dd").args([&format!("if={path}"), "bs=1M", "iflag=direct", "status=none"]).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    output.stdout
+/// Everything is applied, and lasts.
+fn device_is_right(host: &mut Host, media: &Media) {
+    host.receiver.wait_for("db", "applied", |group| group.durable.is_some() && group.applied == group.durable);
+    host.receiver.stop();
+    assert_equal(&media.kept(), &host.script.model.volumes[0], "what the disk holds");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_that_cannot_be_written() {
-    let scratch = Scratch::disk();
-    let trigger = Trigger::new(&scratch);
-    let disk = trigger.disk(&scratch, VOLUME, "pwrite");
-    let mut host = Host::new(Script::new(4, 20), Some(disk.path())).await;
-    host.goes_well(1).await;
-    trigger.on();
+    let (_scratch, media, _device, mut host) = device(4, 20).await;
+    media.fail(WRITES);
     let failed = host.fails(2, "replica").await;
     assert_ne!(failed.applied, failed.durable, "what failed is not taken for applied");
     // Again, from what is really there: still not.
     host.fails(3, "replica").await;
-    trigger.off();
+    media.fail(NONE);
     host.goes_well(4).await;
-    host.replica_is_right(&content(disk.path()));
     let cleared = |group: &GroupStatus| group.alerts.iter().all(|alert| alert.id != "storage-failed");
     host.receiver.wait_for("db", "cleared", cleared);
-    host.receiver.stop();
+    device_is_right(&mut host, &media);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_that_cannot_be_read() {
-    let scratch = Scratch::disk();
-    let trigger = Trigger::new(&scratch);
-    let disk = trigger.disk(&scratch, VOLUME, "pread");
-    let mut host = Host::new(Script::new(3, 40), Some(disk.path())).await;
-    host.goes_well(1).await;
+    let (_scratch, media, _device, mut host) = device(3, 40).await;
     // What was just written is remembered; after a restart it has to be read before it is replaced.
     host.receiver.stop();
     host.receiver.start(None);
-    trigger.on();
+    media.fail(READS);
     let failed = host.fails(2, "replica").await;
     assert_ne!(failed.applied, failed.durable);
-    trigger.off();
+    media.fail(NONE);
     host.goes_well(3).await;
-    host.replica_is_right(&content(disk.path()));
-    host.receiver.stop();
+    device_is_right(&mut host, &media);
 }
 
 /// A sync that failed may have lost what was written before it: it must be written again, not only synced again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_sync_that_fails_once_and_loses_what_was_written() {
-    let scratch = Scratch::disk();
-    let trigger = Trigger::new(&scratch);
-    let (disk, held) = SlowDevice::forgetful(&scratch, "disk", VOLUME, &trigger.0);
-    let mut host = Host::new(Script::new(4, 10), Some(disk.path())).await;
-    host.goes_well(1).await;
-    for parts in 2..=4 {
-        trigger.on();
-        let failed = host.session(parts).await;
-        assert!(!trigger.0.exists(), "the disk was synced");
-        if let Some(refused) = failed {
-            assert_eq!((refused.reason, refused.retry), (RefusedReason::Storage, true), "{refused:?}");
-            assert!(refused.text.contains("replica"), "{refused:?}");
-        } else {
-            panic!("a failed sync was taken for a good one");
-        }
+    let (_scratch, media, _device, mut host) = device(5, 10).await;
+    for parts in 2..=5 {
+        media.fail(Faults { next_flush_loses: true, ..NONE });
+        let Some(refused) = host.session(parts).await else { panic!("a failed sync was taken for a good one") };
+        assert_eq!(media.failed(), 1, "the disk was synced, and nothing else failed");
+        assert_eq!((refused.reason, refused.retry), (RefusedReason::Storage, true), "{refused:?}");
+        assert!(refused.text.contains("replica"), "{refused:?}");
         host.goes_well(parts).await;
     }
-    host.receiver.stop();
-    assert_equal(&std::fs::read(held).unwrap(), &host.script.model.volumes[0], "what the disk holds");
+    device_is_right(&mut host, &media);
 }
 
-/// A directory of the group on a disk of its own, which fails while the group runs.
-async fn a_directory_that_cannot_be_written(name: &str, part_of_group: &str) {
-    let scratch = Scratch::disk();
-    let trigger = Trigger::new(&scratch);
-    let disk = trigger.disk(&scratch, 160 << 20, "pwrite");
-    let mut host = Host::new(Script::new(4, 60), None).await;
-    host.goes_well(1).await;
-    host.receiver.stop();
-    let dir = host.receiver.paths.receiver_group("db").join(name);
-    let made = Command::new("mkfs.ext4").args(["-q", "-F", "-m", "0"]).arg(disk.path()).status().unwrap();
-    assert!(made.success());
-    let old = dir.with_extension("old");
-    std::fs::rename(&dir, &old).unwrap();
-    std::fs::create_dir(&dir).unwrap();
-    let mounted = Mounted::new(disk.path(), &dir);
-    let copied = Command::new("cp").args(["-a", "--"]).arg(old.join(".")).arg(&dir).status().unwrap();
-    assert!(copied.success());
-    // What a copy has in memory only would be lost by the copy, not by the receiver.
-    nix::unistd::sync();
-    host.receiver.start(None);
-    host.goes_well(2).await;
-    trigger.on();
-    host.fails(3, part_of_group).await;
-    trigger.off();
-    // The file system has given up as well; its operator mends it.
-    host.receiver.stop();
-    drop(mounted);
-    let checked = Command::new("fsck.ext4").args(["-p", "-f"]).arg(disk.path()).output().unwrap();
-    assert!(checked.status.code().is_some_and(|code| code <= 1), "{}", String::from_utf8_lossy(&checked.stdout));
-    let mounted = Mounted::new(disk.path(), &dir);
-    host.receiver.start(None);
-    host.goes_well(4).await;
-    host.replica_is_right(&host.receiver.replica("db", 0));
-    let log = host.receiver.log();
-    assert!(!log.contains("lost data") && !log.contains("panicked"), "{log}");
-    host.receiver.stop();
-    drop(mounted);
+/// A part of the group's files on a disk of its own. The others stay where they are.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Part {
+    Landing,
+    Layers,
+    Indexes,
+    Chronicle,
+    /// The applied mark, and `group.json`.
+    Mark,
+    Replica,
 }
 
-/// A mount, and its device.
-struct Mounted(PathBuf, PathBuf);
-
-impl Mounted {
-    fn new(device: &Path, at: &Path) -> Self {
-        mount(Some(device), at, Some("ext4"), MsFlags::empty(), None::<&str>).expect("root is needed");
-        Self(at.to_owned(), device.to_owned())
+/// What a refusal names: the part, and what of it is in the path.
+fn words(part: Part) -> [&'static str; 2] {
+    match part {
+        Part::Landing => ["the landing log", "/landing/"],
+        Part::Layers => ["the history", "/layers/"],
+        Part::Indexes => ["the history", "/runs/"],
+        Part::Chronicle => ["the history", "/chronicle"],
+        Part::Mark => ["the applied mark", "/applied"],
+        Part::Replica => ["replica", "r.img"],
     }
 }
 
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let start = std::time::Instant::now();
-        while let Err(error) = umount2(&self.0, MntFlags::empty()) {
-            if start.elapsed() > Duration::from_secs(5) {
-                let _ = umount2(&self.0, MntFlags::MNT_DETACH);
-                assert!(std::thread::panicking(), "{}: {error}", self.0.display());
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(50));
+struct Bed {
+    host: Host,
+    disk: Mounted,
+    scratch: Scratch,
+}
+
+impl Bed {
+    /// The first part of the script is done, then `part` moves to its own disk, and the second part is done there.
+    async fn new(part: Part) -> Self {
+        let scratch = Scratch::disk();
+        let media = Media::new(192 << 20, seed());
+        let (dir, elsewhere) = (scratch.dir("device"), scratch.dir("elsewhere"));
+        let replica_dir = scratch.dir("replica");
+        if part == Part::Replica {
+            let disk = Mounted::ext4(&media, &dir, &replica_dir);
+            let mut host = Host::new(Script::new(6, 60), Some(&replica_dir.join("r.img"))).await;
+            host.goes_well(2).await;
+            return Self { host, disk, scratch };
         }
-        // A mount namespace that was made meanwhile (other tests make some) has it mounted until it goes.
-        let exclusive = || OpenOptions::new().read(true).custom_flags(nix::libc::O_EXCL).open(&self.1);
-        while exclusive().is_err() && start.elapsed() < Duration::from_secs(60) {
-            std::thread::sleep(Duration::from_millis(50));
+        let mut host = Host::new(Script::new(6, 60), Some(&replica_dir.join("r.img"))).await;
+        host.goes_well(1).await;
+        host.receiver.stop();
+        let group = host.receiver.paths.receiver_group("db");
+        let (point, away): (PathBuf, &[&str]) = match part {
+            Part::Landing => (group.join("landing"), &[]),
+            Part::Layers => (group.join("history/layers"), &[]),
+            Part::Indexes => (group.join("history/runs"), &[]),
+            Part::Chronicle => (group.join("history"), &["layers", "runs"]),
+            Part::Mark | Part::Replica => (group.clone(), &["landing", "history"]),
+        };
+        for name in away {
+            std::fs::rename(point.join(name), elsewhere.join(name)).unwrap();
+            std::os::unix::fs::symlink(elsewhere.join(name), point.join(name)).unwrap();
         }
+        let old = point.with_extension("old");
+        std::fs::rename(&point, &old).unwrap();
+        std::fs::create_dir(&point).unwrap();
+        let disk = Mounted::ext4(&media, &dir, &point);
+        let copied = Command::new("cp").args(["-a", "--"]).arg(old.join(".")).arg(&point).status().unwrap();
+        assert!(copied.success());
+        std::fs::remove_dir_all(&old).unwrap();
+        // What a copy has in memory only would be lost by the copy, not by the receiver.
+        nix::unistd::sync();
+        // The newest layer is open when the disk under it fails; the newest index is one of a layer that was closed.
+        layers_of(&host.receiver, if part == Part::Layers { 64 } else { 1 });
+        host.receiver.start(None);
+        host.goes_well(2).await;
+        Self { host, disk, scratch }
+    }
+
+    /// Nothing that was said is missing.
+    fn is_whole(&self) {
+        self.host.replica_is_right(&std::fs::read(self.scratch.path().join("replica/r.img")).unwrap());
+        let points = ReceiverRequest::Points { group: "db".into(), from_ns: None, to_ns: None };
+        let points: PointsReply = self.host.receiver.done(&points);
+        assert!(points.damaged.is_empty(), "{:?}", points.damaged);
+        let there: Vec<&str> =
+            points.bookmarks.iter().filter(|mark| mark.recoverable).map(|mark| mark.name.as_str()).collect();
+        assert_eq!(there, (0..6).map(bookmark).collect::<Vec<_>>());
+        let scrub = ReceiverRequest::Scrub { group: "db".into(), bytes_per_second: Some(1 << 30) };
+        let scrubbed: ScrubReply = self.host.receiver.done(&scrub);
+        assert!(scrubbed.damaged.is_empty() && scrubbed.layers > 0, "{scrubbed:?}");
+        let log = self.host.receiver.log();
+        assert!(!log.contains("lost data") && !log.contains("panicked") && !log.contains("are lost"), "{log}");
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_landing_log_that_cannot_be_written() {
-    a_directory_that_cannot_be_written("landing", "landing log").await;
+impl Bed {
+    /// While the group runs: it stops, says which part of it failed, and nothing that it said before is missing when what the
+    /// disk had in its cache is gone.
+    async fn fails_while_it_runs(&mut self, part: Part, faults: Faults, parts: usize) {
+        eprintln!("{part:?}: {faults:?}");
+        self.disk.media.fail(faults);
+        let [name, path] = words(part);
+        let failed = self.host.fails(parts, name).await;
+        assert!(self.disk.media.failed() > 0);
+        assert!(failed.reason.is_some_and(|reason| reason.contains(path)), "{path}");
+        // The host that has such a disk is started again: the power goes first.
+        self.host.receiver.stop();
+        self.disk.media.cut_power();
+        self.disk.power_cycle();
+        self.host.receiver.start(None);
+        self.host.goes_well(parts).await;
+    }
+
+    /// At the start: the group is not opened, says why, and goes on when the disk answers again.
+    async fn cannot_be_read(&mut self, part: Part, parts: usize) {
+        eprintln!("{part:?}: it cannot be read");
+        self.host.receiver.stop();
+        self.disk.media.fail(READS);
+        self.host.receiver.start(None);
+        let [name, path] = words(part);
+        let failed = self.host.fails(parts, name).await;
+        assert!(failed.reason.is_some_and(|reason| reason.contains(path)), "{path}");
+        self.disk.media.fail(NONE);
+        self.host.goes_well(parts).await;
+    }
+}
+
+const NONE: Faults = Faults {
+    reads: false,
+    writes: false,
+    writes_of: None,
+    flushes: false,
+    next_flush_loses: false,
+    cut_at_flush: None,
+};
+const READS: Faults = Faults { reads: true, ..NONE };
+const WRITES: Faults = Faults { writes: true, ..NONE };
+const SYNCS: Faults = Faults { flushes: true, ..NONE };
+
+async fn each_fault(part: Part) {
+    let mut bed = Bed::new(part).await;
+    // What is made anew is needed in each part; what is only read when there is work, is read at the start.
+    if part != Part::Indexes && part != Part::Replica {
+        bed.cannot_be_read(part, 3).await;
+    }
+    bed.fails_while_it_runs(part, WRITES, 4).await;
+    bed.fails_while_it_runs(part, SYNCS, 5).await;
+    bed.host.goes_well(6).await;
+    bed.is_whole();
+    bed.host.receiver.stop();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_history_that_cannot_be_written() {
-    a_directory_that_cannot_be_written("history", "history").await;
+async fn a_landing_log_that_fails() {
+    each_fault(Part::Landing).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn layers_that_fail() {
+    each_fault(Part::Layers).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn indexes_that_fail() {
+    each_fault(Part::Indexes).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_chronicle_that_fails() {
+    each_fault(Part::Chronicle).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_applied_mark_that_fails() {
+    each_fault(Part::Mark).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_file_that_fails() {
+    each_fault(Part::Replica).await;
+}
+
+/// Indexes that the disk does not give: they are made again from their layers, and none is thrown away for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn indexes_that_cannot_be_read() {
+    let mut bed = Bed::new(Part::Indexes).await;
+    bed.host.receiver.stop();
+    let runs = bed.disk.point.clone();
+    let names = || {
+        let list = std::fs::read_dir(&runs).unwrap().map(|entry| entry.unwrap().file_name());
+        let mut names: Vec<_> = list.filter(|name| name != "lost+found").collect();
+        names.sort();
+        names
+    };
+    let before = names();
+    assert!(before.len() > 1, "{before:?}");
+    // Else they are read from memory.
+    bed.disk.power_cycle();
+    assert_eq!(names(), before);
+    bed.disk.media.fail(READS);
+    bed.host.receiver.start(None);
+    let group =
+        bed.host.receiver.wait_for("db", "opened or not", |group| group.reason.is_some() || group.durable.is_some());
+    assert!(bed.disk.media.failed() > 0, "{group:#?}");
+    bed.disk.media.fail(NONE);
+    for name in &before {
+        assert!(names().contains(name), "{name:?} is gone");
+    }
+    bed.host.goes_well(6).await;
+    bed.is_whole();
+    bed.host.receiver.stop();
+}
+
+/// A write that fails leaves its pages in memory, marked as if they were written. What is only there is not known: it has to be
+/// said again, and really be on the disk.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_failed_sync_left_in_memory_is_not_believed() {
+    let mut bed = Bed::new(Part::Chronicle).await;
+    let name = bookmark(5).into_bytes();
+    bed.disk.media.fail(Faults { writes_of: Some(name), ..NONE });
+    let refused = bed.host.session(6).await.expect("the chronicle cannot be written");
+    assert!(refused.text.contains("/chronicle"), "{refused:?}");
+    bed.disk.media.fail(NONE);
+    // The same process goes on, and then nothing is left in any memory.
+    bed.host.goes_well(6).await;
+    bed.is_whole();
+    bed.host.receiver.stop();
+    bed.disk.power_cycle();
+    bed.host.receiver.start(None);
+    bed.is_whole();
+    bed.host.receiver.stop();
 }

@@ -37,27 +37,6 @@ impl SlowDevice {
         Self::with_server(scratch, name, &args)
     }
 
-    /// Whose writes last when they were flushed, not before: while the file `trigger` is there, the next flush fails and
-    /// takes the file away, and everything that was written since the last good one is gone, as with a disk whose cache
-    /// lost its power. Gives what the disk holds as well.
-    #[track_caller]
-    pub fn forgetful(scratch: &Scratch, name: &str, bytes: u64, trigger: &Path) -> (Self, std::path::PathBuf) {
-        let [disk, kept] = ["disk", "kept"].map(|part| scratch.file(&format!("{name}.{part}"), bytes));
-        let (d, k, t) = (disk.display(), kept.display(), trigger.display());
-        let args = [
-            "eval".to_owned(),
-            format!("get_size=echo {bytes}"),
-            format!("pread=exec dd if={d} iflag=count_bytes,skip_bytes count=$3 skip=$4 bs=64k status=none"),
-            format!("pwrite=exec dd of={d} oflag=seek_bytes seek=$4 bs=64k conv=notrunc status=none"),
-            "can_write=exit 0".to_owned(),
-            "can_flush=exit 0".to_owned(),
-            format!(
-                "flush=if [ -e {t} ]; then rm {t}; cp {k} {d}; echo EIO cache lost >&2; exit 1; else exec cp {d} {k}; fi"
-            ),
-        ];
-        (Self::with_server(scratch, name, &args), disk)
-    }
-
     #[track_caller]
     fn with_server(scratch: &Scratch, name: &str, more: &[String]) -> Self {
         let limit = Duration::from_secs(20);

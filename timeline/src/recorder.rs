@@ -48,6 +48,8 @@ impl Recorder {
     /// If the newest layer or the chronicle cannot be read.
     pub fn open(timeline: Arc<Timeline>, facts: &StreamFacts, history: u64, landed: u64) -> Result<Self, HistoryError> {
         timeline.settle(facts)?;
+        // A name that was given when the directory could not be synced, or by a life that was killed, counts from here on.
+        varve_io::crashsafe::fsync_dir(timeline.layers_dir())?;
         let reached = history.max(landed);
         let mut recorder = Self {
             timeline,

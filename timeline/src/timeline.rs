@@ -139,7 +139,10 @@ impl Timeline {
         }
         for (path, error) in &loaded.damaged {
             tracing::warn!(%error, "an index of the history is damaged; it is made again");
-            crashsafe::remove_durable(path)?;
+            // One that the disk cannot read now stays until there is another: the layer may be as unreadable.
+            if !matches!(error, HistoryError::Io(_)) {
+                crashsafe::remove_durable(path)?;
+            }
         }
         let chronicle = open_chronicle(dir, group)?;
         let mut catalogue = loaded.catalogue;
@@ -162,9 +165,14 @@ impl Timeline {
         let newest = numbers.last().copied();
         let mut lost = Vec::new();
         for number in loaded.unindexed.into_iter().filter(|number| Some(*number) != newest) {
-            if let Err(error) = timeline.index_again(number) {
-                tracing::error!(%error, layer = number, "a layer cannot be read: points that need it are lost");
-                lost.push(number);
+            match timeline.index_again(number) {
+                Ok(()) => {}
+                // A full disk, or one that does not answer: nothing is known to be lost, and it may pass.
+                Err(error @ HistoryError::Io(_)) => return Err(error),
+                Err(error) => {
+                    tracing::error!(%error, layer = number, "a layer cannot be read: points that need it are lost");
+                    lost.push(number);
+                }
             }
         }
         timeline.tell_lost(&numbers, &lost)?;
@@ -412,12 +420,17 @@ impl Timeline {
     /// Makes events durable.
     ///
     /// # Errors
-    /// If the disk refuses; nothing more is taken until the recorder is opened anew.
+    /// If the disk refuses. What was told before it did is read again from the disk before anything more is taken; whoever
+    /// was refused says again what is still true.
     pub fn tell(&self, events: &[Event]) -> Result<(), HistoryError> {
         if events.is_empty() {
             return Ok(());
         }
-        lock(&self.chronicle).append(events).map(drop)
+        let mut chronicle = lock(&self.chronicle);
+        if chronicle.is_broken() {
+            *chronicle = open_chronicle(&self.dir, self.group)?;
+        }
+        chronicle.append(events).map(drop)
     }
 
     /// Makes known that the points from `from` to below `to` are lost, if there are any.

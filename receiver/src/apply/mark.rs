@@ -30,6 +30,8 @@ impl AppliedFile {
         if file.len() != FILE_BYTES as u64 {
             return Err(Failure::damaged(format!("{} has {} bytes, not {FILE_BYTES}", path.display(), file.len())));
         }
+        // What a write left whose sync failed, or was killed, can be read here, and segments are used again because of it.
+        file.sync_data().map_err(failed)?;
         let mut both = AlignedBuf::new(FILE_BYTES);
         file.read_exact_at(&mut both, 0).map_err(failed)?;
         let slot = AppliedSlot::newest(&both).map_err(|e| Failure::format(path, &e))?;

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use varve_common::format::{Mark, MarkKind};
 use varve_common::record::{RING_HEADER_BYTES, RecordHeader, RecordKind};
 use varve_common::state::GapReason;
-use varve_common::wire::messages::Refused;
+use varve_common::wire::messages::{Refused, RefusedReason};
 use varve_common::wire::{Codec, Frame, FrameKind, Image};
 use varve_net::identity::HostIdentity;
 
@@ -85,8 +85,16 @@ pub enum Deed {
 impl Host {
     /// With a receiver of small layers that is not started.
     pub fn new(seed: u64, sizes: &[u64], configuration: &str) -> Self {
+        Self::with(Receiver::new(), seed, sizes, configuration)
+    }
+
+    /// With all that the receiver has below `dir`.
+    pub fn in_dir(dir: tempfile::TempDir, seed: u64, sizes: &[u64], configuration: &str) -> Self {
+        Self::with(Receiver::in_dir(dir), seed, sizes, configuration)
+    }
+
+    fn with(receiver: Receiver, seed: u64, sizes: &[u64], configuration: &str) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
-        let receiver = Receiver::new();
         let text = format!(
             "listen = \"127.0.0.1:0\"\nlanding_segment_mib = 8\nlanding_max_mib = 64\nhistory_layer_mib = 1\n{configuration}"
         );
@@ -553,6 +561,8 @@ impl Host {
         let welcome = match answer {
             Got::Welcome(welcome) => welcome,
             Got::End => return false,
+            // Its disk has failed meanwhile.
+            Got::Refused(refused) if refused.reason == RefusedReason::Storage => return false,
             other => panic!("{other:?}\n{}", self.receiver.log()),
         };
         let resume = match welcome.resume {

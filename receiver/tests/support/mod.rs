@@ -5,6 +5,7 @@
 pub mod agent;
 pub mod host;
 pub mod looker;
+pub mod media;
 pub mod nbd;
 pub mod past;
 pub mod stream;

@@ -149,6 +149,11 @@ impl ChronicleFile {
         self.chronicle.clone()
     }
 
+    /// A write failed: it is to be opened anew.
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
     /// Its bytes on disk.
     pub fn bytes(&self) -> u64 {
         (self.slots + 1) * SLOT
@@ -319,7 +324,8 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>, HistoryError> {
     if len > CHRONICLE_BYTES_MAX {
         return Err(HistoryError::Limit { what: "bytes of the chronicle", limit: CHRONICLE_BYTES_MAX });
     }
-    Ok(Some(std::fs::read(path).map_err(|e| IoError::new("read", path, e))?))
+    // What is known is not said again: it must be on the disk, not only in memory after a sync that failed.
+    Ok(crashsafe::read_back(path)?)
 }
 
 /// The header, and whether it had to be found out from the slots: it says nothing that they do not.
