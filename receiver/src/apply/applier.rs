@@ -333,6 +333,7 @@ impl Applier {
         }
         failpoint::hit(failpoint::MARK_AFTER);
         self.log.recycle_before(place.segment);
+        self.log.give_back(Instant::now());
         self.live.applied(self.cursor.state);
         for (answer, done) in unsynced.images.drain(..) {
             answer.send(Answered::Image(done));
@@ -345,6 +346,7 @@ impl Applier {
     fn rest(&mut self, scratch: &mut Scratch) -> Result<(), Failure> {
         *scratch = Scratch::default();
         self.cursor.rest();
+        self.log.give_back(Instant::now());
         self.replicas.rest();
         self.history.rest()
     }

@@ -5,10 +5,12 @@ use super::batch::Entry;
 use super::segment::{self, Segment};
 use crate::failpoint;
 use crate::failure::Failure;
+use crate::limits::{SEGMENTS_FREE_KEPT, SEGMENTS_FREE_TIME};
 use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 use varve_common::format::{BLOCK_BYTES, ENTRY_HEADER_BYTES};
 use varve_io::{AlignedBuf, DirectFile, IoError, crashsafe};
 
@@ -32,6 +34,9 @@ struct Table {
     bytes: u64,
     newest_sequence: u64,
     newest_slot: u64,
+    /// Fewest free segments since `spare_since`: so many were not needed in all that time.
+    spare: usize,
+    spare_since: Option<Instant>,
     /// The lander waits for a segment.
     starved: bool,
     closed: bool,
@@ -42,6 +47,8 @@ impl Log {
     pub fn open(dir: &Path, group: [u8; 16], segment_bytes: u64, bytes_max: u64, mark: Place) -> Result<Self, Failure> {
         let failed = |e: IoError| Failure::io("the landing log", &e);
         crashsafe::create_dir_all_durable(dir).map_err(failed)?;
+        // A name that was given when the directory could not be synced, or by a life that was killed, counts from here on.
+        crashsafe::fsync_dir(dir).map_err(failed)?;
         let mut table = Table { newest_sequence: mark.segment, ..Table::default() };
         for (slot, path) in segment::list(dir).map_err(failed)? {
             table.newest_slot = table.newest_slot.max(slot);
@@ -62,6 +69,9 @@ impl Log {
         let dir = dir.to_owned();
         let log = Self { dir, group, segment_bytes, bytes_max, table: Mutex::new(table), freed: Condvar::new() };
         log.drop_misfits();
+        let mut table = log.lock();
+        table.spare = table.free.len();
+        drop(table);
         Ok(log)
     }
 
@@ -108,6 +118,30 @@ impl Log {
         drop(table);
         self.drop_misfits();
         self.freed.notify_all();
+    }
+
+    /// Gives the disk back what a burst took: segments that nobody has needed for [`SEGMENTS_FREE_TIME`]. Gives their number.
+    pub fn give_back(&self, now: Instant) -> usize {
+        let gone: Vec<Arc<Segment>> = {
+            let mut table = self.lock();
+            let free = table.free.len();
+            let since = *table.spare_since.get_or_insert(now);
+            if now.saturating_duration_since(since) < SEGMENTS_FREE_TIME {
+                return 0;
+            }
+            let spare = std::mem::replace(&mut table.spare, free).min(free);
+            let count = spare.saturating_sub(SEGMENTS_FREE_KEPT);
+            table.spare_since = Some(now);
+            table.spare -= count;
+            // Those that were used last are at the end: the disk may still know where they are.
+            table.free.drain(..count).collect()
+        };
+        for segment in &gone {
+            if let Err(error) = self.remove(segment) {
+                tracing::warn!(error = %error.chain(), "a segment of the landing log that is not needed stays");
+            }
+        }
+        gone.len()
     }
 
     /// The segments after the one with this number are no part of the log: what they followed is lost.
@@ -171,7 +205,9 @@ impl Log {
             if table.closed {
                 return Err(Failure::stopping());
             }
-            if let Some(segment) = table.free.pop() {
+            let free = table.free.pop();
+            table.spare = table.spare.min(table.free.len());
+            if let Some(segment) = free {
                 break segment;
             }
             if table.bytes + self.segment_bytes <= self.bytes_max {

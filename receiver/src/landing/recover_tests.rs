@@ -280,6 +280,55 @@ fn entries_of_an_earlier_life_are_void() {
     assert_eq!(found.end.segment, third.segment);
 }
 
+/// A burst while the applier was away: segments that nobody needs any more go, but not between two bursts that need them.
+#[test]
+fn what_a_burst_took_is_given_back() {
+    use crate::limits::{SEGMENTS_FREE_KEPT, SEGMENTS_FREE_TIME};
+    let dir = tempfile::tempdir_in("/var/tmp").expect("directory");
+    let log = log(dir.path(), START);
+    let mut writer = Writer::new(log.clone(), START, 0);
+    let mut state = StreamState::fresh();
+    let mut burst = |count: usize| {
+        let places: Vec<Place> = (0..count).map(|_| append(&mut writer, &mut batch(&mut state, &[200_000]))).collect();
+        log.recycle_before(places[count - 1].segment);
+        places[count - 1]
+    };
+    let files = || std::fs::read_dir(dir.path()).expect("list").count();
+    let bytes = || files() as u64 * SEGMENT_BYTES;
+    let mut now = std::time::Instant::now();
+    assert_eq!(log.give_back(now), 0);
+    burst(10);
+    assert_eq!(files(), 10, "one batch a segment");
+    for _ in 0..5 {
+        now += SEGMENTS_FREE_TIME;
+        burst(9);
+        assert_eq!((log.give_back(now), files()), (0, 10), "each burst needs what the last one left");
+    }
+    now += SEGMENTS_FREE_TIME / 2;
+    assert_eq!(log.give_back(now), 0, "not yet");
+    now += SEGMENTS_FREE_TIME / 2;
+    burst(3);
+    // The first look only begins to count: what was needed since the last one was needed.
+    let given = log.give_back(now);
+    now += SEGMENTS_FREE_TIME;
+    let given = given + log.give_back(now);
+    assert_eq!((given, files()), (10 - 1 - SEGMENTS_FREE_KEPT, 1 + SEGMENTS_FREE_KEPT));
+    assert_eq!(log.bytes(), bytes(), "and counted");
+    now += SEGMENTS_FREE_TIME;
+    assert_eq!(log.give_back(now), 0, "the rest stays");
+    // It goes on, and everything is found again.
+    let mark = burst(6);
+    assert_eq!((files(), log.bytes()), (7, bytes()));
+    drop((writer, log));
+    let log = self::log(dir.path(), mark);
+    assert_eq!(log.bytes(), bytes());
+    now += SEGMENTS_FREE_TIME;
+    assert_eq!(log.give_back(now), 0);
+    now += SEGMENTS_FREE_TIME;
+    // As many as were found free at the start, without those that stay.
+    assert_eq!((log.give_back(now), files()), (6 - SEGMENTS_FREE_KEPT, 1 + SEGMENTS_FREE_KEPT));
+}
+
 /// Read back by the applier: also the small entries in the block in which the last one ends.
 #[test]
 fn the_applier_reads_exactly_what_is_there() {
