@@ -18,7 +18,7 @@ use varve_timeline::chronicle::Times;
 pub fn groups(daemon: &Daemon, only: Option<&str>) -> Vec<GroupStatus> {
     let wanted = |slot: &&std::sync::Arc<Slot>| only.is_none_or(|name| name == slot.name);
     let show = |slot: &std::sync::Arc<Slot>| group(daemon, slot);
-    daemon.registry.groups().iter().filter(wanted).map(show).collect()
+    daemon.registry.all().iter().filter(wanted).map(show).collect()
 }
 
 /// One group.

@@ -91,7 +91,7 @@ fn look(daemon: &Daemon) {
     }
     // A branch has no source to be silent.
     let is_branch = |slot: &Slot| slot.board().meta.as_ref().is_some_and(|meta| meta.branch.is_some());
-    let groups = daemon.registry.groups();
+    let groups = daemon.registry.all();
     let watched = groups.iter().filter(|slot| !is_branch(slot));
     let facts: Vec<Facts> = watched.map(|slot| facts(daemon, slot)).collect();
     daemon.watching.watcher.look(&daemon.watching.config, Some(&daemon.name), &facts);
@@ -105,8 +105,8 @@ fn facts(daemon: &Daemon, slot: &Slot) -> Facts {
     let failed = failed.map(|failure| (failure.text.clone(), failure.next.clone()));
     // Not open, and nobody was refused since: it is the group itself that is refused.
     let refused = board.refusal.clone().filter(|_| board.live.is_none());
-    let refused =
-        refused.map(|text| (text, "see the receiver's log; it is tried again when the agent asks".to_owned()));
+    let again = || "see the receiver's log; it is tried again when the agent asks".to_owned();
+    let refused = refused.map(|text| (text, board.unread.as_ref().map_or_else(again, |why| why.next.clone())));
     let meta = board.meta.as_ref();
     let born_ns = meta.map(|meta| meta.created_ns);
     Facts {

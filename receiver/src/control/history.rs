@@ -26,7 +26,7 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
 /// The group and its timeline.
 fn timeline_of(daemon: &Daemon, group: &str) -> Result<(Arc<Slot>, Arc<Timeline>), Problem> {
-    let slot = daemon.registry.group(group).ok_or_else(|| no_group(group))?;
+    let slot = daemon.registry.group(group).ok_or_else(|| no_group(daemon, group))?;
     let timeline = slot.board().timeline.clone();
     let timeline = timeline.ok_or_else(|| {
         let why = slot.board().refusal.clone().unwrap_or_else(|| "its files are not open".to_owned());
@@ -90,7 +90,7 @@ pub async fn points(
 pub async fn view_open(daemon: &Arc<Daemon>, group: String, wish: Wish) -> Result<ViewReply, Problem> {
     let (daemon, runtime) = (daemon.clone(), tokio::runtime::Handle::current());
     blocking(move || {
-        let slot = daemon.registry.group(&group).ok_or_else(|| no_group(&group))?;
+        let slot = daemon.registry.group(&group).ok_or_else(|| no_group(&daemon, &group))?;
         daemon.views.open(&slot, &daemon.registry.group_dir(&group), &wish, &runtime)
     })
     .await
@@ -118,12 +118,12 @@ pub async fn rollback(
     dry_run: bool,
     progress: &mut ProgressOut<'_>,
 ) -> Result<varve_common::control::RollbackReply, Problem> {
-    let slot = daemon.registry.group(group).ok_or_else(|| no_group(group))?;
+    let slot = daemon.registry.group(group).ok_or_else(|| no_group(daemon, group))?;
     crate::rollback::rollback(&daemon.registry, &slot, at, dry_run, progress).await
 }
 
 pub async fn release(daemon: &Arc<Daemon>, group: &str) -> Result<(), Problem> {
-    let slot = daemon.registry.group(group).ok_or_else(|| no_group(group))?;
+    let slot = daemon.registry.group(group).ok_or_else(|| no_group(daemon, group))?;
     if slot.board().meta.as_ref().is_none_or(|meta| meta.held.is_none()) {
         let why = "it was not rolled back, or is released already";
         return Err(Problem::refused(

@@ -160,7 +160,10 @@ async fn send<T: serde::Serialize>(peer: &mut LocalPeer, outcome: Result<T, Prob
     peer.send(&outcome.map_or_else(Reply::Problem, Reply::Done)).await
 }
 
-fn no_group(name: &str) -> Problem {
+fn no_group(daemon: &Daemon, name: &str) -> Problem {
+    if let Some(why) = daemon.registry.unread(name) {
+        return Problem::failed(format!("nothing can be done with '{name}'"), why.text, why.next);
+    }
     let what = format!("no group '{}'", name.escape_debug());
     Problem::not_found(what, "this receiver does not have it", "'varve status' lists the groups")
 }
@@ -182,7 +185,7 @@ pub fn show_status(daemon: &Daemon, group: Option<&str>) -> Result<StatusReply, 
     let mut groups = status::groups(daemon, group);
     daemon.watching.watcher.fill(&mut groups);
     if let Some(name) = group.filter(|_| groups.is_empty()) {
-        return Err(no_group(name));
+        return Err(no_group(daemon, name));
     }
     let connected: HashSet<String> = daemon.server.live().into_iter().map(|(name, ..)| name).collect();
     let own = DaemonStatus {
@@ -247,7 +250,7 @@ async fn revoke(daemon: &Arc<Daemon>, name: String) -> Result<(), Problem> {
 }
 
 async fn forget(daemon: &Arc<Daemon>, name: &str) -> Result<(), Problem> {
-    let slot = daemon.registry.group(name).ok_or_else(|| no_group(name))?;
+    let slot = daemon.registry.group(name).ok_or_else(|| no_group(daemon, name))?;
     let views = daemon.views.count(name);
     if views > 0 {
         let next = "'varve view list', then 'varve view close ID'";
@@ -285,7 +288,7 @@ async fn verify(
     name: &str,
     repair: bool,
 ) -> Result<Result<VerifyReply, Problem>, Error> {
-    let Some(slot) = daemon.registry.group(name) else { return Ok(Err(no_group(name))) };
+    let Some(slot) = daemon.registry.group(name) else { return Ok(Err(no_group(daemon, name))) };
     let what = format!("'{name}' was not verified");
     let next = "see 'varve status' here and on the production host; start the agent";
     let gone = |why: &str| Ok(Err(Problem::unreachable(&what, why, next)));

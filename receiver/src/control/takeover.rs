@@ -9,7 +9,7 @@ use varve_common::point::PointSpec;
 use varve_common::problem::Problem;
 
 pub fn context(daemon: &Daemon, group: &str) -> Result<Context, Problem> {
-    let slot = daemon.registry.group(group).ok_or_else(|| no_group(group))?;
+    let slot = daemon.registry.group(group).ok_or_else(|| no_group(daemon, group))?;
     Ok(Context { registry: daemon.registry.clone(), slot })
 }
 

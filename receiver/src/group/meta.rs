@@ -2,6 +2,7 @@
 
 use crate::limits::GROUP_FILE_BYTES_MAX;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use varve_common::control::Retention;
@@ -9,15 +10,20 @@ use varve_common::limits::{VOLUME_BYTES_MAX, VOLUMES_PER_GROUP_MAX};
 use varve_common::problem::check_name;
 use varve_io::{IoError, crashsafe};
 
-/// The version of the file.
-const FILE_VERSION: u32 = 1;
+/// The version of a file in which nothing newer is in use: receivers from the first one on read it.
+const VERSION_FIRST: u32 = 1;
+/// Of one with a volume that grew: who does not know of that would give points of before the new size.
+const VERSION_GROWN: u32 = 2;
+/// The newest that this program knows.
+const VERSION_NEWEST: u32 = VERSION_GROWN;
 /// Its name in the group's directory.
 pub const FILE_NAME: &str = "group.json";
 
 /// What a group is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GroupMeta {
-    /// Readable without knowing the rest.
+    /// Readable without knowing the rest. The lowest that says all of it, so that an older receiver refuses only what it would
+    /// get wrong.
     pub version: u32,
     /// Made at random with the group, so that files of another one are not taken for ours: 32 hex digits.
     id: String,
@@ -235,7 +241,7 @@ impl GroupMeta {
         let id: [u8; 16] = rand::random();
         let id = hex(&id);
         let (name, owner) = (name.to_owned(), owner.to_owned());
-        let (version, retention, source_epoch_min) = (FILE_VERSION, Retention::default(), epoch);
+        let (version, retention, source_epoch_min) = (VERSION_FIRST, Retention::default(), epoch);
         let (held, takeover, failback, home, branch) = Default::default();
         Self {
             version,
@@ -265,11 +271,17 @@ impl GroupMeta {
         self.volumes.iter().map(|volume| volume.bytes).collect()
     }
 
+    fn version_needed(&self) -> u32 {
+        let grown = self.volumes.iter().any(|volume| !volume.grown.is_empty());
+        if grown { VERSION_GROWN } else { VERSION_FIRST }
+    }
+
     /// Writes the file of the group in `dir`; durable on return.
     pub fn save(&self, dir: &Path) -> Result<(), MetaError> {
         let path = dir.join(FILE_NAME);
         let damaged = |e: serde_json::Error| MetaError::Damaged { path: path.clone(), why: e.to_string() };
-        let text = serde_json::to_vec_pretty(self).map_err(damaged)?;
+        let written = Self { version: self.version_needed(), ..self.clone() };
+        let text = serde_json::to_vec_pretty(&written).map_err(damaged)?;
         Ok(crashsafe::write_atomic(&path, &text, 0o600)?)
     }
 
@@ -284,11 +296,17 @@ impl GroupMeta {
         let mut text = String::new();
         file.take(GROUP_FILE_BYTES_MAX).read_to_string(&mut text).map_err(|e| IoError::new("read", &path, e))?;
         let damaged = |why: String| MetaError::Damaged { path: path.clone(), why };
-        let version = serde_json::from_str::<serde_json::Value>(&text).ok().and_then(|v| v["version"].as_u64());
-        if let Some(other) = version.filter(|version| *version != u64::from(FILE_VERSION)) {
-            return Err(damaged(format!("it has version {other}, this program knows {FILE_VERSION}")));
+        let read: Value = serde_json::from_str(&text).map_err(|e| damaged(e.to_string()))?;
+        let known = u64::from(VERSION_FIRST)..=u64::from(VERSION_NEWEST);
+        if let Some(other) = read["version"].as_u64().filter(|version| !known.contains(version)) {
+            return Err(damaged(format!("it has version {other}, this program knows versions up to {VERSION_NEWEST}")));
         }
-        let meta: Self = serde_json::from_str(&text).map_err(|e| damaged(e.to_string()))?;
+        let meta: Self = serde_json::from_value(read.clone()).map_err(|e| damaged(e.to_string()))?;
+        // A field that is passed over may be the one that says who writes, or what a point looks like.
+        let again = serde_json::to_value(&meta).map_err(|e| damaged(e.to_string()))?;
+        if let Some(field) = unknown_field(&read, &again) {
+            return Err(damaged(format!("it says '{field}', which this version of Varve does not know")));
+        }
         match meta.objection(dir) {
             Some(why) => Err(damaged(why)),
             None => Ok(Some(meta)),
@@ -308,6 +326,24 @@ impl GroupMeta {
             return Some(format!("its name is '{}'", self.name.escape_debug()));
         }
         (!(id_ok && sizes && count)).then(|| "its identity or its volumes are impossible".to_owned())
+    }
+}
+
+/// The first field of `read` that is not in `known`, with the way to it.
+fn unknown_field(read: &Value, known: &Value) -> Option<String> {
+    let below = |name: &str, read: &Value, known: &Value| {
+        unknown_field(read, known).map(|rest| if rest.is_empty() { name.to_owned() } else { format!("{name}.{rest}") })
+    };
+    match (read, known) {
+        (Value::Object(read), Value::Object(known)) => read.iter().find_map(|(name, value)| match known.get(name) {
+            Some(known) => below(name, value, known),
+            None => Some(name.clone()),
+        }),
+        (Value::Array(read), Value::Array(known)) => {
+            let mut both = read.iter().zip(known).enumerate();
+            both.find_map(|(number, (read, known))| below(&number.to_string(), read, known))
+        }
+        _ => None,
     }
 }
 
@@ -346,11 +382,36 @@ mod tests {
             ("\"db\"", "\"other\"", "name"),
             ("1048576", "0", "volumes"),
             ("{", "", "expected"),
+            ("\"epoch\"", "\"quorum\": 2, \"epoch\"", "'quorum'"),
+            ("\"grown\"", "\"shrunk\": [], \"grown\"", "'volumes.0.shrunk'"),
+            ("\"age_seconds\"", "\"thinned\": 3, \"age_seconds\"", "'retention.thinned'"),
         ] {
             std::fs::write(dir.join(FILE_NAME), text.replacen(from, to, 1)).expect("damage");
             let error = GroupMeta::load(&dir).expect_err(word).to_string();
             assert!(error.contains(FILE_NAME), "{error}");
             assert!(word == "expected" || error.contains(word), "{error}");
         }
+    }
+
+    /// A receiver of before volumes could grow reads version 1 and passes over what it does not know: it has to refuse a file in
+    /// which one did, and only that.
+    #[test]
+    fn an_older_receiver_refuses_what_it_would_get_wrong() {
+        let base = tempfile::tempdir().expect("directory");
+        let dir = base.path().join("db");
+        std::fs::create_dir(&dir).expect("group's directory");
+        let mut meta = GroupMeta::new("db", "production", 3, 7, vec![VolumeMeta::new("/dev/vdb", 8, "/r.img")]);
+        let version = |meta: &GroupMeta| {
+            meta.save(&dir).expect("save");
+            let read = GroupMeta::load(&dir).expect("load").expect("there");
+            assert_eq!(GroupMeta { version: meta.version, ..read.clone() }, *meta);
+            read.version
+        };
+        assert_eq!(version(&meta), 1);
+        assert!(meta.volumes[0].grow(12, 100, 0));
+        assert_eq!(version(&meta), 2);
+        // What has expired is not said any more.
+        meta.volumes[0].grown.clear();
+        assert_eq!(version(&meta), 1);
     }
 }

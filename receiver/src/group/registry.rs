@@ -5,7 +5,7 @@
 //! the desk: after a silent loss of the network the old session would otherwise sit there until its idle timeout.
 
 use super::live::{Counters, Live};
-use super::meta::{Branch, GROWTHS_MAX, GroupMeta, Held, VolumeMeta};
+use super::meta::{Branch, GROWTHS_MAX, GroupMeta, Held, MetaError, VolumeMeta};
 use super::open::{APPLIED_NAME, HISTORY_NAME, LANDING_NAME, OpenGroup, Past};
 use super::replicas;
 use crate::apply::mark::AppliedFile;
@@ -98,6 +98,8 @@ pub struct Board {
     pub notice: Option<String>,
     /// It runs here and a source contradicts that: who is right is not known.
     pub unsure: Option<String>,
+    /// It exists, and what it is cannot be read: nobody may make it anew over what is there.
+    pub unread: Option<Refused>,
 }
 
 impl Board {
@@ -120,6 +122,7 @@ impl Slot {
             asks: None,
             notice: None,
             unsure: None,
+            unread: None,
         };
         Self {
             name: name.to_owned(),
@@ -136,6 +139,11 @@ impl Slot {
     /// The board, locked for a moment.
     pub fn board(&self) -> MutexGuard<'_, Board> {
         self.board.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note_unread(&self, why: &Refused) {
+        let mut board = self.board();
+        (board.refusal, board.unread) = (Some(why.text.clone()), Some(why.clone()));
     }
 
     /// The session, if there is one, is to end.
@@ -178,7 +186,7 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Finds all groups. One whose file is damaged is named in the log and left alone.
+    /// Finds all groups. One whose file cannot be read, or is not understood, is named and left alone.
     pub fn load(paths: Paths, config: ReceiverConfig) -> Result<Self, IoError> {
         let dir = groups_dir(&paths);
         crashsafe::create_dir_all_durable(&dir)?;
@@ -196,7 +204,13 @@ impl Registry {
                     slots.insert(meta.name.clone(), Arc::new(Slot::new(&meta.name.clone(), Some(meta))));
                 }
                 Ok(None) => {}
-                Err(error) => tracing::error!(group = %path.display(), %error, "this group cannot be used"),
+                Err(error) => {
+                    tracing::error!(group = %path.display(), %error, "this group cannot be used");
+                    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                    let slot = Slot::new(&name, None);
+                    slot.note_unread(&unread(&path, &error));
+                    slots.insert(name, Arc::new(slot));
+                }
             }
         }
         let (slots, making, stopping) = (Mutex::new(slots), tokio::sync::Mutex::new(()), Arc::default());
@@ -211,6 +225,17 @@ impl Registry {
     /// All groups that exist, by name.
     pub fn groups(&self) -> Vec<Arc<Slot>> {
         self.lock().values().filter(|slot| slot.board().meta.is_some()).cloned().collect()
+    }
+
+    /// As [`Registry::groups`], and those of which nothing is known but that they are there.
+    pub fn all(&self) -> Vec<Arc<Slot>> {
+        let is_there = |board: &Board| board.meta.is_some() || board.unread.is_some();
+        self.lock().values().filter(|slot| is_there(&slot.board())).cloned().collect()
+    }
+
+    /// Why nothing can be done with the group of this name, if it is there and cannot be read.
+    pub fn unread(&self, name: &str) -> Option<Refused> {
+        self.lock().get(name).and_then(|slot| slot.board().unread.clone())
     }
 
     /// The group of this name, if it exists.
@@ -260,7 +285,8 @@ impl Registry {
         if result.is_err() {
             let mut slots = self.lock();
             // Nobody else waits for it and it never came to be.
-            if slot.board().meta.is_none() && Arc::strong_count(&slot) <= 2 {
+            let nothing = slot.board().meta.is_none() && slot.board().unread.is_none();
+            if nothing && Arc::strong_count(&slot) <= 2 {
                 slots.remove(&slot.name);
             }
         }
@@ -284,6 +310,7 @@ impl Registry {
         if !self.lock().get(&slot.name).is_some_and(|now| Arc::ptr_eq(now, slot)) {
             return Err(busy("the group was forgotten a moment ago"));
         }
+        self.read_again(slot).await?;
         // Again: another host may have made the group meanwhile.
         check_owner(slot, host)?;
         let known = slot.board().meta.clone();
@@ -316,6 +343,26 @@ impl Registry {
             begin_at_home(self, slot, open).await.map_err(|why| storage(&why))?;
         }
         Ok(Claim { slot: slot.clone(), desk, turn, meta, stopping: self.stopping.clone() })
+    }
+
+    /// What the group is could not be read; perhaps it can be now.
+    async fn read_again(&self, slot: &Slot) -> Result<(), Refused> {
+        if slot.board().unread.is_none() {
+            return Ok(());
+        }
+        let dir = self.dir(&slot.name);
+        let read = tokio::task::spawn_blocking(move || GroupMeta::load(&dir).map_err(|e| unread(&dir, &e))).await;
+        match read.map_err(|e| storage(&e.to_string()))? {
+            Ok(meta) => {
+                let mut board = slot.board();
+                (board.meta, board.refusal, board.unread) = (meta, None, None);
+                Ok(())
+            }
+            Err(why) => {
+                slot.note_unread(&why);
+                Err(why)
+            }
+        }
     }
 
     /// The volumes grew. In a gap the replicas and the timeline follow; before it they have the old size still, and the
@@ -419,9 +466,18 @@ impl Registry {
     pub async fn change_meta(&self, slot: &Arc<Slot>, change: impl FnOnce(&mut GroupMeta)) -> Result<(), Refused> {
         // Two changes at once would lose one.
         let _one_at_a_time = self.making.lock().await;
-        let mut meta = slot.board().meta.clone().ok_or_else(|| storage("the group is gone"))?;
+        let old = slot.board().meta.clone().ok_or_else(|| storage("the group is gone"))?;
+        let mut meta = old.clone();
         change(&mut meta);
-        meta.save(&self.dir(&slot.name)).map_err(|e| storage(&e.to_string()))?;
+        let dir = self.dir(&slot.name);
+        if let Err(error) = meta.save(&dir) {
+            // It may have its name and only that is not certain to last: the next start must not find what was refused now.
+            if let Err(again) = old.save(&dir) {
+                let text = "a change that was refused may be found at the next start";
+                tracing::error!(group = slot.name, error = %again, "{text}");
+            }
+            return Err(storage(&error.to_string()));
+        }
         slot.board().meta = Some(meta);
         Ok(())
     }
@@ -584,6 +640,15 @@ fn storage(text: &str) -> Refused {
     refuse_for_now(RefusedReason::Storage, text, "see the receiver's log")
 }
 
+/// A group that is there and may be as good as ever is never taken for a new one.
+fn unread(dir: &Path, error: &MetaError) -> Refused {
+    let next = format!(
+        "start the version of Varve that wrote it, or mend its disk; to begin anew move {} away on the receiver",
+        dir.display()
+    );
+    refuse_for_now(RefusedReason::Storage, format!("the group cannot be used: {error}"), next)
+}
+
 fn check_owner(slot: &Slot, host: &str) -> Result<(), Refused> {
     match &slot.board().meta {
         Some(meta) if meta.owner != host => Err(refuse(
@@ -638,6 +703,16 @@ fn make_group(
         volumes.push(VolumeMeta::new(volume.path.clone(), volume.bytes, replica));
     }
     crashsafe::create_dir_all_durable(dir).map_err(io)?;
+    // What is cleared away below is only what is nobody's.
+    let path = dir.join(super::meta::FILE_NAME);
+    if path.symlink_metadata().is_ok() {
+        let text = format!("{} is there, and no group of that name was known", path.display());
+        return Err(refuse_for_now(
+            RefusedReason::Storage,
+            text,
+            "start varve-receiver again; its log says what it is",
+        ));
+    }
     check_space(dir)?;
     volumes.iter().try_for_each(replicas::prepare)?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
