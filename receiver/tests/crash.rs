@@ -295,7 +295,7 @@ fn reset(receiver: &Receiver, clean: &[u8], path: &std::path::Path) {
 async fn a_full_disk_is_a_refusal_and_passes() {
     use nix::mount::{MsFlags, mount, umount2};
     let dir = tempfile::Builder::new().prefix("varve-full-").tempdir_in("/var/tmp").unwrap();
-    mount(Some("tmpfs"), dir.path(), Some("tmpfs"), MsFlags::empty(), Some("size=112m")).expect("root is needed");
+    mount(Some("tmpfs"), dir.path(), Some("tmpfs"), MsFlags::empty(), Some("size=240m")).expect("root is needed");
     struct Unmount(std::path::PathBuf);
     impl Drop for Unmount {
         fn drop(&mut self) {
@@ -311,7 +311,7 @@ async fn a_full_disk_is_a_refusal_and_passes() {
     let mut agent = Agent::connect(&identity, &receiver.address()).await;
     assert_eq!(greet(&mut agent, &mut receiver, &tape).await, Some(None));
     let filler = dir.path().join("filler");
-    std::fs::write(&filler, vec![1; 128 << 20]).expect_err("the file system is full");
+    std::fs::write(&filler, vec![1; 256 << 20]).expect_err("the file system is full");
     for sent in &tape.frames {
         agent.say(sent).await;
     }

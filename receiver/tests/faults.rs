@@ -422,6 +422,44 @@ async fn a_replica_file_that_fails() {
     each_fault(Part::Replica).await;
 }
 
+/// The disk under a part is full: that is what is said, and with room again it goes on by itself.
+async fn is_full(part: Part) {
+    let mut bed = Bed::new(part).await;
+    let path = bed.disk.point.join("filler");
+    let filler = std::fs::File::create(&path).unwrap();
+    for bytes in [16 << 20, 1 << 20, 64 << 10, 4 << 10] {
+        let mut at = filler.metadata().unwrap().len() as i64;
+        while nix::fcntl::posix_fallocate(&filler, at, bytes).is_ok() {
+            at += bytes;
+        }
+    }
+    let refused = bed.host.session(4).await.expect("the disk is full");
+    assert_eq!((refused.reason, refused.retry), (RefusedReason::DiskFull, true), "{refused:?}");
+    let [name, path_part] = words(part);
+    assert!(refused.text.contains(name) && refused.text.contains(path_part), "{refused:?}");
+    assert!(refused.next.contains("free space"), "{refused:?}");
+    let alerted = |group: &GroupStatus| group.alerts.iter().any(|alert| alert.id == "storage-failed");
+    bed.host.receiver.wait_for("db", "alerted", alerted);
+    std::fs::remove_file(path).unwrap();
+    drop(filler);
+    // The file system gives its room back with the next commit.
+    nix::unistd::sync();
+    bed.host.goes_well(6).await;
+    bed.is_whole();
+    bed.host.receiver.stop();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_under_the_history() {
+    is_full(Part::Layers).await;
+    is_full(Part::Indexes).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_under_the_replica() {
+    is_full(Part::Replica).await;
+}
+
 /// Indexes that the disk does not give: they are made again from their layers, and none is thrown away for it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn indexes_that_cannot_be_read() {

@@ -19,7 +19,7 @@ fn alerted(group: &GroupStatus) -> bool {
     group.alerts.iter().any(|alert| alert.id == "storage-failed")
 }
 
-/// Every file below `dir` but what a running receiver changes by itself, with its bytes.
+/// Every file below `dir`, with its bytes.
 fn content(dir: &Path) -> Vec<(std::path::PathBuf, Vec<u8>)> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir).unwrap() {

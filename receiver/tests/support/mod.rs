@@ -123,7 +123,12 @@ impl Receiver {
     fn ask<T: serde::de::DeserializeOwned>(&self, request: &ReceiverRequest) -> Option<Reply<T>> {
         let mut client = LocalClient::connect(&self.paths.receiver_socket()).ok()?;
         client.request(request).ok()?;
-        client.reply().ok().flatten()
+        loop {
+            match client.reply().ok().flatten()? {
+                Reply::Progress(_) => {}
+                last => return Some(last),
+            }
+        }
     }
 
     pub fn request<T: serde::de::DeserializeOwned>(&self, request: &ReceiverRequest) -> Reply<T> {
