@@ -29,6 +29,7 @@
 //! [`limits::APPLY_BYTES_MAX`] for the applier, and one frame decompressed: 92 MiB at most, 12 MiB at rest.
 
 pub mod apply;
+pub mod clock;
 pub mod control;
 pub mod daemon;
 pub mod failback;

@@ -4,6 +4,7 @@
 
 use crate::apply::rollback::{Extent, RollbackOrder, measure};
 use crate::apply::work::{Action, Work};
+use crate::clock::wall_ns;
 use crate::control::ProgressOut;
 use crate::group::live::Live;
 use crate::group::meta::Held;
@@ -13,7 +14,7 @@ use crate::landing::batch::Batch;
 use crate::view::views::{find, history_problem};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 use varve_common::control::{PointReply, RollbackReply, show_time};
 use varve_common::format::{Mark, MarkKind};
 use varve_common::point::{LocatedPoint, PointSpec};
@@ -28,10 +29,6 @@ const STEP_TIME_MAX: Duration = Duration::from_secs(60);
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 /// Blocks a second that a dry run reckons with: measured, see benches/README.md.
 const BLOCKS_PER_SECOND: f64 = 40_000.0;
-
-fn now_ns() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64
-}
 
 /// What is to be done, and from where.
 struct Plan {
@@ -48,7 +45,7 @@ fn plan(slot: &Slot, at: &PointSpec) -> Result<Plan, Problem> {
     let pin = timeline.pin(to.height).map_err(|e| history_problem(&what, &e))?;
     let extent = measure(&timeline, to.height).map_err(|e| history_problem(&what, &e))?;
     // In a gap there is no point to come back to but the last good one.
-    let from = timeline.locate(&PointSpec::Latest, now_ns()).map(|point| point.reply()).unwrap_or_default();
+    let from = timeline.locate(&PointSpec::Latest, wall_ns()).map(|point| point.reply()).unwrap_or_default();
     Ok(Plan { timeline, pin, from, to, extent })
 }
 
@@ -81,7 +78,7 @@ pub async fn rollback(
     if dry_run {
         return Ok(reply);
     }
-    let held = Held { to: reply.to_point.time.clone(), since: show_time(now_ns()) };
+    let held = Held { to: reply.to_point.time.clone(), since: show_time(wall_ns()) };
     let mut desk = registry.hold(slot, held).await.map_err(|refused| failed(refused.text))?;
     let done = run(slot, &mut desk, planned, progress).await?;
     Ok(RollbackReply { bytes: done.0, seconds: begin.elapsed().as_secs_f64(), held: true, from_point: done.1, ..reply })
@@ -107,7 +104,7 @@ async fn run(
     if !caught_up.unwrap_or(false) {
         return Err(failed("the replicas did not catch up with what is landed".to_owned()));
     }
-    let from = timeline.locate(&PointSpec::Latest, now_ns()).map(|point| point.reply()).unwrap_or_default();
+    let from = timeline.locate(&PointSpec::Latest, wall_ns()).map(|point| point.reply()).unwrap_or_default();
     let epoch = slot.board().meta.as_ref().map_or(0, |meta| meta.epoch);
     let mark = |kind, reason, incarnation, time_ns| Mark {
         kind,

@@ -1,10 +1,12 @@
 //! What `varve status` shows of a receiver.
 
+use crate::clock::wall_ns;
 use crate::daemon::Daemon;
 use crate::group::live::Gap;
 use crate::group::registry::{Board, Slot};
 use crate::group::stream::Point;
-use crate::limits::REPORT_AGE_MAX;
+use crate::limits::{REPORT_AGE_MAX, SOURCE_SILENT_TIME_MAX};
+use std::time::Duration;
 use varve_common::control::{
     AuthorityStatus, DrillStatus, GapStatus, GroupStatus, HistoryStatus, ResyncStatus, TakeoverStatus, VolumeStatus,
     Window, show_position, show_time,
@@ -61,7 +63,7 @@ pub fn group(daemon: &Daemon, slot: &Slot) -> GroupStatus {
         reason: failure.or(branch).or(board.refusal.clone()).or(facts.gap.map(|reason| reason.explain().to_owned())),
         gap_reason: facts.gap,
         epoch: meta.map_or(0, |meta| meta.epoch),
-        rpo_seconds: report.and_then(|report| report.rpo_ms).map(|ms| ms as f64 / 1000.0),
+        rpo_seconds: report.and_then(|report| rpo(&board, report, durable?)),
         lag_bytes: lag,
         captured: captured.zip(durable).map(|(captured, durable)| show_position(&durable.incarnation, captured)),
         durable: durable.map(show),
@@ -161,6 +163,15 @@ fn history(daemon: &Daemon, slot: &Slot, board: &Board, views: u64) -> Option<Hi
             TakeoverStatus { failback, next, ..takeover }
         }),
     })
+}
+
+/// What the agent said last; and if something was not durable then, or its signs of life (one a second) are overdue, at least
+/// the age of what is durable: what the agent says comes late when it matters.
+fn rpo(board: &Board, report: &Report, durable: Point) -> Option<f64> {
+    let said = Duration::from_millis(report.rpo_ms?);
+    let seen = board.clock.age(durable.time_ns, wall_ns());
+    let behind = report.captured > durable.position || seen > SOURCE_SILENT_TIME_MAX;
+    Some(if behind { said.max(seen) } else { said }.as_secs_f64())
 }
 
 /// What the agent said, if it is connected and said it lately.

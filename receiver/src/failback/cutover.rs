@@ -2,6 +2,7 @@
 
 use super::orders::{bare_reply, refuse_unready};
 use super::{Armed, Order};
+use crate::clock::wall_ns;
 use crate::failpoint;
 use crate::group::meta::{GroupMeta, Home, hex, unhex};
 use crate::group::open::OpenGroup;
@@ -10,17 +11,13 @@ use crate::limits::{HOME_CUT_OVER_TIME_MAX, HOME_TOLD_TIME_MAX};
 use crate::promote::{Context, Promotions, catch_up};
 use crate::rollback::land;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 use varve_common::control::FailbackReply;
 use varve_common::format::{Mark, MarkKind};
 use varve_common::problem::Problem;
 use varve_common::state::GapReason;
-
-fn now_ns() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64
-}
 
 /// Gives the group back.
 ///
@@ -172,7 +169,7 @@ pub async fn begin_at_home(registry: &Registry, slot: &Arc<Slot>, open: &OpenGro
         reason,
         incarnation,
         position: home.position,
-        time_ns: landed.at.time_ns.max(now_ns()),
+        time_ns: landed.at.time_ns.max(wall_ns()),
         epoch: meta.epoch,
         height_min: 0,
     };

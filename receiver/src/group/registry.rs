@@ -10,6 +10,7 @@ use super::open::{APPLIED_NAME, HISTORY_NAME, LANDING_NAME, OpenGroup, Past};
 use super::replicas;
 use crate::apply::mark::AppliedFile;
 use crate::apply::work::Queue;
+use crate::clock::SourceClock;
 use crate::failback::Homecoming;
 use crate::failback::cutover::begin_at_home;
 use crate::failpoint;
@@ -92,6 +93,8 @@ pub struct Board {
     pub timeline: Option<Arc<Timeline>>,
     /// What the agent said last, and when.
     pub report: Option<(Report, Instant)>,
+    /// How old what is durable is.
+    pub clock: SourceClock,
     /// To the session, if there is one.
     pub asks: Option<mpsc::Sender<Ask>>,
     /// What the operator should know of the history.
@@ -119,6 +122,7 @@ impl Slot {
             queue: None,
             timeline: None,
             report: None,
+            clock: SourceClock::default(),
             asks: None,
             notice: None,
             unsure: None,

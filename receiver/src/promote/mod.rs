@@ -17,6 +17,7 @@ pub mod disk;
 mod quiet;
 pub mod writer;
 
+use crate::clock::wall_ns;
 use crate::control::ProgressOut;
 use crate::group::live::RollbackWish;
 use crate::group::meta::{GroupMeta, Takeover, hex, unhex};
@@ -31,7 +32,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 use varve_common::control::{
     ExportKind, FailoverReply, PlannedWish, PointReply, TakeoverStatus, ViewVolume as VolumeReply, show_time,
 };
@@ -50,13 +51,9 @@ use writer::{Start, StreamWriter};
 const CATCH_UP_MAX: Duration = Duration::from_secs(300);
 const POLL: Duration = Duration::from_millis(50);
 
-fn now_ns() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64
-}
-
 /// How long ago by this host's clock; 0 if its clock is behind the source's.
 fn age_seconds(time_ns: u64) -> f64 {
-    Duration::from_nanos(now_ns().saturating_sub(time_ns)).as_secs_f64()
+    Duration::from_nanos(wall_ns().saturating_sub(time_ns)).as_secs_f64()
 }
 
 /// Everything that is taken over or tested.
@@ -111,7 +108,7 @@ impl Context {
 /// For the operator.
 pub fn plan(slot: &Slot, at: &PointSpec) -> Result<FailoverReply, Problem> {
     let (timeline, point) = find(slot, at)?;
-    let newest = timeline.locate(&PointSpec::Latest, now_ns()).map_err(|e| e.problem(&slot.name, "latest"))?;
+    let newest = timeline.locate(&PointSpec::Latest, wall_ns()).map_err(|e| e.problem(&slot.name, "latest"))?;
     let what = format!("'{}' cannot be taken over", slot.name);
     let left_out = crate::apply::rollback::measure(&timeline, point.height).map_err(|e| history_problem(&what, &e))?;
     let board = slot.board();
@@ -247,7 +244,7 @@ impl Promotions {
         catch_up(open, landed.height).await.map_err(|why| context.failed(why))?;
         let slot = context.slot.clone();
         let (_, point) = blocking(move || find(&slot, &at)).await?;
-        let newest = open.timeline.locate(&PointSpec::Latest, now_ns());
+        let newest = open.timeline.locate(&PointSpec::Latest, wall_ns());
         let newest = newest.map_err(|e| e.problem(&name, "latest"))?;
         let newest_age = age_seconds(newest.time_ns);
         let rollback = point.height < landed.height;
@@ -265,7 +262,7 @@ impl Promotions {
             source_position: landed.at.position,
             source_consistent: landed.is_consistent(),
             source_epoch: context.meta().epoch,
-            since: show_time(now_ns()),
+            since: show_time(wall_ns()),
             committed: false,
             aborting: false,
             planned: is_planned,
@@ -365,7 +362,7 @@ impl Promotions {
         };
         let mut landed = open.live.view().landed;
         if landed.at.incarnation != incarnation {
-            let time_ns = landed.at.time_ns.max(now_ns());
+            let time_ns = landed.at.time_ns.max(wall_ns());
             let begin = mark(MarkKind::Begin, Some(GapReason::Rollback), 0, time_ns);
             land(open, &open.live, begin).await.map_err(failed)?;
             landed = open.live.view().landed;
@@ -504,7 +501,7 @@ impl Promotions {
         let landed = open.live.view().landed;
         let incarnation = unhex(&takeover.source_incarnation);
         let epoch = context.meta().epoch;
-        let time_ns = landed.at.time_ns.max(now_ns());
+        let time_ns = landed.at.time_ns.max(wall_ns());
         let mark = |kind, reason| Mark {
             kind,
             reason,

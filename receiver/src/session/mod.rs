@@ -8,6 +8,7 @@ pub mod hello;
 pub mod intake;
 pub mod writer;
 
+use crate::clock::wall_ns;
 use crate::failback;
 use crate::failure::{Failure, protocol, refuse_for_now};
 use crate::group::live::Progress;
@@ -299,7 +300,10 @@ impl Session {
                 }
             }
             if let Some(report) = self.intake.report.take() {
-                self.claim.slot.board().report = Some((report, Instant::now()));
+                let durable = self.progress.borrow().durable;
+                let mut board = self.claim.slot.board();
+                board.report = Some((report, Instant::now()));
+                board.clock.note(durable.time_ns, wall_ns(), Instant::now());
             }
             if let Some(reply) = self.intake.reply.take() {
                 let session = self.claim.slot.counters.sessions.load(Ordering::Acquire);
