@@ -17,7 +17,6 @@ use crate::{Child, Output, Scratch, built, run, wait_until};
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// From the command that ends it to the end.
 const END_LIMIT: Duration = Duration::from_secs(60);
-const MEMORY: &str = "1G";
 
 /// A machine that is off: a kernel, programs, disks (`/dev/vda`, `/dev/vdb`, …).
 #[derive(Debug)]
@@ -25,6 +24,7 @@ pub struct Machine {
     kernel: PathBuf,
     initramfs: PathBuf,
     disks: Vec<PathBuf>,
+    memory: String,
     directory: PathBuf,
 }
 
@@ -38,6 +38,19 @@ impl Machine {
     /// No kernel, no QEMU: a panic that says so. A test that cannot test must not pass.
     #[track_caller]
     pub fn new(scratch: &Scratch, series: &str, programs: &[&str], disks: &[&Path]) -> Self {
+        Self::with(scratch, series, programs, disks, "", "1G")
+    }
+
+    /// The same with more modules (`?name`: if the kernel has it), and so much memory.
+    #[track_caller]
+    pub fn with(
+        scratch: &Scratch,
+        series: &str,
+        programs: &[&str],
+        disks: &[&Path],
+        modules: &str,
+        memory: &str,
+    ) -> Self {
         crate::require_root();
         let kernel = run(script("kernel").arg(series)).ok().stdout.trim().into();
         let directory = scratch.dir("machine");
@@ -45,9 +58,11 @@ impl Machine {
         let load = Path::new(env!("CARGO_MANIFEST_DIR")).join("vm/load");
         run(script("initramfs")
             .args([&kernel, &initramfs, &built("varve"), &built("varve-agent"), &load])
-            .args(programs))
+            .args(programs)
+            .env("VARVE_VM_MODULES", modules))
         .ok();
-        Machine { kernel, initramfs, disks: disks.iter().map(|disk| disk.to_path_buf()).collect(), directory }
+        let disks = disks.iter().map(|disk| disk.to_path_buf()).collect();
+        Machine { kernel, initramfs, disks, memory: memory.to_owned(), directory }
     }
 
     /// Power on, until it takes commands.
@@ -57,15 +72,17 @@ impl Machine {
         let _ = std::fs::remove_file(&socket);
         let listener = UnixListener::bind(&socket).unwrap();
         listener.set_nonblocking(true).unwrap();
+        // One thread for both processors: with two, a guest on QEMU 7.2 once died (int3) on code that the kernel had just
+        // patched, as it does when a tracepoint is switched on.
         let mut args: Vec<String> = [
             "-accel",
-            "tcg,thread=multi",
+            "tcg,thread=single",
             "-cpu",
             "max",
             "-smp",
             "2",
             "-m",
-            MEMORY,
+            &self.memory,
             "-display",
             "none",
             "-no-reboot",

@@ -73,6 +73,8 @@ static long classify(u32 i, void *ctx)
 	if (!j->sectors) { /* a flush is for every volume, and is not in flight in any region */
 		if (flags & VOLUME_ACTIVE)
 			j->hits |= bit;
+		if (flags & VOLUME_SETTLING)
+			j->marks |= bit;
 		return 0;
 	}
 	if (!overlap(v, index, j->sector, j->sectors, &e))
@@ -167,8 +169,12 @@ always void capture_bio(struct job *j, struct disk *d)
 		classify(0, j);
 	else
 		bpf_loop(n, classify, j, 0);
+	/* A flush does not count, but when it completes it must not look like a write from before the activation: that
+	 * could be anywhere, and would make all of the volume dirty. Requests say what they are. */
 	if (!(d->flags & DISK_REQUEST_BASED))
-		j->marks = j->adds;
+		j->marks = j->sectors ? j->adds : j->marks;
+	else if (!j->sectors)
+		j->marks = 0;
 	if (j->marks)
 		remember(j, d->dev);
 	if (!(j->hits | j->adds))

@@ -4,7 +4,10 @@
 #![allow(missing_docs, reason = "tests say what they test by their names")]
 
 mod bed;
+mod capture;
 mod crashes;
+mod log;
+mod log_writes;
 
 /// The series of Debian's cloud kernels that are tested.
 macro_rules! on_kernels {

@@ -190,10 +190,15 @@ impl Worker {
 
     /// Ends the gap if nothing is missing any more.
     pub(super) fn finish_gap(&mut self, state: &mut State, session: &Session) {
-        if state.gap.open().is_none() || state.outgrown || !session.regions.is_empty() {
+        if state.gap.open().is_none() || state.outgrown {
             return;
         }
-        if !self.sync.shared().nothing_left(&*self.source) || !self.source.settled() {
+        // Asked first, whatever is left: what came from before capture can make regions dirty only until this says true, and
+        // nobody else asks. If it waited for nothing to be left, each could wait for the other.
+        if !self.source.settled() {
+            return;
+        }
+        if !session.regions.is_empty() || !self.sync.shared().nothing_left(&*self.source) {
             return;
         }
         // Taken after the bitmaps were seen clean: a write that is dropped later stands behind this position.

@@ -1,0 +1,64 @@
+//! The tests of the capture programs (`bpf/tests/`), as they are, on other kernels: their verifiers, their layouts, KASLR.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use varve_tests::*;
+
+/// Left out: what needs nbdkit for a device that holds its writes.
+const LEFT_OUT: [&str; 1] = ["held_write"];
+/// zram, and whatever compression it is built with.
+const MODULES: &str =
+    "?zsmalloc ?lzo_compress ?lzo ?lzo-rle ?lz4_compress ?lz4hc_compress ?842_compress ?zstd_compress zram";
+
+/// The newest build of one of the crate's tests: beside this one.
+#[track_caller]
+fn binary(name: &str) -> PathBuf {
+    let directory = std::env::current_exe().unwrap().parent().unwrap().to_owned();
+    let mine = |path: &Path| {
+        let file = path.file_name().unwrap().to_str().unwrap_or_default();
+        file.strip_prefix(name).is_some_and(|rest| rest.starts_with('-')) && path.extension().is_none()
+    };
+    let found = std::fs::read_dir(&directory).unwrap().flatten().map(|entry| entry.path()).filter(|path| mine(path));
+    let newest = found.max_by_key(|path| std::fs::metadata(path).and_then(|meta| meta.modified()).unwrap());
+    newest.unwrap_or_else(|| panic!("no {name}-… in {}: cargo build -p varve-bpf --tests", directory.display()))
+}
+
+fn capture_tests(series: &str) {
+    require_root();
+    let scratch = Scratch::disk();
+    let disk = scratch.file("disk.img", 4 * GIB);
+    Filesystem::Ext4.make(&disk);
+    let binaries = ["replay", "faults", "pinned"].map(binary);
+    let mut programs = vec!["losetup", "sfdisk", "partx", "fio", "mkfs.ext4", "mount", "umount", "blkdiscard"];
+    programs.extend(binaries.iter().map(|path| path.to_str().unwrap()));
+    let machine = Machine::with(&scratch, series, &programs, &[&disk], MODULES, "3G");
+    let mut guest = machine.boot();
+    eprintln!("{}: up after {:?}", guest.shell("uname -r"), guest.boot_time);
+    guest.shell("mount /dev/vda /var/tmp");
+    let (mut passed, mut failed) = (0, Vec::new());
+    for path in &binaries {
+        let program = path.file_name().unwrap().to_str().unwrap();
+        for line in run_ok(path.to_str().unwrap(), &["--list"]).lines() {
+            let Some(test) = line.strip_suffix(": test") else { continue };
+            if LEFT_OUT.iter().any(|words| test.contains(words)) {
+                continue;
+            }
+            let start = Instant::now();
+            let line = format!("RUST_BACKTRACE=0 {program} --exact --test-threads 1 --nocapture {test} 2>&1");
+            let out = guest.shell_within(Duration::from_secs(400), &line);
+            let word = if out.code == 0 { "ok" } else { "FAILED" };
+            eprintln!("{program} {test}: {word} ({:.1} s)", start.elapsed().as_secs_f32());
+            if out.code == 0 {
+                passed += 1;
+            } else {
+                failed.push(format!("--- {program} {test}\n{}", out.stdout));
+            }
+        }
+    }
+    guest.shell("umount /var/tmp");
+    guest.power_off();
+    assert!(failed.is_empty(), "{} failed, {passed} passed:\n{}", failed.len(), failed.join("\n"));
+    eprintln!("{passed} passed");
+    assert!(passed > 20, "only {passed} tests were found");
+}
+crate::on_kernels!(capture_tests);
