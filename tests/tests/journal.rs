@@ -241,7 +241,7 @@ fn kills_at_any_moment_lose_nothing() {
     let seed = Seed::new();
     let mut rng = seed.rng();
     let host = Host::new();
-    let mut pair = Pair::with_agent_config(SMALL_RING);
+    let mut pair = Pair::with_agent_config("ring_mib = 64\njournal_max_mib = 1024\n");
     let replica = protect(&pair, &host);
     let mut load = host.load(20 << 20);
     let mut digests = Vec::new();
@@ -251,7 +251,7 @@ fn kills_at_any_moment_lose_nothing() {
             std::thread::sleep(Duration::from_millis(rng.random_range(50..1500)));
             pair.production.kill(Role::Agent);
             std::thread::sleep(Duration::from_millis(rng.random_range(0..150)));
-            // The ring holds what comes in for 1.5 s; on a busy machine the start of a process takes longer.
+            // The ring holds what comes in for 3 s; on a busy machine the start of a process takes longer.
             load.held(|| pair.production.start(Role::Agent));
         }
         let name = format!("round-{round}");

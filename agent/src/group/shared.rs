@@ -167,11 +167,9 @@ impl GroupShared {
     /// Everything before `position` is durable at the receiver: its space goes back to the kernel.
     pub fn release(&self, position: u64) {
         let _held = self.hold_ring();
-        if let Some(journal) = self.journal() {
-            journal.release(position);
-        }
-        if position > self.source.stream().consumer() {
-            self.source.stream().release(position);
+        let until = self.journal().map_or(position, |journal| journal.release(position));
+        if until > self.source.stream().consumer() {
+            self.source.stream().release(until);
         }
         self.durable.fetch_max(position, Ordering::AcqRel);
     }

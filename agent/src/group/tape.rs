@@ -93,4 +93,8 @@ impl Tape for GroupShared {
             stream.release(end);
         }
     }
+
+    fn settle(&self) {
+        self.release(self.durable.load(Ordering::Acquire));
+    }
 }

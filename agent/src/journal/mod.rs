@@ -111,6 +111,8 @@ pub trait Tape: Send + Sync {
     /// Everything before `end` is synced: `keep` is told what is durable at the receiver and remembers where the rest
     /// is, and if it says so the space goes back to the kernel. Nobody else changes either meanwhile.
     fn synced(&self, end: u64, keep: &mut dyn FnMut(u64) -> bool);
+    /// [`Journal::release`] holds nothing back any more: what is durable at the receiver goes back to the kernel.
+    fn settle(&self);
 }
 
 /// A journal that is not continued by the ring.
@@ -137,6 +139,10 @@ struct Inner {
     generation: u64,
     /// The newest chunk of the run that is being written.
     end: Option<End>,
+    /// Where the run ended that is being taken from the disk.
+    ended_at: Option<u64>,
+    /// There is a thread that will do that.
+    spilling: bool,
     failed: Option<String>,
     full: Option<String>,
     /// Ring bytes before may be spilled.
@@ -233,9 +239,13 @@ impl Journal {
 
     /// Starts the thread that spills. It ends with [`Spilling`].
     pub fn spill(self: &Arc<Self>, tape: Arc<dyn Tape>) -> Result<Spilling, IoError> {
+        lock(&self.inner).spilling = true;
         let journal = self.clone();
         let thread = std::thread::Builder::new().name("journal".into()).spawn(move || spill::run(&journal, &*tape));
-        let thread = thread.map_err(|e| IoError::new("start a thread for", &self.group, e))?;
+        let thread = thread.map_err(|e| {
+            lock(&self.inner).spilling = false;
+            IoError::new("start a thread for", &self.group, e)
+        })?;
         Ok(Spilling { journal: self.clone(), thread: Some(thread) })
     }
 
@@ -262,12 +272,17 @@ impl Journal {
         lock(&self.inner).index.gap()
     }
 
-    /// Everything before `position` is durable at the receiver.
-    pub fn release(&self, position: u64) {
+    /// Everything before `position` is durable at the receiver. Gives how far the ring may be released: not beyond the
+    /// end of what is found on the disk after a kill, else that would not be known to be acknowledged, and nothing could be
+    /// spilled behind it until the receiver was heard of.
+    pub fn release(&self, position: u64) -> u64 {
         let mut inner = lock(&self.inner);
-        if inner.detached.is_none() {
-            self.release_locked(&mut inner, position);
+        if inner.detached.is_some() {
+            return position;
         }
+        self.release_locked(&mut inner, position);
+        let end = inner.ended_at.or(inner.ended()).filter(|_| inner.spilling && inner.failed.is_none());
+        end.map_or(position, |end| position.min(end))
     }
 
     /// The same for a detached journal, whose positions mean nothing to the ring.
@@ -291,6 +306,7 @@ impl Journal {
         let mut inner = lock(&self.inner);
         inner.index.clear();
         inner.generation += 1;
+        inner.ended_at = inner.ended().filter(|_| inner.detached.is_none());
         (inner.end, inner.detached, inner.sealed) = (None, None, false);
         self.wake.notify_all();
     }

@@ -241,24 +241,21 @@ impl Segments {
     pub fn recycle_all(&mut self) -> Result<(), IoError> {
         let done = std::mem::take(&mut self.live);
         let marker = self.empty_marker();
-        if !done.is_empty() {
+        if !done.is_empty() || !self.free.is_empty() {
             crashsafe::write_atomic(&marker, &[], 0o600)?;
         }
-        let used: Vec<Arc<Segment>> = done.into_values().rev().map(|(segment, _)| segment).collect();
-        let kept = KEPT.saturating_sub(self.free.len());
-        for (number, segment) in used.into_iter().enumerate() {
-            if number < kept && segment.bytes() == self.segment_bytes {
+        self.free.extend(done.into_values().map(|(segment, _)| segment));
+        let mut kept = VecDeque::new();
+        for segment in std::mem::take(&mut self.free) {
+            if kept.len() < KEPT && segment.bytes() == self.segment_bytes {
+                // Those that were recycled before still say what they held.
                 segment.void()?;
-                self.free.push_back(segment);
+                kept.push_back(segment);
             } else {
                 self.remove(&segment)?;
             }
         }
-        while self.free.len() > KEPT {
-            if let Some(segment) = self.free.pop_front() {
-                self.remove(&segment)?;
-            }
-        }
+        self.free = kept;
         crashsafe::remove_durable(&marker)
     }
 

@@ -65,6 +65,7 @@ pub fn run(journal: &Journal, tape: &dyn Tape) {
     struct Gone<'a>(&'a Journal);
     impl Drop for Gone<'_> {
         fn drop(&mut self) {
+            lock(&self.0.inner).spilling = false;
             if std::thread::panicking() {
                 self.0.give_up("its thread failed");
             }
@@ -73,7 +74,7 @@ pub fn run(journal: &Journal, tape: &dyn Tape) {
     let _gone = Gone(journal);
     let (generation, dirty) = {
         let inner = lock(&journal.inner);
-        (inner.generation, inner.end.is_some())
+        (inner.generation, inner.end.is_some() || inner.ended_at.is_some())
     };
     let mut spiller = Spiller {
         journal,
@@ -180,25 +181,28 @@ impl Spiller<'_> {
             if inner.index.range().is_some() {
                 return Ok(());
             }
+            inner.ended_at = inner.ended().or(inner.ended_at);
             (inner.end, inner.sealed) = (None, false);
         }
         (self.place, self.told, self.oldest, self.dirty) = (None, None, 0, false);
-        match lock(&self.journal.segments).as_mut() {
-            Some(segments) => Ok(segments.recycle_all()?),
-            None => Ok(()),
+        if let Some(segments) = lock(&self.journal.segments).as_mut() {
+            segments.recycle_all()?;
         }
+        lock(&self.journal.inner).ended_at = None;
+        self.tape.settle();
+        Ok(())
     }
 
     /// Spills a batch, until the ring is as empty as is wanted.
     fn spill(&mut self, until: u64) -> Result<(), NoSegment> {
         let before = {
             let inner = lock(&self.journal.inner);
-            inner.end.filter(|_| self.generation == inner.generation)
+            inner.end.filter(|_| self.generation == inner.generation && inner.index.range().is_some())
         };
         let (consumer, _, _) = self.tape.extent();
         let before = before.filter(|before| before.position >= consumer);
         if before.is_none() && self.dirty {
-            // The ring was acknowledged beyond what is here: nothing here is wanted, and the next chunk is a first one.
+            // All that is here was acknowledged: nothing here is wanted, and the next chunk is a first one.
             self.clean()?;
         }
         // An acknowledgement came between: the next look begins where the ring begins now.

@@ -52,8 +52,9 @@ impl Model {
     /// As [`GroupShared::release`](crate::group::GroupShared) does it.
     fn acknowledge(&self, journal: &Journal, position: u64) {
         let _held = lock(&self.held);
-        journal.release(position);
-        self.consumer.fetch_max(position, Ordering::SeqCst);
+        let until = journal.release(position);
+        assert!(until <= position);
+        self.consumer.fetch_max(until, Ordering::SeqCst);
         self.durable.fetch_max(position, Ordering::SeqCst);
     }
 
@@ -104,6 +105,10 @@ impl Tape for Model {
             self.consumer.fetch_max(end, Ordering::SeqCst);
         }
     }
+    fn settle(&self) {
+        let _held = lock(&self.held);
+        self.consumer.fetch_max(self.durable.load(Ordering::SeqCst), Ordering::SeqCst);
+    }
 }
 
 fn settings(dir: &Path, mib: u64) -> Settings {
@@ -149,10 +154,11 @@ fn assert_reads(journal: &Journal, model: &Model, from: u64, end: u64) {
 
 fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let entries = std::fs::read_dir(dir.join("g")).expect("a directory");
+    // One that goes away meanwhile is gone.
     let read = |entry: std::fs::DirEntry| {
-        (entry.file_name().to_string_lossy().into_owned(), std::fs::read(entry.path()).expect("readable"))
+        Some((entry.file_name().to_string_lossy().into_owned(), std::fs::read(entry.path()).ok()?))
     };
-    entries.map(|entry| read(entry.expect("an entry"))).collect()
+    entries.filter_map(|entry| read(entry.expect("an entry"))).collect()
 }
 
 fn put(dir: &Path, files: &BTreeMap<String, Vec<u8>>) {
@@ -309,7 +315,9 @@ fn a_recycling_that_is_cut_off_is_finished() {
         });
     }
     drop(spilling);
-    (0..4).for_each(|_| drop(model.produce(100 << 10)));
+    for _ in 0..4 {
+        model.produce(100 << 10);
+    }
     let whole = files(dir.path());
     assert!(whole.len() > 2, "{:?}", whole.keys());
     // Everything was acknowledged, the ring a little further than the journal reaches.
@@ -333,6 +341,44 @@ fn a_recycling_that_is_cut_off_is_finished() {
         assert_reads(&journal, &model, from, end);
         model.consumer.store(beyond, Ordering::SeqCst);
     }
+}
+
+/// Segments that were recycled one by one still hold what they held; once the journal is empty nothing of it comes back.
+#[test]
+fn what_was_recycled_does_not_come_back() {
+    let (dir, model) = (dir(), Model::new(CAPACITY));
+    let (journal, spilling) = open(dir.path(), 64, 1, &model);
+    for _ in 0..400 {
+        let end = model.produce(100 << 10);
+        journal.offer(end, None, true, model.extent());
+        until("there is room in the ring", || {
+            let (consumer, producer, capacity) = model.extent();
+            producer - consumer <= capacity
+        });
+    }
+    let segments = || lock(&journal.segments).as_ref().map_or(0, |segments| segments.live().count());
+    assert!(segments() > 2);
+    for at in model.boundaries() {
+        let before = segments();
+        model.acknowledge(&journal, at);
+        // Each is recycled before the next is acknowledged.
+        if lock(&journal.inner).index.oldest_segment().is_some_and(|oldest| oldest > journal_oldest(&journal)) {
+            until("a segment is recycled", || segments() < before);
+        }
+    }
+    until("it is empty", || segments() == 0);
+    // Ends when that is done.
+    drop((spilling, journal));
+    model.produce(100);
+    let (journal, _spilling) = open(dir.path(), 64, 1, &model);
+    assert_eq!((journal.detached(), journal.range()), (None, None));
+}
+
+/// Oldest segment in use.
+fn journal_oldest(journal: &Journal) -> u64 {
+    let segments = lock(&journal.segments);
+    let oldest = segments.as_ref().and_then(|segments| segments.live().next().map(|(_, header)| header.sequence.get()));
+    oldest.unwrap_or(u64::MAX)
 }
 
 #[test]
@@ -592,6 +638,10 @@ proptest! {
                 Step::Read => {}
             }
             let (journal, _) = &opened;
+            // What was acknowledged beyond the journal's end goes back when the journal is known to be empty.
+            until("the ring is released", || journal.range().is_some() || {
+                model.durable.load(Ordering::SeqCst) == model.consumer.load(Ordering::SeqCst)
+            });
             let (durable, consumer) = (model.durable.load(Ordering::SeqCst), model.consumer.load(Ordering::SeqCst));
             match journal.range() {
                 None => prop_assert_eq!(durable, consumer),
