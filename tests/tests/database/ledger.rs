@@ -88,6 +88,7 @@ pub fn read(postgres: &Postgres) -> Rows {
 pub struct Load {
     era: u32,
     stop: Arc<AtomicBool>,
+    hurry: Arc<AtomicBool>,
     acknowledged: Arc<AtomicU64>,
     commits: Arc<Mutex<BTreeMap<Name, Commit>>>,
     threads: Vec<JoinHandle<()>>,
@@ -97,7 +98,8 @@ pub struct Load {
 impl Load {
     #[track_caller]
     pub fn start(postgres: &Postgres, era: u32, clients: u32, rng: &mut StdRng) -> Self {
-        let (stop, acknowledged, commits) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default(), Arc::default());
+        let (stop, hurry) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
+        let (acknowledged, commits) = (Arc::<AtomicU64>::default(), Arc::default());
         let start = |client: u32| {
             let client = Client {
                 session: postgres.session(),
@@ -105,6 +107,7 @@ impl Load {
                 era,
                 client,
                 stop: stop.clone(),
+                hurry: hurry.clone(),
                 acknowledged: acknowledged.clone(),
                 commits: Arc::clone(&commits),
             };
@@ -112,11 +115,16 @@ impl Load {
         };
         let threads = (0..clients).map(start).collect();
         let bench = Some(postgres.pgbench_paced(2, 100));
-        Load { era, stop, acknowledged, commits, threads, bench }
+        Load { era, stop, hurry, acknowledged, commits, threads, bench }
     }
 
     pub fn acknowledged(&self) -> u64 {
         self.acknowledged.load(Ordering::Acquire)
+    }
+
+    /// No pauses from now on: at every moment something was acknowledged just before.
+    pub fn hurry(&self) {
+        self.hurry.store(true, Ordering::Release);
     }
 
     /// Waits for so many more.
@@ -156,6 +164,7 @@ struct Client {
     era: u32,
     client: u32,
     stop: Arc<AtomicBool>,
+    hurry: Arc<AtomicBool>,
     acknowledged: Arc<AtomicU64>,
     commits: Arc<Mutex<BTreeMap<Name, Commit>>>,
 }
@@ -188,7 +197,10 @@ impl Client {
                 return;
             }
             self.acknowledged.fetch_add(1, Ordering::AcqRel);
-            std::thread::sleep(Duration::from_millis(self.rng.random_range(0..=PAUSE_MS_MAX)));
+            let pause = self.rng.random_range(0..=PAUSE_MS_MAX);
+            if !self.hurry.load(Ordering::Acquire) {
+                std::thread::sleep(Duration::from_millis(pause));
+            }
         }
     }
 }

@@ -100,9 +100,11 @@ fn what_a_power_cut_loses_is_what_was_said_and_the_rest_comes_home() {
         before.settle(&rows);
         eras.push(before);
         database_there.postgres.amcheck();
-        let (era, clients) = (bed.era(), bed.rng.random_range(2..5));
-        let load = Load::start(&database_there.postgres, era, clients, &mut bed.rng);
+        let era = bed.era();
+        let load = Load::start(&database_there.postgres, era, 6, &mut bed.rng);
         load.wait_more(if soak() { bed.rng.random_range(1..500) } else { 100 });
+        load.hurry();
+        load.wait_more(100);
         let database_there = bed.receiver_killed(database_there);
         let mut era = load.gone();
         let rows = ledger::read(&database_there.postgres);
