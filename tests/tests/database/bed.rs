@@ -83,6 +83,7 @@ impl Database {
 pub struct Bed {
     // In the order in which they end.
     pub pair: Pair,
+    _recovery_disk: Option<(Mount, SlowDevice)>,
     pub line: Impair,
     pub device: LoopDevice,
     pub replica: PathBuf,
@@ -97,13 +98,33 @@ pub struct Bed {
 impl Bed {
     #[track_caller]
     pub fn new() -> (Self, Database) {
+        Self::with_recovery(Scratch::disk(), None, Installation::new())
+    }
+
+    /// Writes take their time at the recovery side: what is said to be synced before it is, is lost in a kill.
+    #[track_caller]
+    pub fn with_slow_recovery() -> (Self, Database) {
         require_root();
-        let (scratch, seed) = (Scratch::disk(), Seed::new());
+        let scratch = Scratch::disk();
+        let disk = SlowDevice::new(&scratch, "slow", 2 << 30, Duration::ZERO, Duration::from_millis(3));
+        let mount = Mount::format(&scratch, "disk", Filesystem::Ext4, disk.path());
+        let recovery = Installation::inside(mount.path());
+        Self::with_recovery(scratch, Some((mount, disk)), recovery)
+    }
+
+    #[track_caller]
+    fn with_recovery(
+        scratch: Scratch,
+        recovery_disk: Option<(Mount, SlowDevice)>,
+        mut recovery: Installation,
+    ) -> (Self, Database) {
+        require_root();
+        let seed = Seed::new();
         eprintln!("VARVE_SEED={}", seed.number());
         let device = LoopDevice::new(&scratch, "volume", 256 << 20);
         let database = Database::create(&scratch, device.path());
         let address = format!("127.0.0.1:{}", free_port());
-        let (mut production, mut recovery) = (Installation::new(), Installation::new());
+        let mut production = Installation::new();
         recovery.varve(&["receiver", "init", "--listen", &address]).ok();
         recovery.start(Role::Receiver);
         let token = recovery.varve(&["host", "invite", "production", "--json"]).ok().json();
@@ -115,7 +136,19 @@ impl Bed {
         pair.wait_protected(GROUP, LIMIT);
         let rng = seed.rng();
         (
-            Bed { pair, line, device, replica, rng, _seed: seed, scratch, era: 0, names: 0, begun: Instant::now() },
+            Bed {
+                pair,
+                _recovery_disk: recovery_disk,
+                line,
+                device,
+                replica,
+                rng,
+                _seed: seed,
+                scratch,
+                era: 0,
+                names: 0,
+                begun: Instant::now(),
+            },
             database,
         )
     }
