@@ -28,8 +28,10 @@ use varve_receiver::group::stream::StreamState;
 use varve_receiver::landing::Place;
 use varve_receiver::landing::arena::Arenas;
 use varve_receiver::landing::batch::{Batch, Effect, Entry, Item, total_bytes};
-use varve_receiver::landing::log::Log;
+use varve_receiver::landing::lander::Lander;
+use varve_receiver::landing::log::{Log, Writer};
 use varve_receiver::landing::reader::Reader;
+use varve_receiver::landing::recover::recover;
 use varve_receiver::limits::{ARENA_BYTES, INDEX_CACHE_BYTES, INDEX_FILES_OPEN_MAX};
 use varve_tests::wait_until;
 use varve_timeline::cache::IndexCache;
@@ -75,7 +77,8 @@ pub struct Source {
     plain: Vec<u8>,
     position: u64,
     time_ns: u64,
-    written: u64,
+    /// Records so far; each says its number in its first bytes.
+    pub written: u64,
 }
 
 impl Source {
@@ -335,6 +338,39 @@ impl Group {
             }
         }
     }
+}
+
+/// Lands writes of `bytes` bytes each, `count` of them, with nobody who applies them: what a receiver has whose replica is too
+/// slow. Gives the bytes landed. The group must not be open.
+#[track_caller]
+pub fn land_only(
+    dir: &Path,
+    meta: &GroupMeta,
+    source: &mut Source,
+    bytes: usize,
+    count: u64,
+    mut place: impl FnMut(&mut StdRng) -> u64,
+) -> u64 {
+    let config = ReceiverConfig::parse("receiver.toml", "").unwrap();
+    let slot = *AppliedFile::open(&dir.join(APPLIED_NAME), meta.id()).unwrap().slot();
+    let (mark, state) =
+        (Place { segment: slot.segment.get(), offset: slot.offset.get() }, StreamState::from_slot(&slot));
+    let (segment, most) = (config.landing_segment_bytes, config.landing_bytes_max);
+    let log = Arc::new(Log::open(&dir.join(LANDING_NAME), meta.id(), segment, most, mark).unwrap());
+    let recovered = recover(&log, mark, slot.chain.get(), state, &meta.volume_bytes()).unwrap();
+    let live = Arc::new(Live::new(Arc::default(), recovered.state, state));
+    let queue = Arc::new(Queue::default());
+    let writer = Writer::new(log, recovered.end, recovered.chain);
+    let mut lander = Lander { live: live.clone(), queue: queue.clone(), writer, state: recovered.state };
+    let (mut written, mut landed) = (0, 0);
+    while written < count {
+        let batch = source.writes(bytes, (count - written) as usize, &mut place).expect("memory");
+        written += records(&batch, bytes);
+        landed += batch.entry_bytes as u64;
+        lander.land(batch).unwrap();
+        queue.spill();
+    }
+    landed
 }
 
 fn records(batch: &Batch, bytes: usize) -> u64 {

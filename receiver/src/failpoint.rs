@@ -1,8 +1,11 @@
-//! Named places in the durable steps where tests end the process as a crash would. Compiled in always, so that the
-//! program under test is the program; inert (one relaxed load) unless `VARVE_FAILPOINT=NAME[:COUNT]` was set at start.
+//! Named places in the durable steps where tests end the process as a crash would, or hold it. Compiled in always, so that the
+//! program under test is the program; inert (one relaxed load) unless `VARVE_FAILPOINT=NAME[:COUNT]` or `VARVE_HOLD=NAME:FILE` was
+//! set at start.
 
+use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// Before the batch is written.
 pub const LAND_BEFORE: &str = "land-before";
@@ -47,6 +50,9 @@ pub const PROMOTE_ABORTING: &str = "promote-aborting";
 /// An abort has rolled back, the gap is open.
 pub const PROMOTE_ROLLED: &str = "promote-rolled";
 
+/// A takeover or an abort has rolled back and the chronicle says so; the applied mark is where the rollback began.
+pub const PROMOTE_SAID: &str = "promote-said";
+
 /// A branch is whole, it is no group yet.
 pub const BRANCH_WHOLE: &str = "branch-whole";
 /// A branch is a group, that it is kept is not durable.
@@ -58,6 +64,14 @@ pub const HOME_ARMED: &str = "home-armed";
 pub const HOME_GIVEN: &str = "home-given";
 /// The new stream has begun, the agent has not been told.
 pub const HOME_BEGUN: &str = "home-begun";
+
+/// A place to hold: nothing of the next batch is applied. A replica that is too slow looks like it.
+pub const APPLY_HELD: &str = "apply-held";
+/// A place to hold: some of a rollback is in the replicas, the rest is not.
+pub const ROLLBACK_HELD: &str = "rollback-held";
+
+/// Between two looks at whether a place is still held.
+const HELD_LOOK: Duration = Duration::from_millis(5);
 
 /// All of them that replication passes, for tests that try each.
 pub const ALL: [&str; 14] = [
@@ -103,6 +117,21 @@ pub fn due(name: &str) -> bool {
 pub fn hit(name: &str) {
     if due(name) {
         crash(name);
+    }
+}
+
+static HELD: OnceLock<Option<(String, PathBuf)>> = OnceLock::new();
+
+/// Waits here as long as this place is held and the file that was named is there; `over`: no longer, whatever the file says.
+pub fn hold(name: &str, over: impl Fn() -> bool) {
+    let read = || {
+        let text = std::env::var("VARVE_HOLD").ok()?;
+        let (name, file) = text.split_once(':')?;
+        Some((name.to_owned(), PathBuf::from(file)))
+    };
+    let Some((held, file)) = HELD.get_or_init(read) else { return };
+    while held == name && file.exists() && !over() {
+        std::thread::sleep(HELD_LOOK);
     }
 }
 

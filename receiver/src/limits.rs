@@ -89,11 +89,21 @@ pub const ROLLBACK_READ_BYTES: usize = 8 << 20;
 pub const ROLLBACK_DEPTH: u32 = 128;
 /// A restore reads and writes this much at once.
 pub const RESTORE_BYTES: usize = 1 << 20;
-/// Bytes that were written to promoted volumes of a group and are not in the replicas yet: they are read from memory. Beyond,
-/// writers wait.
+/// Content that was written to promoted volumes of a group and is not in the replicas yet, as far as it is read from memory: beyond,
+/// what is landed is read from there.
+pub const PROMOTED_CONTENT_BYTES_MAX: usize = 64 << 20;
+/// Memory for that and for knowing where the rest is. Beyond, writers wait; before it (some millions of writes) the landing log is
+/// full.
 pub const PROMOTED_PENDING_BYTES_MAX: usize = 256 << 20;
 /// What is collected while the landing log is written. With one record more it is still a frame.
 pub const PROMOTED_FRAME_BYTES: usize = 512 << 10;
+/// Stretches that are landed and not applied when a group is taken over: some 64 bytes of memory each. With more, its devices
+/// wait for the applier.
+pub const BACKLOG_PIECES_MAX: usize = 1 << 20;
+/// Entries of the landing log, decoded, that a promoted group keeps to read from.
+pub const FETCHED_BYTES_MAX: usize = 32 << 20;
+/// How often a read of a promoted volume begins again because what it was about to read from the landing log is applied.
+pub const PROMOTED_RETRIES_MAX: usize = 1000;
 /// Readers of a promoted volume whose memory is kept.
 pub const PROMOTED_READERS_MAX: usize = 8;
 /// Written to a view between two looks at the free space.

@@ -4,6 +4,7 @@ mod backlog;
 mod capture;
 mod compare;
 mod cost;
+mod failover;
 mod first_sync;
 mod history_apply;
 mod history_space;
@@ -43,6 +44,7 @@ pub const ALL: &[Bench] = &[
     Bench { name: "history-space", title: "What history takes on disk", run: history_space::run },
     Bench { name: "view", title: "Views", run: view::run },
     Bench { name: "rollback", title: "Rolling back", run: rollback::run },
+    Bench { name: "failover", title: "Taking over and coming home", run: failover::run },
     Bench { name: "idle", title: "Nothing to do", run: idle::run },
     Bench { name: "peer", title: "Beside qemu-storage-daemon", run: peer::run },
 ];

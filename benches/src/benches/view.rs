@@ -38,16 +38,18 @@ const LAYER: u64 = 131_072;
 const REGION: u64 = MIB;
 
 /// A history of random 4 KiB writes that never happened.
-struct Past {
-    recovery: Recovery,
-    first: (u64, u64),
+pub(super) struct Past {
+    /// Where it is.
+    pub(super) recovery: Recovery,
+    /// Height and time of its begin.
+    pub(super) first: (u64, u64),
     last: (u64, u64),
     volume: u64,
 }
 
 impl Past {
     /// Of `records` records; the newest layer is still open. The daemon does not run.
-    fn new(volume: u64, records: u64) -> Self {
+    pub(super) fn new(volume: u64, records: u64) -> Self {
         let recovery = Recovery::new(volume);
         let (mut group, mut source) = (recovery.group(), Source::new());
         group.fill(&mut source, 0);

@@ -9,7 +9,7 @@ use super::replica::Replicas;
 use super::work::{Action, Answer, Answered, Given, Queue};
 use crate::failpoint;
 use crate::failure::Failure;
-use crate::group::live::Live;
+use crate::group::live::{Anchor, Live};
 use crate::group::stream::IMAGE_HEIGHT;
 use crate::landing::log::Log;
 use crate::limits::{
@@ -50,7 +50,7 @@ pub struct Applier {
 
 /// What was done since the last sync.
 #[derive(Default)]
-struct Unsynced {
+pub(super) struct Unsynced {
     bytes: usize,
     since: Option<Instant>,
     image_bytes: usize,
@@ -80,7 +80,7 @@ impl Applier {
     }
 
     fn work(&mut self, unsynced: &mut Unsynced, scratch: &mut Scratch) -> Result<(), Failure> {
-        self.take_over(&mut scratch.part)?;
+        self.take_over(unsynced, &mut scratch.part)?;
         loop {
             if self.cursor.is_open() {
                 self.batch(unsynced, scratch)?;
@@ -107,6 +107,7 @@ impl Applier {
 
     /// Applies what is open, together with what waits behind it and what comes soon.
     fn batch(&mut self, unsynced: &mut Unsynced, scratch: &mut Scratch) -> Result<(), Failure> {
+        failpoint::hold(failpoint::APPLY_HELD, || self.queue.is_closed());
         let batch = &mut scratch.batch;
         batch.clear();
         let mut action = None;
@@ -145,7 +146,7 @@ impl Applier {
         // The memory of arenas goes back at once, not with the next batch.
         batch.clear();
         self.live.answered();
-        self.take_over(&mut scratch.part)?;
+        self.take_over(unsynced, &mut scratch.part)?;
         if let Some(action) = action {
             self.act(action, unsynced, scratch)?;
         }
@@ -318,7 +319,7 @@ impl Applier {
     }
 
     /// Replicas first, then the mark, then what the mark makes free: each step only claims what is durable.
-    fn sync(&mut self, unsynced: &mut Unsynced) -> Result<(), Failure> {
+    pub(super) fn sync(&mut self, unsynced: &mut Unsynced) -> Result<(), Failure> {
         self.replicas.sync()?;
         failpoint::hit(failpoint::MARK_BEFORE);
         let place = self.cursor.place();
@@ -332,6 +333,7 @@ impl Applier {
             self.mark.write(slot)?;
         }
         failpoint::hit(failpoint::MARK_AFTER);
+        self.live.set_anchor(Anchor { place, chain: self.cursor.chain(), state: self.cursor.state });
         self.log.recycle_before(place.segment);
         self.log.give_back(Instant::now());
         self.live.applied(self.cursor.state);

@@ -1,9 +1,10 @@
 //! Making the replicas what they were at a point: every block that changed since gets what the earliest record after the
 //! point says, and what it holds now becomes history first. So a rollback can itself be rolled back.
 
-use super::applier::Applier;
+use super::applier::{Applier, Unsynced};
 use super::history::history_failed;
 use super::plan::{BatchPlan, Piece, Source, Stamp};
+use crate::failpoint;
 use crate::failure::Failure;
 use crate::group::stream::{IMAGE_HEIGHT, MARK_HEIGHT};
 use crate::limits::{ROLLBACK_BYTES, ROLLBACK_DEPTH, ROLLBACK_READ_BYTES};
@@ -169,6 +170,7 @@ impl Applier {
             entries.push(entry);
             if staged >= ROLLBACK_BYTES {
                 self.put_back(&mut reader, &entries, stamp, part)?;
+                failpoint::hold(failpoint::ROLLBACK_HELD, || self.queue.is_closed());
                 done_bytes.fetch_add(bytes, Ordering::Relaxed);
                 entries.clear();
                 (bytes, staged) = (0, 0);
@@ -181,17 +183,21 @@ impl Applier {
 
     /// If the stream has just gone over to the receiver's own and that begins at an older point: the replicas go there before
     /// anything of the new stream is applied. Found undone after a crash, it is done again.
-    pub(super) fn take_over(&mut self, part: &mut BatchPlan) -> Result<bool, Failure> {
-        let Some(wish) = self.live.take_wish(self.cursor.state.at.incarnation) else { return Ok(false) };
+    pub(super) fn take_over(&mut self, unsynced: &mut Unsynced, part: &mut BatchPlan) -> Result<(), Failure> {
+        let Some(wish) = self.live.take_wish(&self.cursor.state) else { return Ok(()) };
+        // The mark is past the stream before: after a crash nothing of that is applied again over what was put back, when
+        // the chronicle says already that it was.
+        self.sync(unsynced)?;
         self.roll_back_to(wish.pin.height(), &AtomicU64::new(0), part)?;
         self.replicas.sync()?;
         let (height, time_ns) = (self.cursor.state.height + MARK_HEIGHT, self.cursor.state.at.time_ns);
         let (to_height, to_time_ns) = (wish.pin.height(), wish.time_ns);
         // Below the first record's end: no point of the stream is in between.
         self.history.events(&[Event::RolledBack { height, time_ns, to_height, to_time_ns }])?;
+        failpoint::hit(failpoint::PROMOTE_SAID);
         // Before anything else of the stream is applied and so leaves the memory of what is pending.
         wish.rolled.store(true, Ordering::SeqCst);
-        Ok(true)
+        Ok(())
     }
 
     fn put_back(

@@ -210,6 +210,11 @@ impl Queue {
         self.changed.notify_one();
     }
 
+    /// Whether the applier is to stop.
+    pub fn is_closed(&self) -> bool {
+        self.lock().closed
+    }
+
     /// Whether nothing waits.
     pub fn is_empty(&self) -> bool {
         self.lock().items.is_empty()

@@ -2,6 +2,7 @@
 
 use super::stream::{Point, StreamState};
 use crate::failure::Failure;
+use crate::landing::Place;
 use crate::limits::GAPS_SHOWN_MAX;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,6 +16,8 @@ use varve_timeline::timeline::Pin;
 pub struct Progress {
     /// Batches that the lander is done with.
     pub landed_batches: u64,
+    /// Where the newest of them that has entries stands in the landing log.
+    pub newest_batch: Option<Place>,
     /// Everything before is durable.
     pub durable: Point,
     /// Everything before is durable in the replicas.
@@ -112,11 +115,25 @@ pub struct View {
     pub gaps: VecDeque<Gap>,
 }
 
-/// The replicas are to be rolled back as soon as the stream is in this incarnation.
+/// Where the landing log can be read from on: what stands before may be gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Anchor {
+    /// Of the next entry, or the padding before it.
+    pub place: Place,
+    /// CRC of the header before it.
+    pub chain: u32,
+    /// The stream's state there.
+    pub state: StreamState,
+}
+
+/// The replicas are to be rolled back as soon as the stream is in this incarnation, and above this height: an abort goes back
+/// to the source's incarnation, in which the stream may still be while much is to be applied.
 #[derive(Debug)]
 pub struct RollbackWish {
-    /// The receiver's own.
+    /// The receiver's own, or the source's.
     pub incarnation: [u8; 16],
+    /// The height at which the takeover began.
+    pub above: u64,
     /// To this point, kept from expiring.
     pub pin: Pin,
     /// Its time.
@@ -133,6 +150,7 @@ pub struct Live {
     progress: watch::Sender<Progress>,
     view: Mutex<View>,
     wish: Mutex<Option<RollbackWish>>,
+    anchor: Mutex<Option<Anchor>>,
 }
 
 impl Live {
@@ -144,8 +162,8 @@ impl Live {
             let from_ns = landed.good.map_or(landed.at.time_ns, |good| good.time_ns);
             view.gaps.push_back(Gap { from_ns, to_ns: None, reason });
         }
-        let (progress, view, wish) = (watch::Sender::new(progress), Mutex::new(view), Mutex::default());
-        Self { counters, progress, view, wish }
+        let (progress, view) = (watch::Sender::new(progress), Mutex::new(view));
+        Self { counters, progress, view, wish: Mutex::default(), anchor: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, View> {
@@ -157,10 +175,20 @@ impl Live {
         *self.wish.lock().unwrap_or_else(PoisonError::into_inner) = wish;
     }
 
-    /// What is to be done in this incarnation, once.
-    pub fn take_wish(&self, incarnation: [u8; 16]) -> Option<RollbackWish> {
+    /// What is to be done where the stream is in this state, once.
+    pub fn take_wish(&self, state: &StreamState) -> Option<RollbackWish> {
         let mut wish = self.wish.lock().unwrap_or_else(PoisonError::into_inner);
-        wish.take_if(|wish| wish.incarnation == incarnation)
+        wish.take_if(|wish| wish.incarnation == state.at.incarnation && state.height > wish.above)
+    }
+
+    /// Said before what stands in front of it is recycled.
+    pub fn set_anchor(&self, anchor: Anchor) {
+        *self.anchor.lock().unwrap_or_else(PoisonError::into_inner) = Some(anchor);
+    }
+
+    /// Where the landing log can be read from on. It moves, and then segments go: who reads looks again when it fails.
+    pub fn anchor(&self) -> Option<Anchor> {
+        *self.anchor.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Both states.
@@ -178,8 +206,8 @@ impl Live {
         self.progress.borrow().failure.clone()
     }
 
-    /// One more batch is durable; the stream stands here.
-    pub fn landed(&self, state: StreamState) {
+    /// One more batch is durable, at `place` if it has entries; the stream stands here.
+    pub fn landed(&self, state: StreamState, place: Option<Place>) {
         let mut view = self.lock();
         let before = std::mem::replace(&mut view.landed, state);
         if before.gap != state.gap {
@@ -196,6 +224,7 @@ impl Live {
         drop(view);
         self.progress.send_modify(|progress| {
             progress.landed_batches += 1;
+            progress.newest_batch = place.or(progress.newest_batch);
             progress.durable = state.at;
         });
     }

@@ -1,6 +1,6 @@
 //! A group with its files open and its two threads running.
 
-use super::live::{Counters, Live};
+use super::live::{Anchor, Counters, Live};
 use super::meta::GroupMeta;
 use super::replicas;
 use super::stream::{IMAGE_HEIGHT, MARK_HEIGHT, StreamState};
@@ -50,6 +50,8 @@ pub struct OpenGroup {
     pub rolled: Arc<AtomicBool>,
     /// Sizes of the volumes.
     pub volumes: Arc<[u64]>,
+    /// The landing log.
+    pub log: Arc<Log>,
     /// To the applier; a session that is short of memory asks it to let go of what waits.
     pub queue: Arc<Queue>,
     /// To the lander. A session has one batch under way at most.
@@ -214,11 +216,13 @@ impl Files {
         let live = Arc::new(Live::new(counters.clone(), recovered.state, applied));
         let rolled = Arc::new(AtomicBool::new(true));
         if let Some(takeover) = &meta.takeover {
-            live.wish_rollback(wish(&timeline, takeover, &rolled).map_err(|e| history_failed(&e))?);
+            let landed = &recovered.state;
+            live.wish_rollback(wish(&timeline, takeover, landed, &rolled).map_err(|e| history_failed(&e))?);
         }
         let queue = Arc::new(Queue::default());
         let slot = *mark.slot();
         let place = Place { segment: slot.segment.get(), offset: slot.offset.get() };
+        live.set_anchor(Anchor { place, chain: slot.chain.get(), state: applied });
         if recovered.entries > 0 {
             queue.push(Work::Log { until: recovered.end });
         }
@@ -253,6 +257,7 @@ impl Files {
             }
         };
         let volumes = meta.volume_bytes().into();
-        Ok(OpenGroup { live, timeline, rolled, volumes, queue, batches, fresh: Some(fresh), lander, applier })
+        let fresh = Some(fresh);
+        Ok(OpenGroup { live, timeline, rolled, volumes, log, queue, batches, fresh, lander, applier })
     }
 }

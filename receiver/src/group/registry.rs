@@ -15,6 +15,7 @@ use crate::failback::Homecoming;
 use crate::failback::cutover::begin_at_home;
 use crate::failpoint;
 use crate::failure::{Failure, refuse, refuse_for_now};
+use crate::landing::log::Log;
 use crate::limits::{
     DISK_FREE_BYTES_MIN, GROUPS_MAX, INDEX_CACHE_BYTES, INDEX_FILES_OPEN_MAX, RELEASE_TIMEOUT, TAKEOVER_TIMEOUT,
 };
@@ -89,6 +90,8 @@ pub struct Board {
     pub live: Option<Arc<Live>>,
     /// What waits for the applier, if it is open.
     pub queue: Option<Arc<Queue>>,
+    /// The landing log, if it is open.
+    pub log: Option<Arc<Log>>,
     /// What the replicas were. Stays when the group is closed: views may go on.
     pub timeline: Option<Arc<Timeline>>,
     /// What the agent said last, and when.
@@ -107,7 +110,7 @@ pub struct Board {
 
 impl Board {
     fn shut(&mut self) {
-        (self.live, self.queue) = (None, None);
+        (self.live, self.queue, self.log) = (None, None, None);
     }
 }
 
@@ -120,6 +123,7 @@ impl Slot {
             refusal: None,
             live: None,
             queue: None,
+            log: None,
             timeline: None,
             report: None,
             clock: SourceClock::default(),
@@ -585,6 +589,7 @@ impl Registry {
             Ok(open) => {
                 board.live = Some(open.live.clone());
                 board.queue = Some(open.queue.clone());
+                board.log = Some(open.log.clone());
                 board.timeline = Some(open.timeline.clone());
                 board.refusal = None;
                 drop(board);

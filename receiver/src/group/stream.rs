@@ -34,6 +34,10 @@ pub struct StreamState {
     /// Orders the points of all incarnations: bytes of the stream so far, and [`MARK_HEIGHT`] for each mark. The same
     /// entries always give the same heights.
     pub height: u64,
+    /// The height of `good`, as far as it was passed since the state was read from a mark: that does not hold it.
+    pub good_height: Option<u64>,
+    /// Where the source's clock was set back last, as far as that was passed; else 0.
+    pub set_back_height: u64,
 }
 
 /// What a mark adds to the height. Images are stamped with the height of the stream at their place and one: so they are
@@ -51,7 +55,15 @@ pub fn onward_ns(before_ns: u64, then_ns: u64) -> u64 {
 impl StreamState {
     /// Before anything came.
     pub fn fresh() -> Self {
-        Self { at: Point::default(), gap: Some(GapReason::InitialSync), ever_consistent: false, good: None, height: 0 }
+        Self {
+            at: Point::default(),
+            gap: Some(GapReason::InitialSync),
+            ever_consistent: false,
+            good: None,
+            height: 0,
+            good_height: None,
+            set_back_height: 0,
+        }
     }
 
     /// As an applied mark has it.
@@ -67,7 +79,10 @@ impl StreamState {
             0 => Some(GapReason::from_number(slot.gap_reason).unwrap_or(GapReason::InitialSync)),
             _ => None,
         };
-        Self { at, gap, ever_consistent, good: ever_consistent.then_some(good), height: slot.height.get() }
+        let height = slot.height.get();
+        let good_height = (gap.is_none() && ever_consistent).then_some(height);
+        let good = ever_consistent.then_some(good);
+        Self { at, gap, ever_consistent, good, height, good_height, set_back_height: 0 }
     }
 
     /// Writes it into an applied mark.
@@ -92,6 +107,7 @@ impl StreamState {
 
     /// The state after an entry that was checked against it.
     pub fn pass(&mut self, effect: &Effect) {
+        let before_ns = self.at.time_ns;
         match *effect {
             Effect::Data { end, time_ns } => {
                 self.height += end - self.at.position;
@@ -101,7 +117,10 @@ impl StreamState {
             Effect::Mark(mark) => self.pass_mark(&mark),
         }
         if self.is_consistent() {
-            self.good = Some(self.at);
+            (self.good, self.good_height) = (Some(self.at), Some(self.height));
+        }
+        if self.at.time_ns < before_ns {
+            self.set_back_height = self.height;
         }
     }
 
@@ -189,11 +208,22 @@ pub fn check_record(record: &Record<'_>, volumes: &[u64]) -> Result<(), ContentE
 
 /// Checks that plain bytes at `position` are whole records of the group's volumes; gives the time of the newest.
 pub fn check_content(position: u64, plain: &[u8], volumes: &[u64]) -> Result<Option<u64>, ContentError> {
+    check_each(position, plain, volumes, |_| ())
+}
+
+/// The same; `each` is told every record that was checked, in order.
+fn check_each(
+    position: u64,
+    plain: &[u8],
+    volumes: &[u64],
+    mut each: impl FnMut(&Record<'_>),
+) -> Result<Option<u64>, ContentError> {
     let mut time_ns = None;
     for record in Records::new(position, plain) {
         let record = record?;
         check_record(&record, volumes)?;
         time_ns = time_ns.max(Some(record.header.time_ns.get()));
+        each(&record);
     }
     Ok(time_ns)
 }
@@ -213,6 +243,17 @@ impl<'a> Checker<'a> {
 
     /// What the entry does, if it continues the stream.
     pub fn check(&mut self, state: &StreamState, header: &EntryHeader, body: &[u8]) -> Option<Checked> {
+        self.check_each(state, header, body, |_| ())
+    }
+
+    /// The same; `each` is told its records, in order. If it turns out not to continue the stream, some may have been told.
+    pub fn check_each(
+        &mut self,
+        state: &StreamState,
+        header: &EntryHeader,
+        body: &[u8],
+        each: impl FnMut(&Record<'_>),
+    ) -> Option<Checked> {
         let effect = match FrameKind::from_number(header.kind)? {
             FrameKind::Data => {
                 let position = header.position.get();
@@ -220,7 +261,7 @@ impl<'a> Checker<'a> {
                     return None;
                 }
                 let plain = frame_of(header)?.open(body, &mut self.scratch).ok()?;
-                let time_ns = check_content(position, plain, self.volumes).ok()?;
+                let time_ns = check_each(position, plain, self.volumes, each).ok()?;
                 Effect::Data { end: position.checked_add(plain.len() as u64)?, time_ns }
             }
             FrameKind::Mark => {
@@ -281,7 +322,9 @@ mod tests {
             assert_eq!(state.good.map(|point| point.position), good, "{effect:?}");
             let mut slot = AppliedSlot::fresh([1; 16]);
             state.to_slot(&mut slot);
-            assert_eq!(StreamState::from_slot(&slot), state, "{effect:?}");
+            let kept = StreamState { good_height: state.good_height.filter(|_| consistent), ..state };
+            assert_eq!(StreamState::from_slot(&slot), kept, "{effect:?}");
+            assert_eq!(state.good_height.is_some(), good.is_some(), "{effect:?}");
         }
         assert_eq!(state.good.map(|point| point.incarnation), Some([1; 16]));
         assert!(!state.admits(&mark(MarkKind::GapEnd, 1, 0)), "an old incarnation");

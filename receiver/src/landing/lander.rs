@@ -57,7 +57,7 @@ impl Lander {
         counters.landed_batches.fetch_add(1, Ordering::Relaxed);
         counters.landed_bytes.fetch_add(stored as u64, Ordering::Relaxed);
         self.hand_on(place, batch.bytes.freeze(), batch.items, stored);
-        self.live.landed(self.state);
+        self.live.landed(self.state, place);
         Ok(())
     }
 

@@ -37,6 +37,8 @@ struct Table {
     /// Fewest free segments since `spare_since`: so many were not needed in all that time.
     spare: usize,
     spare_since: Option<Instant>,
+    /// Of a group that is taken over, beyond the usual limit.
+    reserve_bytes: u64,
     /// The lander waits for a segment.
     starved: bool,
     closed: bool,
@@ -103,6 +105,13 @@ impl Log {
     /// Nobody waits for a free segment from here on.
     pub fn close(&self) {
         self.lock().closed = true;
+        self.freed.notify_all();
+    }
+
+    /// Two segments beyond the limit: who takes the group over must not wait for an applier that lags by a whole log. They go
+    /// when they are free again.
+    pub fn open_reserve(&self) {
+        self.lock().reserve_bytes = 2 * self.segment_bytes;
         self.freed.notify_all();
     }
 
@@ -210,7 +219,7 @@ impl Log {
             if let Some(segment) = free {
                 break segment;
             }
-            if table.bytes + self.segment_bytes <= self.bytes_max {
+            if table.bytes + self.segment_bytes <= self.bytes_max + table.reserve_bytes {
                 table.bytes += self.segment_bytes;
                 table.newest_slot += 1;
                 let slot = table.newest_slot;

@@ -5,11 +5,13 @@
 //! - [`segment`]: one preallocated file
 //! - [`log`]: all segments of a group, and the writer at its end
 //! - [`reader`]: entries in order, and the decision table that says where the log ends
+//! - [`fetch`]: single entries, for whoever reads what is not applied yet
 //! - [`recover`]: opening a log after a stop or a crash
 //! - [`lander`]: the thread that writes
 
 pub mod arena;
 pub mod batch;
+pub mod fetch;
 pub mod lander;
 pub mod log;
 pub mod reader;

@@ -1,7 +1,8 @@
 //! A volume of a promoted group as a disk.
 
+use super::backlog::Backlog;
 use super::writer::StreamWriter;
-use crate::limits::{PROMOTED_READERS_MAX, VIEW_READ_BYTES};
+use crate::limits::{PROMOTED_READERS_MAX, PROMOTED_RETRIES_MAX, VIEW_READ_BYTES};
 use crate::view::volume::ViewVolume;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,15 +10,22 @@ use std::sync::{Arc, Mutex, PoisonError};
 use varve_common::format::BLOCK_BYTES;
 use varve_export::disk::{Disk, Stretch};
 use varve_io::{AlignedBuf, DirectFile, IoError};
+use varve_timeline::timeline::Timeline;
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
 /// Read at once.
 const PIECE_BYTES: usize = VIEW_READ_BYTES - 2 * BLOCK_BYTES;
 
-/// What is pending, over the replica; while the replica is being rolled back to the point, over a view of the point.
+/// What is pending, over what was landed before and is not applied, over the replica; until the replica is rolled back to the
+/// point, over a view of the point.
 #[derive(Debug)]
 pub struct PromotedVolume {
     writer: Arc<StreamWriter>,
+    backlog: Arc<Backlog>,
+    timeline: Arc<Timeline>,
+    /// As it was when the volume was made. Changes if the group failed and was opened again: what is pending is not known
+    /// any more then, and the replica is older than it was.
+    setbacks: u64,
     point: Arc<ViewVolume>,
     replica: DirectFile,
     volume: u16,
@@ -31,32 +39,54 @@ impl PromotedVolume {
     /// `point` is the same volume at the point that was taken.
     pub fn new(
         writer: Arc<StreamWriter>,
+        backlog: Arc<Backlog>,
+        timeline: Arc<Timeline>,
         point: Arc<ViewVolume>,
         replica: DirectFile,
         volume: u16,
         rolled: Arc<AtomicBool>,
     ) -> Self {
-        let bytes = point.len();
-        Self { writer, point, replica, volume, bytes, rolled, bufs: Mutex::default() }
+        let (bytes, setbacks) = (point.len(), timeline.setbacks());
+        Self { writer, backlog, timeline, setbacks, point, replica, volume, bytes, rolled, bufs: Mutex::default() }
     }
 
     fn read_piece(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        for _ in 0..PROMOTED_RETRIES_MAX {
+            if self.read_once(buf, offset)? {
+                return Ok(());
+            }
+        }
+        Err(failed("what it is about to read from the landing log is applied, again and again"))
+    }
+
+    /// `false`: something that was to be read from the landing log is in the replica now.
+    fn read_once(&self, buf: &mut [u8], offset: u64) -> io::Result<bool> {
         let end = offset + buf.len() as u64;
-        // In this order: what is not pending any more when it is asked for is in the replica, and then the replica is rolled.
+        // In this order: what is not pending any more when it is asked for is in the replica, then the backlog is over and the
+        // replica is rolled; and what of the backlog is applied when that is asked for is in the replica.
         let patches = self.writer.patches(self.volume, offset, end);
+        let covered = self.backlog.covered(self.volume, offset, end);
         if self.rolled.load(Ordering::SeqCst) {
             self.read_replica(buf, offset).map_err(|e| failed(&e.chain()))?;
         } else {
-            self.point.read_point(buf, offset).map_err(|e| failed(&e.to_string()))?;
+            self.point.read_beneath(buf, offset).map_err(|e| failed(&e.to_string()))?;
+        }
+        for part in covered {
+            let target = &mut buf[(part.range.start - offset) as usize..(part.range.end - offset) as usize];
+            if !self.backlog.fill(&part, target).map_err(|failure| failed(&failure.text))? {
+                return Ok(false);
+            }
         }
         for patch in patches {
             let target = &mut buf[(patch.start - offset) as usize..(patch.end - offset) as usize];
-            match patch.bytes {
-                Some(bytes) => target.copy_from_slice(&bytes),
-                None => target.fill(0),
+            if !self.writer.fill(&patch.content, target).map_err(|failure| failed(&failure.text))? {
+                return Ok(false);
             }
         }
-        Ok(())
+        if self.timeline.setbacks() != self.setbacks {
+            return Err(failed("the group failed and was opened again: its volumes are to be served anew"));
+        }
+        Ok(true)
     }
 
     fn read_replica(&self, buf: &mut [u8], offset: u64) -> Result<(), IoError> {

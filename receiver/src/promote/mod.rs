@@ -3,7 +3,8 @@
 //! ```text
 //! epoch and takeover in group.json (durable: no source may write from here on)
 //!   → the receiver's own stream begins (a mark in the landing log)
-//!   → devices; while the replicas are rolled back to an older point, a view of the point is under them
+//!   → devices: at once, whatever is landed and not applied; until the replicas are rolled back to an older point, a view of the
+//!     point is under them
 //! ```
 //!
 //! Each step is durable before the next, and a receiver that starts again finds where it was and serves on. An abort rolls
@@ -11,10 +12,18 @@
 //!
 //! - [`writer`]: the stream
 //! - [`disk`]: a volume as a disk
+//! - [`backlog`]: what was landed before and is not applied
+//! - [`plan`]: what would be taken
+//! - [`point`]: which point is taken
+//! - [`serve`]: stream and devices
 //! - [`quiet`]: the source before it is taken over
 
+pub mod backlog;
 pub mod disk;
+mod plan;
+mod point;
 mod quiet;
+mod serve;
 pub mod writer;
 
 use crate::clock::wall_ns;
@@ -23,38 +32,31 @@ use crate::group::live::RollbackWish;
 use crate::group::meta::{GroupMeta, Takeover, hex, unhex};
 use crate::group::open::OpenGroup;
 use crate::group::registry::{Registry, Slot};
+use crate::group::stream::StreamState;
 use crate::rollback::land;
-use crate::view::hints;
-use crate::view::views::{Views, Wish, export_problem, find, history_problem, user_of_devices, volumes_at};
-use crate::view::volume::ViewVolume;
-use disk::PromotedVolume;
+use crate::view::views::{Views, Wish, export_problem, user_of_devices};
+use plan::age_seconds;
+pub use plan::{plan, plan_planned};
+use point::locate;
+use serve::links;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use varve_common::control::{
-    ExportKind, FailoverReply, PlannedWish, PointReply, TakeoverStatus, ViewVolume as VolumeReply, show_time,
-};
+use varve_common::control::{ExportKind, FailoverReply, PlannedWish, PointReply, TakeoverStatus, show_time};
 use varve_common::format::{Mark, MarkKind};
 use varve_common::point::PointSpec;
 use varve_common::problem::Problem;
 use varve_common::state::GapReason;
-use varve_export::device::{self, Attached};
-use varve_export::disk::Disk;
-use varve_io::DirectFile;
+use varve_export::device::Attached;
 use varve_timeline::error::HistoryError;
 use varve_timeline::timeline::Timeline;
-use writer::{Start, StreamWriter};
+use writer::StreamWriter;
 
 /// The longest that the replicas may take to reach what is landed, or an abort to roll back.
 const CATCH_UP_MAX: Duration = Duration::from_secs(300);
 const POLL: Duration = Duration::from_millis(50);
-
-/// How long ago by this host's clock; 0 if its clock is behind the source's.
-fn age_seconds(time_ns: u64) -> f64 {
-    Duration::from_nanos(wall_ns().saturating_sub(time_ns)).as_secs_f64()
-}
 
 /// Everything that is taken over or tested.
 #[derive(Debug)]
@@ -100,57 +102,6 @@ impl Context {
         let next = "see the receiver's log and 'varve status', then run the same command again";
         Problem::failed(format!("'{}' was not taken over", self.slot.name), why, next)
     }
-}
-
-/// What would be taken, and what would be left out.
-///
-/// # Errors
-/// For the operator.
-pub fn plan(slot: &Slot, at: &PointSpec) -> Result<FailoverReply, Problem> {
-    let (timeline, point) = find(slot, at)?;
-    let newest = timeline.locate(&PointSpec::Latest, wall_ns()).map_err(|e| e.problem(&slot.name, "latest"))?;
-    let what = format!("'{}' cannot be taken over", slot.name);
-    let left_out = crate::apply::rollback::measure(&timeline, point.height).map_err(|e| history_problem(&what, &e))?;
-    let board = slot.board();
-    let landed = board.live.as_ref().map(|live| live.view().landed);
-    let report = board.report.as_ref();
-    let not_here = report.zip(landed).map(|((report, _), landed)| report.captured.saturating_sub(landed.at.position));
-    let heard = report.map(|(_, at)| at.elapsed().as_secs_f64());
-    let newest_age = age_seconds(newest.time_ns);
-    let epoch = board.meta.as_ref().map_or(0, |meta| meta.epoch + 1);
-    Ok(FailoverReply {
-        group: slot.name.clone(),
-        point: point.reply(),
-        newest: newest.reply(),
-        newest_age_seconds: Some(newest_age),
-        left_out_bytes: if point.height < newest.height { left_out.bytes } else { 0 },
-        not_here_bytes: not_here,
-        source_heard_seconds: heard,
-        epoch,
-        test: false,
-        committed: false,
-        aborted: false,
-        dry_run: true,
-        seconds: 0.0,
-        volumes: Vec::new(),
-        hints: Vec::new(),
-        drained: None,
-        planned: None,
-    })
-}
-
-/// The same for a planned switch-over: nothing may be left out, and the source must be there.
-///
-/// # Errors
-/// For the operator.
-pub fn plan_planned(slot: &Slot, at: &PointSpec) -> Result<FailoverReply, Problem> {
-    if *at != PointSpec::Latest {
-        let why = "a planned switch-over loses nothing, so it takes the newest point";
-        let next = "leave --at away, or --planned";
-        return Err(Problem::usage(format!("'{}' was not switched over", slot.name), why, next));
-    }
-    quiet::check(slot)?;
-    plan(slot, at)
 }
 
 impl Promotions {
@@ -229,6 +180,8 @@ impl Promotions {
             true => quiet::drain(&context.slot).await,
             false => None,
         };
+        let log = context.slot.board().log.clone();
+        log.inspect(|log| log.open_reserve());
         let desk = context.registry.seize(&context.slot).await.map_err(|refused| context.failed(refused.text))?;
         let Some(open) = &desk.open else { return Err(context.failed("its files are not open")) };
         if context.meta().takeover.is_some() {
@@ -241,11 +194,9 @@ impl Promotions {
             quiet.holds(&context.slot, &landed).map_err(|why| context.failed(why))?;
             crate::failpoint::hit(crate::failpoint::PLANNED_QUIET);
         }
-        catch_up(open, landed.height).await.map_err(|why| context.failed(why))?;
         let slot = context.slot.clone();
-        let (_, point) = blocking(move || find(&slot, &at)).await?;
-        let newest = open.timeline.locate(&PointSpec::Latest, wall_ns());
-        let newest = newest.map_err(|e| e.problem(&name, "latest"))?;
+        let (point, newest) =
+            blocking(move || Ok((locate(&slot, &at)?.1, locate(&slot, &PointSpec::Latest)?.1))).await?;
         let newest_age = age_seconds(newest.time_ns);
         let rollback = point.height < landed.height;
         if source.is_some() && rollback {
@@ -284,8 +235,8 @@ impl Promotions {
         }
         crate::failpoint::hit(crate::failpoint::PROMOTE_MARKED);
         tracing::warn!(group = name, at = show_time(point.time_ns), epoch, "taken over: no source may write any more");
-        let wished = wish(&open.timeline, &takeover, &open.rolled).map_err(|e| context.failed(e.to_string()))?;
-        open.live.wish_rollback(wished);
+        let wished = wish(&open.timeline, &takeover, &landed, &open.rolled);
+        open.live.wish_rollback(wished.map_err(|e| context.failed(e.to_string()))?);
         let (volumes, hints) = self.serve(context, open, &takeover, epoch).await?;
         let said = context.slot.board().report.as_ref().map(|(report, _)| report.captured);
         let not_here_bytes = match source {
@@ -331,72 +282,6 @@ impl Promotions {
             }
             Err(problem) => tracing::error!(group = name, why = problem.why, "its volumes cannot be served"),
         }
-    }
-
-    /// Puts the stream where it belongs and makes the devices.
-    async fn serve(
-        &self,
-        context: &Context,
-        open: &OpenGroup,
-        takeover: &Takeover,
-        epoch: u64,
-    ) -> Result<(Vec<VolumeReply>, Vec<String>), Problem> {
-        let failed = |why: String| context.failed(why);
-        // A device that is made behind the back of `close_all` would outlive the daemon that serves it, and hold it up.
-        let _making = self.making.read().await;
-        let mut closing = self.closing.subscribe();
-        let ends = || failed("the daemon ends; it serves again when it starts".to_owned());
-        if *closing.borrow() {
-            return Err(ends());
-        }
-        let incarnation = unhex(&takeover.incarnation);
-        let rolled = open.rolled.clone();
-        let mark = |kind, reason, position, time_ns| Mark {
-            kind,
-            reason,
-            incarnation,
-            position,
-            time_ns,
-            epoch,
-            height_min: 0,
-        };
-        let mut landed = open.live.view().landed;
-        if landed.at.incarnation != incarnation {
-            let time_ns = landed.at.time_ns.max(wall_ns());
-            let begin = mark(MarkKind::Begin, Some(GapReason::Rollback), 0, time_ns);
-            land(open, &open.live, begin).await.map_err(failed)?;
-            landed = open.live.view().landed;
-        }
-        let gap_end = if landed.gap.is_none() {
-            None
-        } else if takeover.rollback {
-            Some(rolled.clone())
-        } else {
-            let end = mark(MarkKind::GapEnd, None, landed.at.position, landed.at.time_ns);
-            land(open, &open.live, end).await.map_err(failed)?;
-            landed = open.live.view().landed;
-            None
-        };
-        if !takeover.rollback {
-            // What the devices read is the replica from the first moment on.
-            tokio::select! {
-                there = catch_up(open, landed.height) => there.map_err(failed)?,
-                _ = closing.wait_for(|closing| *closing) => return Err(ends()),
-            }
-        }
-        let (position, height, time_ns) = (landed.at.position, landed.height, landed.at.time_ns);
-        let start = Start { incarnation, position, height, time_ns, epoch, gap_end };
-        let writer = StreamWriter::new(start, open.live.clone(), open.queue.clone(), open.timeline.clone());
-        let (runs, batches, runtime) = (writer.clone(), open.batches.clone(), tokio::runtime::Handle::current());
-        let thread = std::thread::Builder::new().name(format!("promoted-{}", context.slot.name));
-        thread.spawn(move || runs.run(&batches, &runtime)).map_err(|e| failed(e.to_string()))?;
-        let (slot, timeline) = (context.slot.clone(), open.timeline.clone());
-        let (dir, served) = (self.run_dir.clone(), writer.clone());
-        let (height, at_point) = (takeover.height, rolled.clone());
-        let attached = blocking(move || attach(&slot, &timeline, height, &served, &at_point, &dir)).await;
-        let (devices, volumes, hints) = attached.inspect_err(|_| writer.end())?;
-        lock(&self.served).insert(context.slot.name.clone(), Served { devices, writer, rolled });
-        Ok((volumes, hints))
     }
 
     /// From here on there is no way back but failback.
@@ -476,8 +361,8 @@ impl Promotions {
         let Some(open) = &desk.open else { return Err(context.failed("its files are not open")) };
         let landed = open.live.view().landed;
         catch_up(open, landed.height).await.map_err(|why| context.failed(why))?;
-        let wished = wish(&open.timeline, &aborting, &open.rolled).map_err(|e| context.failed(e.to_string()))?;
-        open.live.wish_rollback(wished);
+        let wished = wish(&open.timeline, &aborting, &landed, &open.rolled);
+        open.live.wish_rollback(wished.map_err(|e| context.failed(e.to_string()))?);
         self.finish_abort(context, open, &aborting).await?;
         let reply = self.reply(context, &takeover);
         Ok(FailoverReply { aborted: true, seconds: begin.elapsed().as_secs_f64(), ..reply })
@@ -648,13 +533,17 @@ pub fn is_rolled(timeline: &Timeline, takeover: &Takeover) -> bool {
 pub fn wish(
     timeline: &Arc<Timeline>,
     takeover: &Takeover,
+    landed: &StreamState,
     rolled: &Arc<AtomicBool>,
 ) -> Result<Option<RollbackWish>, HistoryError> {
-    let done = is_rolled(timeline, takeover);
+    // An abort of what never began: there is nothing to undo.
+    let never = takeover.aborting && landed.height <= takeover.before_height;
+    let done = never || is_rolled(timeline, takeover);
     rolled.store(done, Ordering::SeqCst);
     let (incarnation, to) = takeover.target();
     let Some((height, time_ns)) = to.filter(|_| !done) else { return Ok(None) };
-    Ok(Some(RollbackWish { incarnation, pin: timeline.pin(height)?, time_ns, rolled: rolled.clone() }))
+    let (pin, above) = (timeline.pin(height)?, takeover.before_height);
+    Ok(Some(RollbackWish { incarnation, above, pin, time_ns, rolled: rolled.clone() }))
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Problem> + Send + 'static) -> Result<T, Problem> {
@@ -675,52 +564,4 @@ pub async fn catch_up(open: &OpenGroup, height: u64) -> Result<(), String> {
         (_, Some(failure)) => Err(failure.text.clone()),
         _ => Err("the replicas did not catch up with what is landed".to_owned()),
     }
-}
-
-fn link(run_dir: &Path, name: &str, number: usize) -> PathBuf {
-    run_dir.join(format!("{name}-{number}"))
-}
-
-fn links(run_dir: &Path, name: &str) -> impl Iterator<Item = PathBuf> {
-    let (dir, name) = (run_dir.to_path_buf(), name.to_owned());
-    (0..varve_common::limits::VOLUMES_PER_GROUP_MAX)
-        .map(move |number| link(&dir, &name, number))
-        .filter(|link| link.is_symlink())
-}
-
-type Devices = (Vec<Attached>, Vec<VolumeReply>, Vec<String>);
-
-/// Makes the devices, and links to them that are the same after every start.
-fn attach(
-    slot: &Slot,
-    timeline: &Arc<Timeline>,
-    height: u64,
-    writer: &Arc<StreamWriter>,
-    rolled: &Arc<AtomicBool>,
-    run_dir: &Path,
-) -> Result<Devices, Problem> {
-    let failed =
-        |e: varve_io::IoError| Problem::failed("the replica cannot be read", e.chain(), "see the receiver's log");
-    let meta = slot.board().meta.clone();
-    let points = volumes_at(slot, timeline, height, None)?;
-    let (mut devices, mut volumes) = (Vec::new(), Vec::new());
-    let replicas = meta.map(|meta| meta.volumes).unwrap_or_default();
-    for (number, ((path, point), volume)) in points.iter().zip(replicas).enumerate() {
-        let replica = DirectFile::open_read(&volume.replica).map_err(failed)?;
-        let disk = PromotedVolume::new(writer.clone(), point.clone(), replica, number as u16, rolled.clone());
-        let bytes = disk.len();
-        let attached = device::attach(Arc::new(disk), run_dir, &format!("promoted-{}-{number}", slot.name), false);
-        let attached = attached.map_err(|e| export_problem(&e))?;
-        let link = link(run_dir, &slot.name, number);
-        let _ = std::fs::remove_file(&link);
-        if let Err(error) = std::os::unix::fs::symlink(attached.path(), &link) {
-            tracing::warn!(link = %link.display(), %error, "no link to a device of the group");
-        }
-        let device = Some(attached.path().display().to_string());
-        volumes.push(VolumeReply { path: path.clone(), bytes, device, uri: None });
-        devices.push(attached);
-    }
-    let named: Vec<(String, &ViewVolume)> = points.iter().map(|(path, point)| (path.clone(), &**point)).collect();
-    let hints = hints::of(&named, true, ExportKind::Device);
-    Ok((devices, volumes, hints))
 }

@@ -110,7 +110,11 @@ pub(super) async fn drain(slot: &Slot) -> Option<DrainedReply> {
     }
     asked.asks.try_send(Ask::Drain { id: asked.id }).ok()?;
     let (begin, mut complete) = (Instant::now(), false);
-    while !complete && begin.elapsed() < DRAIN_TIME_MAX && !asked.is_over() && asked.silent() <= SOURCE_SILENT_TIME_MAX
+    let log = slot.board().log.clone();
+    // If the landing log is full, the applier decides how much more comes in, and that may be for long.
+    let stuck = || log.as_ref().is_some_and(|log| log.is_starved());
+    let end = begin + DRAIN_TIME_MAX;
+    while !complete && Instant::now() < end && !asked.is_over() && asked.silent() <= SOURCE_SILENT_TIME_MAX && !stuck()
     {
         tokio::time::sleep(LOOK.min(begin.elapsed() + Duration::from_millis(2))).await;
         complete = match asked.heard() {

@@ -5,13 +5,18 @@
 //!              └─► pending: read from here until the replica has it ──────┘
 //! ```
 //!
+//! Pending content is in memory; beyond a limit the oldest is read from the landing log, so that a replica that is being rolled back
+//! holds up nobody who writes until that is full.
+//!
 //! It is the same stream as a source's, of an incarnation of the receiver's own: records, frames, heights, history, points.
 
 use crate::apply::work::Queue;
+use crate::failure::Failure;
 use crate::group::live::Live;
 use crate::group::stream::MARK_HEIGHT;
 use crate::landing::batch::Batch;
-use crate::limits::{PROMOTED_FRAME_BYTES, PROMOTED_PENDING_BYTES_MAX};
+use crate::landing::fetch::{EntryPlace, Fetcher};
+use crate::limits::{PROMOTED_CONTENT_BYTES_MAX, PROMOTED_FRAME_BYTES, PROMOTED_PENDING_BYTES_MAX};
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -27,6 +32,8 @@ use zerocopy::IntoBytes;
 
 /// Between two looks at whether the replica has what is pending.
 const APPLIED_INTERVAL: Duration = Duration::from_millis(200);
+/// What a record takes for each granule in which it is found: its number, and its part of the map.
+const GRANULE_ENTRY_BYTES: usize = 64;
 /// A longer stretch of zeroes becomes several records: each is found by its granules.
 const ZERO_RECORD_BYTES: u64 = 64 << 20;
 
@@ -55,6 +62,7 @@ pub struct StreamWriter {
     live: Arc<Live>,
     queue: Arc<Queue>,
     timeline: Arc<Timeline>,
+    fetcher: Arc<Fetcher>,
     inner: Mutex<Inner>,
     /// Something was written, landed, or failed.
     changed: Condvar,
@@ -82,9 +90,14 @@ struct Pending {
     records: VecDeque<Record>,
     /// Number of the first of them.
     first: u64,
+    /// Content of records before this one is not in memory.
+    spilled: u64,
     /// Numbers of the records of each granule, in order.
     granules: HashMap<(u16, u64), VecDeque<u64>>,
-    bytes: usize,
+    /// Of content in memory.
+    content_bytes: usize,
+    /// Of everything else.
+    index_bytes: usize,
 }
 
 #[derive(Clone, Debug)]
@@ -93,15 +106,40 @@ struct Record {
     volume: u16,
     start: u64,
     end: u64,
-    /// `None`: zeroes.
-    bytes: Option<Bytes>,
+    content: Content,
+    /// Position of its frame, and where its content begins in that.
+    frame: u64,
+    offset: u32,
+    /// The frame, once it is landed.
+    entry: Option<EntryPlace>,
+}
+
+/// What was written.
+#[derive(Clone, Debug)]
+pub enum Content {
+    /// Zeroes.
+    Zeroes,
+    /// These bytes.
+    Bytes(Bytes),
+    /// What the landing log's entry has from this offset on.
+    Landed(EntryPlace, u32),
+}
+
+impl Content {
+    /// Bytes of memory.
+    fn memory(&self) -> usize {
+        match self {
+            Self::Bytes(bytes) => bytes.len(),
+            Self::Zeroes | Self::Landed(..) => 0,
+        }
+    }
 }
 
 impl Record {
-    /// Bytes that it takes while it is pending.
-    fn memory(&self) -> usize {
+    /// Bytes that it takes while it is pending, beside its content.
+    fn index_memory(&self) -> usize {
         let granules = (self.end.div_ceil(GRANULE_BYTES) - self.start / GRANULE_BYTES) as usize;
-        self.bytes.as_ref().map_or(0, Bytes::len) + size_of::<Self>() + granules * size_of::<u64>()
+        size_of::<Self>() + granules * GRANULE_ENTRY_BYTES
     }
 }
 
@@ -112,8 +150,8 @@ pub struct Patch {
     pub start: u64,
     /// The byte after the last.
     pub end: u64,
-    /// `None`: zeroes. Else the bytes from `start` on.
-    pub bytes: Option<Bytes>,
+    /// What it is from `start` on.
+    pub content: Content,
 }
 
 impl Pending {
@@ -122,8 +160,37 @@ impl Pending {
         for granule in record.start / GRANULE_BYTES..record.end.div_ceil(GRANULE_BYTES) {
             self.granules.entry((record.volume, granule)).or_default().push_back(number);
         }
-        self.bytes += record.memory();
+        self.content_bytes += record.content.memory();
+        self.index_bytes += record.index_memory();
         self.records.push_back(record);
+    }
+
+    /// The frame at this position is landed.
+    fn landed(&mut self, frame: u64, entry: EntryPlace) {
+        let first = self.records.partition_point(|record| record.frame < frame);
+        for record in self.records.range_mut(first..).take_while(|record| record.frame == frame) {
+            record.entry = Some(entry);
+        }
+    }
+
+    /// Lets go of the oldest content that is landed until the rest is no more than `most`.
+    fn spill(&mut self, most: usize) {
+        while self.content_bytes > most {
+            let record = self.records.get_mut((self.spilled - self.first) as usize);
+            let Some((record, entry)) = record.and_then(|record| record.entry.map(|entry| (record, entry))) else {
+                return;
+            };
+            self.content_bytes -= record.content.memory();
+            if let Content::Bytes(_) = record.content {
+                record.content = Content::Landed(entry, record.offset);
+            }
+            self.spilled += 1;
+        }
+    }
+
+    /// Bytes of memory in all.
+    fn bytes(&self) -> usize {
+        self.content_bytes + self.index_bytes
     }
 
     /// The replica has everything up to `applied`.
@@ -139,8 +206,10 @@ impl Pending {
                     }
                 }
             }
-            self.bytes -= record.memory();
+            self.content_bytes -= record.content.memory();
+            self.index_bytes -= record.index_memory();
             self.first += 1;
+            self.spilled = self.spilled.max(self.first);
         }
     }
 
@@ -155,8 +224,12 @@ impl Pending {
             let record = self.records.get((number - self.first) as usize)?;
             let (from, to) = (record.start.max(start), record.end.min(end));
             let skip = (from - record.start) as usize;
-            let part = |bytes: &Bytes| bytes.slice(skip..skip + to.saturating_sub(from) as usize);
-            (from < to).then(|| Patch { start: from, end: to, bytes: record.bytes.as_ref().map(part) })
+            let content = || match &record.content {
+                Content::Zeroes => Content::Zeroes,
+                Content::Bytes(bytes) => Content::Bytes(bytes.slice(skip..skip + (to - from) as usize)),
+                Content::Landed(entry, offset) => Content::Landed(*entry, offset + skip as u32),
+            };
+            (from < to).then(|| Patch { start: from, end: to, content: content() })
         };
         numbers.into_iter().filter_map(patch).collect()
     }
@@ -164,7 +237,13 @@ impl Pending {
 
 impl StreamWriter {
     /// Begins at `start`, where the landing log ends. [`StreamWriter::run`] is to be run by a thread.
-    pub fn new(start: Start, live: Arc<Live>, queue: Arc<Queue>, timeline: Arc<Timeline>) -> Arc<Self> {
+    pub fn new(
+        start: Start,
+        live: Arc<Live>,
+        queue: Arc<Queue>,
+        timeline: Arc<Timeline>,
+        fetcher: Arc<Fetcher>,
+    ) -> Arc<Self> {
         let inner = Inner {
             frame: Vec::new(),
             frame_position: start.position,
@@ -176,7 +255,8 @@ impl StreamWriter {
             gap_end: start.gap_end,
         };
         let (inner, changed) = (Mutex::new(inner), Condvar::new());
-        Arc::new(Self { incarnation: start.incarnation, epoch: start.epoch, live, queue, timeline, inner, changed })
+        let Start { incarnation, epoch, .. } = start;
+        Arc::new(Self { incarnation, epoch, live, queue, timeline, fetcher, inner, changed })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -220,7 +300,8 @@ impl StreamWriter {
         loop {
             inner.check()?;
             inner.pending.forget(self.timeline.applied().height);
-            if inner.pending.bytes < PROMOTED_PENDING_BYTES_MAX && inner.frame.len() < PROMOTED_FRAME_BYTES {
+            inner.pending.spill(PROMOTED_CONTENT_BYTES_MAX);
+            if inner.pending.bytes() < PROMOTED_PENDING_BYTES_MAX && inner.frame.len() < PROMOTED_FRAME_BYTES {
                 break;
             }
             // The disks are slower than the writer: it waits, as it would for any disk.
@@ -243,12 +324,15 @@ impl StreamWriter {
         inner.frame.extend_from_slice(&length.to_le_bytes());
         inner.frame.extend_from_slice(&[0; RING_HEADER_BYTES as usize - 4]);
         inner.frame.extend_from_slice(header.as_bytes());
+        let (frame, offset) = (inner.frame_position, inner.frame.len() as u32);
         inner.frame.extend_from_slice(payload);
         let padded = inner.frame.len().next_multiple_of(8);
         inner.frame.resize(padded, 0);
         if kind.changes_data() {
             let height = inner.base.wrapping_add(inner.frame_position + inner.frame.len() as u64);
-            inner.pending.push(Record { height, volume, start, end: start + len, bytes });
+            let content = bytes.map_or(Content::Zeroes, Content::Bytes);
+            let (end, entry) = (start + len, None);
+            inner.pending.push(Record { height, volume, start, end, content, frame, offset, entry });
         }
         drop(inner);
         self.changed.notify_all();
@@ -268,7 +352,23 @@ impl StreamWriter {
 
     /// What of a range is not in the replica yet, oldest first. To be asked before the replica is read.
     pub fn patches(&self, volume: u16, start: u64, end: u64) -> Vec<Patch> {
-        self.lock().pending.patches(volume, start, end)
+        let mut inner = self.lock();
+        // Content of what is applied may be nowhere but in the replica.
+        inner.pending.forget(self.timeline.applied().height);
+        inner.pending.patches(volume, start, end)
+    }
+
+    /// Fills `target` with what a patch says. `false`: it is applied meanwhile, and whoever reads begins again.
+    ///
+    /// # Errors
+    /// If the landing log cannot be read.
+    pub fn fill(&self, content: &Content, target: &mut [u8]) -> Result<bool, Failure> {
+        match content {
+            Content::Zeroes => target.fill(0),
+            Content::Bytes(bytes) => target.copy_from_slice(bytes),
+            Content::Landed(entry, offset) => return self.fetcher.fill(*entry, *offset, target),
+        }
+        Ok(true)
     }
 
     /// Nothing is written any more; what waits is landed first.
@@ -293,6 +393,8 @@ impl StreamWriter {
                 if inner.ended.is_some() {
                     return;
                 }
+                inner.pending.forget(self.timeline.applied().height);
+                self.fetcher.tidy();
                 inner = self.wait(inner, APPLIED_INTERVAL);
             }
             let (position, time_ns) = (inner.frame_position, inner.time_ns);
@@ -308,6 +410,7 @@ impl StreamWriter {
             };
             drop(inner);
             let end = position + spare.len() as u64;
+            let entry_bytes = if spare.is_empty() { None } else { Some(batch.entry_bytes as u32) };
             spare.clear();
             let before = progress.borrow_and_update().landed_batches;
             if batches.send(batch).is_err() {
@@ -315,9 +418,16 @@ impl StreamWriter {
             }
             let landed =
                 runtime.block_on(progress.wait_for(|now| now.landed_batches > before || now.failure.is_some()));
-            match landed.map(|now| now.failure.clone()) {
-                Ok(None) => self.lock().landed = end,
-                Ok(Some(failure)) => return self.fail(failure.text.clone()),
+            let landed = landed.map(|now| (now.failure.clone(), now.newest_batch));
+            match landed {
+                Ok((None, place)) => {
+                    let mut inner = self.lock();
+                    if let Some((bytes, place)) = entry_bytes.zip(place) {
+                        inner.pending.landed(position, EntryPlace { place, bytes, position });
+                    }
+                    inner.landed = end;
+                }
+                Ok((Some(failure), _)) => return self.fail(failure.text.clone()),
                 Err(error) => return self.fail(error.to_string()),
             }
             self.changed.notify_all();
@@ -346,6 +456,7 @@ impl Inner {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::landing::Place;
     use proptest::prelude::*;
 
     proptest! {
@@ -358,16 +469,30 @@ mod tests {
             let (mut model, mut replica) = (vec![0u8; 300_000], vec![0u8; 300_000]);
             let mut all: Vec<Record> = Vec::new();
             let mut applied = 0;
+            // Every third record begins a frame; so many of them are landed, and little content stays in memory then.
+            let place = |frame| EntryPlace { place: Place { segment: frame, offset: 0 }, bytes: 0, position: frame };
             for (number, (start, len, zero, apply)) in steps.into_iter().enumerate() {
                 height += 8;
-                let bytes = (!zero).then(|| Bytes::from(vec![number as u8 + 1; len as usize]));
-                let record = Record { height, volume: 0, start, end: start + len, bytes };
+                let content = match zero {
+                    true => Content::Zeroes,
+                    false => Content::Bytes(Bytes::from(vec![number as u8 + 1; len as usize])),
+                };
+                let frame = number as u64 / 3;
+                if apply > 0 && frame > 0 {
+                    pending.landed(frame - 1, place(frame - 1));
+                    pending.spill(100_000 * apply as usize - 100_000);
+                }
+                let (end, entry, offset) = (start + len, None, number as u32 * 1_000_000);
+                let record = Record { height, volume: 0, start, end, content, frame, offset, entry };
                 model[start as usize..(start + len) as usize].fill(if zero { 0 } else { number as u8 + 1 });
                 pending.push(record.clone());
                 all.push(record);
                 let to = (applied + apply as usize).min(all.len());
                 for record in &all[applied..to] {
-                    let value = record.bytes.as_ref().map_or(0, |bytes| bytes[0]);
+                    let value = match &record.content {
+                        Content::Bytes(bytes) => bytes[0],
+                        _ => 0,
+                    };
                     replica[record.start as usize..record.end as usize].fill(value);
                 }
                 applied = to;
@@ -376,15 +501,21 @@ mod tests {
                 let mut read = replica[from as usize..to as usize].to_vec();
                 for patch in pending.patches(0, from, to) {
                     let target = &mut read[(patch.start - from) as usize..(patch.end - from) as usize];
-                    match patch.bytes {
-                        Some(bytes) => target.copy_from_slice(&bytes),
-                        None => target.fill(0),
+                    match patch.content {
+                        Content::Bytes(bytes) => target.copy_from_slice(&bytes),
+                        Content::Zeroes => target.fill(0),
+                        Content::Landed(entry, offset) => {
+                            let number = u64::from(offset) / 1_000_000;
+                            let skipped = patch.start - all[number as usize].start;
+                            prop_assert_eq!((entry, u64::from(offset)), (place(number / 3), number * 1_000_000 + skipped));
+                            target.fill(number as u8 + 1);
+                        }
                     }
                 }
                 prop_assert_eq!(&read[..], &model[from as usize..to as usize]);
             }
             pending.forget(u64::MAX);
-            prop_assert!(pending.records.is_empty() && pending.granules.is_empty() && pending.bytes == 0);
+            prop_assert!(pending.records.is_empty() && pending.granules.is_empty() && pending.bytes() == 0);
         }
     }
 }

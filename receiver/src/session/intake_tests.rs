@@ -15,7 +15,7 @@ fn rules() -> Rules {
 
 fn begun_at(position: u64) -> StreamState {
     let at = Point { incarnation: INCARNATION, position, time_ns: 0 };
-    StreamState { at, gap: Some(GapReason::InitialSync), ever_consistent: false, good: None, height: 0 }
+    StreamState { at, gap: Some(GapReason::InitialSync), ..StreamState::fresh() }
 }
 
 fn intake(position: u64) -> (Intake, mpsc::UnboundedReceiver<Answered>) {

@@ -1,7 +1,7 @@
 //! What is on a volume, and what to know before it is mounted beside the one that it was taken from.
 
-use super::volume::ViewVolume;
 use varve_common::control::ExportKind;
+use varve_export::disk::Disk;
 
 /// Bytes from the begin of a volume that tell what is on it: the last of them is btrfs's, at 64 KiB.
 const HEAD_BYTES: usize = 68 << 10;
@@ -44,12 +44,12 @@ const SIGNATURES: [Signature; 5] = [
 ];
 
 /// What to tell of a view with these volumes.
-pub fn of(volumes: &[(String, &ViewVolume)], writable: bool, export: ExportKind) -> Vec<String> {
+pub fn of(volumes: &[(String, &dyn Disk)], writable: bool, export: ExportKind) -> Vec<String> {
     let mut hints = Vec::new();
     for (path, volume) in volumes {
-        let mut head = vec![0; HEAD_BYTES.min(varve_export::disk::Disk::len(*volume) as usize)];
+        let mut head = vec![0; HEAD_BYTES.min(volume.len() as usize)];
         // Hints are no promise: without them the view is as good.
-        if volume.read_point(&mut head, 0).is_err() {
+        if volume.read_at(&mut head, 0).is_err() {
             continue;
         }
         let found = SIGNATURES.iter().find(|s| head.get(s.at..s.at + s.magic.len()) == Some(s.magic));

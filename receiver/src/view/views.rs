@@ -15,6 +15,7 @@ use varve_common::control::{ExportKind, ViewReply, ViewVolume as VolumeReply, sh
 use varve_common::point::{LocatedPoint, PointSpec};
 use varve_common::problem::{Problem, ProblemKind};
 use varve_export::device::{self, Attached};
+use varve_export::disk::Disk;
 use varve_export::error::{ExportError, ExportErrorKind};
 use varve_export::nbd::{Exports, NbdServer};
 use varve_io::{DirectFile, IoError, crashsafe};
@@ -99,8 +100,8 @@ impl Views {
         let volumes = volumes_at(slot, &timeline, point.height, wish.writable.then_some(group_dir))?;
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (served, places) = self.serve(id, &volumes, wish, runtime)?;
-        let named: Vec<(String, &ViewVolume)> =
-            volumes.iter().map(|(path, volume)| (path.clone(), &**volume)).collect();
+        let named: Vec<(String, &dyn Disk)> =
+            volumes.iter().map(|(path, volume)| (path.clone(), &**volume as &dyn Disk)).collect();
         let reply = ViewReply {
             id,
             group: slot.name.clone(),

@@ -106,6 +106,15 @@ impl ViewVolume {
 
     /// What the volume held at the point, without what was written to the view since.
     pub fn read_point(&self, buf: &mut [u8], offset: u64) -> Result<(), HistoryError> {
+        self.read(buf, offset, true)
+    }
+
+    /// The same without waiting for the replicas to be there: what they lack of the point is to be laid over it.
+    pub fn read_beneath(&self, buf: &mut [u8], offset: u64) -> Result<(), HistoryError> {
+        self.read(buf, offset, false)
+    }
+
+    fn read(&self, buf: &mut [u8], offset: u64, whole: bool) -> Result<(), HistoryError> {
         let mut reader = match lock(&self.readers).pop() {
             Some(reader) => reader,
             None => Reader { queue: IoQueue::new(VIEW_READ_DEPTH)?, buf: AlignedBuf::new(VIEW_READ_BYTES) },
@@ -115,7 +124,7 @@ impl ViewVolume {
             let at = offset + done as u64;
             let in_region = (REGION_BYTES - at % REGION_BYTES) as usize;
             let len = (buf.len() - done).min(in_region).min(VIEW_PIECE_BYTES);
-            self.read_piece(&mut reader, &mut buf[done..done + len], at)?;
+            self.read_piece(&mut reader, &mut buf[done..done + len], at, whole)?;
             done += len;
         }
         let mut readers = lock(&self.readers);
@@ -126,11 +135,11 @@ impl ViewVolume {
     }
 
     /// Within one region.
-    fn read_piece(&self, reader: &mut Reader, buf: &mut [u8], at: u64) -> Result<(), HistoryError> {
+    fn read_piece(&self, reader: &mut Reader, buf: &mut [u8], at: u64, whole: bool) -> Result<(), HistoryError> {
         let region = at / REGION_BYTES;
         let range = at..at + buf.len() as u64;
         for _ in 0..RETRIES_MAX {
-            let setbacks = self.steady()?;
+            let setbacks = if whole { self.steady()? } else { self.timeline.setbacks() };
             if self.read_once(reader, buf, at, region, &range)? && self.timeline.setbacks() == setbacks {
                 return Ok(());
             }
