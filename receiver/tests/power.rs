@@ -20,7 +20,7 @@ const VOLUMES: [u64; 2] = [6 << 20, (1 << 20) + 512 * 3];
 async fn through_power_cuts(seed: u64, lives: usize, deeds: usize, points: usize) {
     let mut rng = StdRng::seed_from_u64(seed ^ 2);
     let scratch = Scratch::disk();
-    let media = Media::new(400 << 20, seed);
+    let media = Media::new(700 << 20, seed);
     let (device, point) = (scratch.dir("device"), scratch.dir("state"));
     let mut disk = Mounted::ext4(&media, &device, &point);
     let inside = tempfile::tempdir_in(&point).unwrap();
@@ -100,7 +100,7 @@ async fn soak() {
     let (start, mut seed) = (std::time::Instant::now(), seed());
     while start.elapsed().as_secs() < seconds {
         eprintln!("round with seed {seed}");
-        through_power_cuts(seed, 12, 60, 8).await;
+        through_power_cuts(seed, 10, 30, 8).await;
         seed = seed.wrapping_add(1);
     }
 }
