@@ -7,7 +7,8 @@ mod support;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use support::host::{Deed, Host};
+use std::process::Command;
+use support::host::{Deed, GROUP, Host};
 use support::looker::Looker;
 use support::media::{Faults, Media, Mounted};
 use support::seed;
@@ -20,14 +21,26 @@ const VOLUMES: [u64; 2] = [6 << 20, (1 << 20) + 512 * 3];
 async fn through_power_cuts(seed: u64, lives: usize, deeds: usize, points: usize) {
     let mut rng = StdRng::seed_from_u64(seed ^ 2);
     let scratch = Scratch::disk();
-    let media = Media::new(700 << 20, seed);
-    let (device, point) = (scratch.dir("device"), scratch.dir("state"));
-    let mut disk = Mounted::ext4(&media, &device, &point);
-    let inside = tempfile::tempdir_in(&point).unwrap();
+    let media = Media::pair(700 << 20, seed);
+    let points_of = ["state", "history"].map(|name| scratch.dir(name));
+    let devices = ["device-1", "device-2"].map(|name| scratch.dir(name));
+    let mut disks = [0, 1].map(|at| Mounted::ext4(&media[at], &devices[at], &points_of[at]));
+    let inside = tempfile::tempdir_in(&points_of[0]).unwrap();
     let mut host = Host::in_dir(inside, seed, &VOLUMES, "");
     let looker = Looker { paths: host.receiver.paths.clone(), past: host.past.clone() };
     host.receiver.start(None);
     host.enrol().await;
+    assert!(host.connect().await);
+    assert!(host.deed(Deed::Records(20)).await);
+    assert!(host.settle().await);
+    host.disconnect();
+    host.receiver.stop();
+    // The history on a disk of its own: no other part's flush makes it last.
+    let (history, moved) = (host.receiver.paths.receiver_group(GROUP).join("history"), points_of[1].join("history"));
+    let copied = Command::new("cp").args(["-a", "--"]).args([&history, &moved]).status().unwrap();
+    assert!(copied.success());
+    std::fs::remove_dir_all(&history).unwrap();
+    std::os::unix::fs::symlink(&moved, &history).unwrap();
     // The operator's part is done for good.
     nix::unistd::sync();
     let (mut cuts, mut lived) = (0, 0);
@@ -38,22 +51,22 @@ async fn through_power_cuts(seed: u64, lives: usize, deeds: usize, points: usize
         // Most of the flushes are the landing log's; some lives end in their recovery, some between two flushes.
         let at = [rng.random_range(1..12), rng.random_range(1..300)][rng.random_range(0..2)];
         let cut_at_flush = rng.random_bool(0.8).then_some(at);
-        media.fail(Faults { cut_at_flush, ..Faults::default() });
+        media[usize::from(rng.random_bool(0.3))].fail(Faults { cut_at_flush, ..Faults::default() });
         let mut going = host.connect().await;
         for _ in 0..deeds {
-            if !going || !media.has_power() {
+            if !going || !media[0].has_power() {
                 break;
             }
             let deed = host.any_deed();
             going = host.deed(deed).await;
         }
-        lived += u32::from(going && media.has_power());
+        lived += u32::from(going && media[0].has_power());
         // Now, if it was not before.
-        media.cut_power();
+        media[0].cut_power();
         host.note_durable();
         host.disconnect();
         host.receiver.kill();
-        disk.power_cycle();
+        disks.iter_mut().for_each(Mounted::power_cycle);
         cuts += 1;
         host.receiver.start(None);
         assert!(host.connect().await, "life {life}:\n{}", host.receiver.log());
@@ -84,7 +97,7 @@ async fn through_power_cuts(seed: u64, lives: usize, deeds: usize, points: usize
     assert!(!log.contains("lost data") && !log.contains("damaged"), "{log}");
     host.receiver.stop();
     drop(host);
-    drop(disk);
+    drop(disks);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

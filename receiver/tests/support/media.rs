@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 use varve_export::device::{Attached, attach};
 use varve_export::{Disk, Stretch};
@@ -48,6 +48,8 @@ struct Inner {
 pub struct Media {
     bytes: u64,
     inner: Mutex<Inner>,
+    /// Loses its power with this one.
+    peer: Mutex<Weak<Media>>,
 }
 
 fn eio() -> io::Error {
@@ -85,7 +87,17 @@ impl Inner {
 
 impl Media {
     pub fn new(bytes: u64, seed: u64) -> Arc<Self> {
-        Arc::new(Self { bytes, inner: Mutex::new(Inner { seed, ..Inner::default() }) })
+        let inner = Mutex::new(Inner { seed, ..Inner::default() });
+        Arc::new(Self { bytes, inner, peer: Mutex::default() })
+    }
+
+    /// Two disks of one host: a flush of one says nothing of the other, and their power goes together.
+    pub fn pair(bytes: u64, seed: u64) -> [Arc<Self>; 2] {
+        let pair = [Self::new(bytes, seed), Self::new(bytes, seed ^ 1)];
+        for (one, other) in [(0, 1), (1, 0)] {
+            *pair[one].peer.lock().unwrap() = Arc::downgrade(&pair[other]);
+        }
+        pair
     }
 
     pub fn fail(&self, faults: Faults) {
@@ -100,8 +112,14 @@ impl Media {
 
     pub fn cut_power(&self) {
         let mut inner = self.inner.lock().unwrap();
-        if !inner.dead {
-            inner.lose_power();
+        if inner.dead {
+            return;
+        }
+        inner.lose_power();
+        drop(inner);
+        let peer = self.peer.lock().unwrap().upgrade();
+        if let Some(peer) = peer {
+            peer.cut_power();
         }
     }
 
@@ -192,13 +210,13 @@ impl Disk for Media {
 
     fn flush(&self) -> io::Result<()> {
         let mut inner = self.inner.lock().unwrap();
-        if !inner.dead
-            && let Some(left) = inner.faults.cut_at_flush
-        {
-            inner.faults.cut_at_flush = Some(left - 1);
+        if let Some(left) = inner.faults.cut_at_flush.take() {
             if left == 1 {
-                inner.lose_power();
+                drop(inner);
+                self.cut_power();
+                return Err(eio());
             }
+            inner.faults.cut_at_flush = Some(left - 1);
         }
         if std::mem::take(&mut inner.faults.next_flush_loses) {
             inner.cache.clear();
