@@ -335,6 +335,17 @@ impl Bed {
     }
 }
 
+/// The mount is inside what the receiver leaves behind.
+impl Drop for Bed {
+    fn drop(&mut self) {
+        if self.host.receiver.is_running() {
+            self.host.receiver.kill();
+        }
+        let unmounted = self.disk.unmount();
+        assert!(unmounted.is_ok() || std::thread::panicking(), "{unmounted:?}");
+    }
+}
+
 impl Bed {
     /// While the group runs: it stops, says which part of it failed, and nothing that it said before is missing when what the
     /// disk had in its cache is gone.

@@ -274,7 +274,7 @@ impl Mounted {
         self.is_mounted = true;
     }
 
-    fn unmount(&mut self) -> Result<(), nix::errno::Errno> {
+    pub fn unmount(&mut self) -> Result<(), nix::errno::Errno> {
         let start = Instant::now();
         while self.is_mounted {
             match umount2(&self.point, MntFlags::empty()) {
