@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::libc::O_DIRECT;
@@ -157,7 +157,10 @@ fn fio_counts_and_stops() {
     assert!(result.write_iops > 0.0 && result.write_p50 > Duration::ZERO && result.write_p99 >= result.write_p50);
 
     let mut run = Fio::new(device.path()).block("512-64k").depth(4).rate(MIB).seconds(60).start(&scratch);
-    std::thread::sleep(Duration::from_secs(1));
+    let stat = PathBuf::from("/sys/block").join(device.path().file_name().unwrap()).join("stat");
+    let writes = || std::fs::read_to_string(&stat).unwrap().split_whitespace().nth(4).unwrap().parse::<u64>().unwrap();
+    let before = writes();
+    wait_until(Duration::from_secs(20), "it writes", || writes() > before + 20);
     assert!(run.running());
     let start = Instant::now();
     assert!(run.stop().writes > 0);

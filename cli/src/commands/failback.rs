@@ -8,9 +8,16 @@ use crate::progress::Meter;
 use crate::takeover;
 use crate::words;
 use std::io::IsTerminal;
+use std::time::{Duration, Instant};
 use varve_common::control::{AgentRequest, FailbackReply, ProtectReply, ReceiverRequest};
 use varve_common::problem::Problem;
 use varve_takeover::{Mode, standing};
+
+/// A cut-over begins when home is less far behind,
+const CLOSE_SECONDS: f64 = 1.0;
+/// or when this long was waited for it.
+const CLOSE_WAIT_MAX: Duration = Duration::from_secs(30);
+const CLOSE_PAUSE: Duration = Duration::from_millis(100);
 
 const EXAMPLE: &str = "Example, recovery host:
   varve failback db --dry-run
@@ -135,6 +142,7 @@ fn cut_over(context: &Context, args: &Args) -> Outcome {
         context.answer(&reply, text_of);
         return Ok(DONE);
     }
+    wait_close(context, group)?;
     // What cannot be done is found while business still runs here.
     if standing(&context.paths, group, Mode::Live)?.is_some() {
         let _: FailbackReply = follow(context, &format!("looking at {group}"), &request(true))?;
@@ -149,6 +157,25 @@ fn cut_over(context: &Context, args: &Args) -> Outcome {
     })?;
     context.answer(&reply, text_of);
     Ok(DONE)
+}
+
+/// Waits until home is close behind, since the rest is sent while nobody can write. A line that does not let it come that close
+/// is no reason to stay.
+fn wait_close(context: &Context, group: &str) -> Result<(), Problem> {
+    let begin = Instant::now();
+    let mut told = false;
+    loop {
+        let status = Daemon::Receiver.group(context, group)?;
+        let failback = status.history.and_then(|history| history.takeover).and_then(|takeover| takeover.failback);
+        // One that is not under way, or not that far, is refused by the command itself.
+        let lag = failback.and_then(|failback| failback.lag_seconds).filter(|lag| *lag >= CLOSE_SECONDS);
+        let Some(lag) = lag.filter(|_| begin.elapsed() < CLOSE_WAIT_MAX) else { return Ok(()) };
+        if !told {
+            note(&format!("home is {} behind: waiting for less than a second", words::fine_seconds(lag)));
+            told = true;
+        }
+        std::thread::sleep(CLOSE_PAUSE);
+    }
 }
 
 /// What the takeover plan has started here uses the devices. Whether there was something.
