@@ -203,7 +203,15 @@ async fn each_step_in_turn() {
     let mut rng = StdRng::seed_from_u64(seed);
     for name in failpoint::ALL {
         eprintln!("{name}");
-        assert_eq!(crash_at(&[format!("{name}:1")], rng.random(), 4 << 20, SURELY).await, 1, "{name} was not reached");
+        // A tape may have nothing to replace in its first half; not all of them.
+        let mut reached = 0;
+        for patience in [PERHAPS, SURELY / 20, SURELY / 4, SURELY] {
+            reached = crash_at(&[format!("{name}:1")], rng.random(), 4 << 20, patience).await;
+            if reached > 0 {
+                break;
+            }
+        }
+        assert_eq!(reached, 1, "{name} was not reached");
         // How many batches there are is a matter of timing: the later visit may not come.
         crash_at(&[format!("{name}:{}", rng.random_range(2..10))], rng.random(), 12 << 20, PERHAPS).await;
     }
