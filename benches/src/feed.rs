@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use varve_common::config::ReceiverConfig;
 use varve_common::format::{BLOCK_BYTES, ENTRY_HEADER_BYTES, Mark, MarkKind};
@@ -224,6 +224,7 @@ impl Group {
             mark,
             cursor: Cursor::new(Reader::new(log, place, 0), StreamState::fresh()),
             history: History::new(recorder, counters.clone()),
+            rest_at: Instant::now(),
         };
         let thread = std::thread::Builder::new().name("apply".into()).spawn(move || applier.run()).unwrap();
         let keeper = Keeper::start(timeline.clone(), keep_bytes);

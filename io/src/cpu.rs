@@ -1,11 +1,22 @@
-//! CPU time and resident memory of this process, for status and benches.
+//! CPU time and resident memory of this process: for status and benches, and how much of it is kept.
 
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{SysconfVar, sysconf};
 
-use crate::IoError;
+use crate::{IoError, sys};
+
+/// Buffers from this size on go back to the kernel when they are freed.
+const WHOLE_BYTES: i32 = 1 << 20;
+/// Of smaller ones the heap keeps this much.
+const HEAP_KEPT_BYTES: i32 = 4 << 20;
+
+/// Has memory given back when it is freed; to be said before threads are started. By itself glibc learns from the first
+/// large buffer that is freed to keep such buffers, and thirty groups' journals stay in memory (measured: 560 MiB, else 90).
+pub fn free_gives_back() {
+    sys::set_heap_limits(WHOLE_BYTES, HEAP_KEPT_BYTES);
+}
 
 fn clock(id: ClockId) -> Duration {
     // Fails only for a clock that does not exist; these two always do.

@@ -78,3 +78,12 @@ pub(crate) fn block_zero_out(file: &File, offset: u64, len: u64) -> io::Result<(
 }
 
 const _: () = assert!(size_of::<usize>() == 8, "the ioctls above are written for 64-bit kernels");
+
+/// Blocks from `whole` bytes on get pages of their own, and of a heap's end `top` bytes that are free are kept.
+pub(crate) fn set_heap_limits(whole: i32, top: i32) {
+    // SAFETY: both only set a number of the allocator; it is said before threads are started.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, whole);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, top);
+    }
+}

@@ -52,6 +52,7 @@ impl Daemon {
 
 /// The whole program.
 pub fn main(root: &Path) -> ExitCode {
+    varve_io::cpu::free_gives_back();
     init_log();
     match run(&Paths::new(root)) {
         Ok(()) => ExitCode::SUCCESS,

@@ -26,7 +26,8 @@
 //!
 //! Memory of a group with a session: [`limits::ARENAS_MAX`] × [`limits::ARENA_BYTES`] for what arrives,
 //! [`limits::IMAGE_BYTES_WAITING_MAX`] for images, [`limits::STAGE_BYTES`] + [`limits::WINDOW_BYTES`] +
-//! [`limits::APPLY_BYTES_MAX`] for the applier, and one frame decompressed: 92 MiB at most, 12 MiB at rest.
+//! [`limits::APPLY_BYTES_MAX`] for the applier, and one frame decompressed: 92 MiB at most. After ten seconds
+//! without a write it goes back: an arena and little else stays.
 
 pub mod apply;
 pub mod clock;

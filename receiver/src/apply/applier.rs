@@ -46,6 +46,9 @@ pub struct Applier {
     pub cursor: Cursor,
     /// Taken before the replicas change.
     pub history: History,
+    /// When memory that is only needed while there is work goes back, unless there is work before. Canaries are none: with
+    /// an agent connected they never end.
+    pub rest_at: Instant,
 }
 
 /// What was done since the last sync.
@@ -91,14 +94,17 @@ impl Applier {
                 self.sync(unsynced)?;
                 continue;
             }
-            let deadline = unsynced.since.map_or(Instant::now() + REST_AFTER, |since| since + UNSYNCED_TIME_MAX);
+            if unsynced.since.is_none() && self.rest_at <= Instant::now() {
+                self.rest(scratch)?;
+            }
+            let deadline = unsynced.since.map_or(self.rest_at, |since| since + UNSYNCED_TIME_MAX);
             match self.queue.take(Some(deadline)) {
                 Given::Work(work) => match self.cursor.open(work) {
                     Some(action) => self.act(action, unsynced, scratch)?,
                     None => continue,
                 },
                 Given::Nothing if unsynced.since.is_some() => self.sync(unsynced)?,
-                Given::Nothing => self.rest(scratch)?,
+                Given::Nothing => continue,
                 Given::Closed => return self.sync(unsynced),
             }
             self.sync_if_due(unsynced)?;
@@ -130,6 +136,9 @@ impl Applier {
         }
         if past_counts {
             self.history.points(&batch.points)?;
+        }
+        if !batch.plan.is_empty() {
+            self.worked();
         }
         let bytes = self.changes(batch, &mut scratch.part, past_counts)?;
         let batch = &mut scratch.batch;
@@ -233,6 +242,7 @@ impl Applier {
     }
 
     fn act(&mut self, action: Action, unsynced: &mut Unsynced, scratch: &mut Scratch) -> Result<(), Failure> {
+        self.worked();
         match action {
             Action::Probe(probe, answer) => self.probe(&probe, answer, scratch),
             Action::Image(body, answer) => self.images(body, answer, unsynced, scratch),
@@ -345,7 +355,12 @@ impl Applier {
         Ok(())
     }
 
+    fn worked(&mut self) {
+        self.rest_at = Instant::now() + REST_AFTER;
+    }
+
     fn rest(&mut self, scratch: &mut Scratch) -> Result<(), Failure> {
+        self.rest_at = Instant::now() + REST_AFTER;
         *scratch = Scratch::default();
         self.cursor.rest();
         self.log.give_back(Instant::now());

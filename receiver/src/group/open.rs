@@ -22,6 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, mpsc};
 use std::thread::{Builder, JoinHandle};
+use std::time::Instant;
 use varve_common::config::ReceiverConfig;
 use varve_common::format::{Mark, MarkKind};
 use varve_common::state::GapReason;
@@ -235,6 +236,7 @@ impl Files {
             mark,
             cursor: Cursor::new(Reader::new(log.clone(), place, slot.chain.get()), applied),
             history: History::new(recorder, counters.clone()),
+            rest_at: Instant::now(),
         };
         let writer = Writer::new(log.clone(), recovered.end, recovered.chain);
         let mut lander = Lander { live: live.clone(), queue: queue.clone(), writer, state: recovered.state };

@@ -14,6 +14,7 @@ use std::collections::VecDeque;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 use tokio::sync::mpsc;
 use varve_common::control::show_position;
 use varve_common::format::{BLOCK_BYTES, ENTRY_ALIGN, ENTRY_HEADER_BYTES, Mark, MarkKind};
@@ -238,6 +239,11 @@ impl Intake {
         let at = arena.len();
         arena.resize(at + ENTRY_HEADER_BYTES, 0);
         Some(at)
+    }
+
+    /// Frees memory that was not needed for some time.
+    pub fn trim(&mut self) {
+        self.arenas.trim(Instant::now());
     }
 
     /// What can be landed now, if there is anything. At most one batch may be under way.

@@ -300,6 +300,7 @@ impl Session {
                 }
             }
             if let Some(report) = self.intake.report.take() {
+                self.intake.trim();
                 let durable = self.progress.borrow().durable;
                 let mut board = self.claim.slot.board();
                 board.report = Some((report, Instant::now()));
