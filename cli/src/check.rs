@@ -164,6 +164,16 @@ pub(crate) fn interval(text: &str) -> Result<std::time::Duration, Problem> {
     if every.as_secs() < 60 { Err(bad("it is less than a minute")) } else { Ok(every) }
 }
 
+/// After how many seconds a takeover goes back by itself.
+pub(crate) fn abort_after(text: &str) -> Result<u64, Problem> {
+    let bad = |why: &str| {
+        let what = format!("'{}' is not when a takeover goes back", text.escape_debug());
+        Problem::usage(what, why, "give a number and a unit, such as 30m or 2h")
+    };
+    let seconds = age_of(text).map_err(bad)?.as_secs();
+    if seconds < 5 { Err(bad("it is less than five seconds")) } else { Ok(seconds) }
+}
+
 /// A limit of bytes; `none`: no limit, which is 0.
 pub(crate) fn retention_bytes(text: &str) -> Result<u64, Problem> {
     if text == "none" { Ok(0) } else { size(text) }

@@ -18,6 +18,15 @@ pub fn free_gives_back() {
     sys::set_heap_limits(WHOLE_BYTES, HEAP_KEPT_BYTES);
 }
 
+/// Says that this thread, and those it starts from here on, serve block devices: when memory is short the kernel must not wait for
+/// such a device to give them some, or both wait for ever.
+///
+/// # Errors
+/// Without CAP_SYS_RESOURCE.
+pub fn serve_block_devices() -> Result<(), IoError> {
+    sys::set_io_flusher().map_err(|e| IoError::new("set PR_SET_IO_FLUSHER of", "this process", e))
+}
+
 fn clock(id: ClockId) -> Duration {
     // Fails only for a clock that does not exist; these two always do.
     clock_gettime(id).map(Duration::from).unwrap_or_default()

@@ -15,6 +15,9 @@ const BLKGETSIZE64: libc::Ioctl = nix::request_code_read!(0x12, 114, size_of::<u
 /// `BLKROSET`, `_IO(0x12, 93)`.
 const BLKROSET: libc::Ioctl = nix::request_code_none!(0x12, 93) as libc::Ioctl;
 
+/// `PR_SET_IO_FLUSHER`, since Linux 5.6.
+const PR_SET_IO_FLUSHER: libc::c_int = 57;
+
 fn check(result: i64) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
@@ -78,6 +81,12 @@ pub(crate) fn block_zero_out(file: &File, offset: u64, len: u64) -> io::Result<(
 }
 
 const _: () = assert!(size_of::<usize>() == 8, "the ioctls above are written for 64-bit kernels");
+
+/// Memory that this thread, and those it starts from here on, ask for is not waited for on the disks that they serve.
+pub(crate) fn set_io_flusher() -> io::Result<()> {
+    // SAFETY: two flags of the calling thread; no memory is involved.
+    check(i64::from(unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) })).map(drop)
+}
 
 /// Blocks from `whole` bytes on get pages of their own, and of a heap's end `top` bytes that are free are kept.
 pub(crate) fn set_heap_limits(whole: i32, top: i32) {

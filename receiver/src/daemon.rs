@@ -54,6 +54,14 @@ impl Daemon {
 pub fn main(root: &Path) -> ExitCode {
     varve_io::cpu::free_gives_back();
     init_log();
+    if let Err(error) = varve_io::cpu::serve_block_devices() {
+        let next = "give CAP_SYS_RESOURCE";
+        tracing::warn!(
+            why = error.chain(),
+            next,
+            "when memory runs out, promoted volumes and writable views may stand still"
+        );
+    }
     match run(&Paths::new(root)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(problem) => {
@@ -138,7 +146,7 @@ async fn serve(
     }
     let tls = nbd_config(&authority, hosts.clone()).map_err(|e| net_problem("NBD cannot be served", &e))?;
     let views = Views::new(run_dir(paths), Arc::new(tls));
-    let promotions = Promotions::new(run_dir(paths));
+    let promotions = Promotions::new(run_dir(paths), paths);
     let watching = Watching::new(config.watch);
     let daemon =
         Arc::new(Daemon { name: config.name, authority, hosts, server, registry, views, promotions, watching });

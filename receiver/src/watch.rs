@@ -89,6 +89,8 @@ fn look(daemon: &Daemon) {
             tracing::debug!(group = slot.name, why = problem.why, "its devices stay");
         }
     }
+    let metas: Vec<_> = daemon.registry.groups().iter().filter_map(|slot| slot.board().meta.clone()).collect();
+    daemon.promotions.look_at_deadlines(metas.iter());
     // A branch has no source to be silent.
     let is_branch = |slot: &Slot| slot.board().meta.as_ref().is_some_and(|meta| meta.branch.is_some());
     let groups = daemon.registry.all();

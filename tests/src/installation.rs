@@ -363,7 +363,13 @@ impl Pair {
     /// Protects volumes as one group; returns the replicas' paths, in the same order.
     #[track_caller]
     pub fn protect(&self, group: &str, volumes: &[&Path]) -> Vec<PathBuf> {
-        let replica = |number| self.recovery.scratch().join(&format!("{group}-{number}.img"));
+        self.protect_into(group, volumes, self.recovery.scratch())
+    }
+
+    /// The same, with the replicas in a place of their own.
+    #[track_caller]
+    pub fn protect_into(&self, group: &str, volumes: &[&Path], place: &Scratch) -> Vec<PathBuf> {
+        let replica = |number| place.join(&format!("{group}-{number}.img"));
         let replicas: Vec<PathBuf> = (0..volumes.len()).map(replica).collect();
         let mut args = vec!["protect".into(), group.into()];
         args.extend(volumes.iter().map(|volume| volume.as_os_str().to_owned()));

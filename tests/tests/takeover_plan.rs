@@ -185,6 +185,45 @@ fn run_and_taken_back() {
 }
 
 #[test]
+fn back_by_itself() {
+    let mut bed = Bed::new();
+    for bad in ["soon", "1s", "-5m", "0"] {
+        let refused = bed.varve(&["failover", "db", "--yes", &format!("--abort-after={bad}")]).expect_code(2);
+        assert!(refused.stderr.contains("next"), "{refused:?}");
+    }
+    bed.varve(&["failover", "db", "--test", "--abort-after", "1h"]).expect_code(2);
+    bed.assert_as_before();
+
+    // Also when the receiver was away meanwhile. The plan goes back first, or the mount would be in the way.
+    let answer = last(&bed.varve(&["failover", "db", "--yes", "--json", "--abort-after", "8s"]).ok());
+    assert_eq!(answer["report"]["outcome"], "done", "{answer:#}");
+    let takeover = bed.status()["history"]["takeover"].clone();
+    assert_eq!(takeover["abort_at"], answer["abort_at"], "{takeover:#}");
+    assert!(takeover["next"].as_str().unwrap().contains("goes back by itself"), "{takeover:#}");
+    assert!(bed.mounted());
+    bed.pair.recovery.kill(Role::Receiver);
+    bed.pair.recovery.start(Role::Receiver);
+    wait_until(LIMIT, "the group is replicated again", || bed.status()["role"] == "replica");
+    bed.assert_as_before();
+
+    // Somebody uses it: nothing is taken from them, and why is said.
+    bed.varve(&["failover", "db", "--yes", "--abort-after", "5s"]).ok();
+    let held = std::fs::File::open(bed.at.join("orders")).unwrap();
+    wait_until(LIMIT, "the attempt is over", || {
+        bed.status()["history"]["takeover"]["next"].as_str().is_some_and(|next| next.contains("did not"))
+    });
+    assert_eq!(bed.status()["role"], "promoted");
+    drop(held);
+    // Committed: it stays. What was begun to be taken back is, and is done again.
+    bed.varve(&["failover", "commit", "db", "--yes"]).ok();
+    bed.varve(&["plan", "undo", "db", "--yes"]).ok();
+    bed.varve(&["failover", "db", "--resume"]).ok();
+    let takeover = bed.status()["history"]["takeover"].clone();
+    assert_eq!((&takeover["committed"], &takeover["abort_at"]), (&true.into(), &Value::Null), "{takeover:#}");
+    assert!(bed.mounted());
+}
+
+#[test]
 fn stopped_in_the_middle_and_gone_on_with() {
     let mut bed = Bed::new();
     std::fs::remove_file(&bed.wanted).unwrap();

@@ -57,7 +57,14 @@ fn begin(context: &Context, args: &Args, group: &str) -> Outcome {
     take_away(context, group)?;
     let began = SystemTime::now();
     let at = check::point(&args.at)?;
-    let request = ReceiverRequest::Failover { group: group.to_owned(), at, test: true, dry_run: false, planned: None };
+    let request = ReceiverRequest::Failover {
+        group: group.to_owned(),
+        at,
+        test: true,
+        dry_run: false,
+        planned: None,
+        abort_after_seconds: None,
+    };
     let reply: FailoverReply = ask_receiver(context, &request, PATIENT)?;
     let devices = takeover::served(&reply.volumes);
     let report = takeover::runner(context, plan, group, Mode::Test, reply.point, devices, began)

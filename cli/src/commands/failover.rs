@@ -19,6 +19,7 @@ const EXAMPLE: &str = "Example:
   varve failover db --test --at -10m
   varve failover db --planned
   varve failover db --yes
+  varve failover db --abort-after 2h
   varve failover commit db
   varve failover abort db";
 
@@ -48,6 +49,9 @@ pub(crate) struct Args {
     /// Compare nothing: the source can write while it is compared neither here nor there
     #[arg(long, requires = "planned")]
     quick: bool,
+    /// Go back by itself, as `varve failover abort` does, unless it is committed within so long
+    #[arg(long, value_name = "AGE", conflicts_with_all = ["test", "resume"])]
+    abort_after: Option<String>,
     /// Only make the devices: do not run the group's takeover plan
     #[arg(long)]
     no_plan: bool,
@@ -94,11 +98,12 @@ struct Answer<'a> {
 fn begin(context: &Context, args: &Args, group: &str) -> Outcome {
     check::group(group)?;
     let at = check::point(&args.at)?;
+    let abort_after = args.abort_after.as_deref().map(check::abort_after).transpose()?;
     let go = |dry_run: bool| -> Result<FailoverReply, Problem> {
         let planned = args.planned.then_some(PlannedWish { limit_seconds: args.limit, quick: args.quick });
         let (group, at, test) = (group.to_owned(), at.clone(), args.test);
         let mut meter = Meter::new(format!("switching over {group}"), context.json);
-        let request = ReceiverRequest::Failover { group, at, test, dry_run, planned };
+        let request = ReceiverRequest::Failover { group, at, test, dry_run, planned, abort_after_seconds: abort_after };
         let reply = ask(context, Daemon::Receiver, &request, PATIENT, &mut |step| meter.show(&step));
         meter.end();
         reply
@@ -346,6 +351,12 @@ fn text_of(context: &Context, reply: &FailoverReply, by_hand: bool) -> String {
         return lines.join("\n") + "\n";
     }
     lines.push(format!("  ready after {}", words::seconds(reply.seconds)));
+    lines.extend(
+        reply
+            .abort_at
+            .iter()
+            .map(|at| format!("  goes back by itself at {}, unless it is committed", words::exact_time(at))),
+    );
     if !by_hand {
         return lines.join("\n") + "\n";
     }

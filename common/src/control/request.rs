@@ -189,6 +189,9 @@ pub enum ReceiverRequest {
         /// Only if nothing is lost: the source is made quiet first.
         #[serde(default)]
         planned: Option<PlannedWish>,
+        /// It goes back by itself unless it is committed within so many seconds.
+        #[serde(default)]
+        abort_after_seconds: Option<u64>,
     },
     /// There is no way back but failback. Answer: [`FailoverReply`](super::FailoverReply).
     FailoverCommit {

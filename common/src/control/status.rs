@@ -279,6 +279,9 @@ pub struct TakeoverStatus {
     pub committed: bool,
     /// Nothing but a test.
     pub test: bool,
+    /// When it goes back by itself unless it is committed; `None`: never.
+    #[serde(default)]
+    pub abort_at: Option<String>,
     /// The block devices.
     pub devices: Vec<String>,
     /// It is to come home.

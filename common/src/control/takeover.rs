@@ -28,6 +28,9 @@ pub struct FailoverReply {
     pub test: bool,
     /// No way back but failback.
     pub committed: bool,
+    /// When it goes back by itself unless it is committed; `None`: never.
+    #[serde(default)]
+    pub abort_at: Option<String>,
     /// It was undone.
     pub aborted: bool,
     /// Nothing was done.

@@ -171,6 +171,10 @@ impl Applier {
             if staged >= ROLLBACK_BYTES {
                 self.put_back(&mut reader, &entries, stamp, part)?;
                 failpoint::hold(failpoint::ROLLBACK_HELD, || self.queue.is_closed());
+                if self.queue.is_closed() {
+                    // As after a crash here: the next start finds it undone. All of it may take longer than a stop may.
+                    return Err(Failure::stopping());
+                }
                 done_bytes.fetch_add(bytes, Ordering::Relaxed);
                 entries.clear();
                 (bytes, staged) = (0, 0);

@@ -92,9 +92,15 @@ async fn answer_history(daemon: &Arc<Daemon>, peer: &mut LocalPeer, request: Rec
             let outcome = history::scrub(daemon, &group, bytes_per_second, &mut progress).await;
             send(peer, outcome).await
         }
-        ReceiverRequest::Failover { group, at, test, dry_run, planned } => {
+        ReceiverRequest::Failover { group, at, test, dry_run, planned, abort_after_seconds } => {
             let mut progress = ProgressOut::new(peer);
-            let wish = takeover::Wish { at, test, dry_run, planned };
+            let wish = takeover::Wish {
+                at,
+                test,
+                dry_run,
+                planned,
+                abort_after: abort_after_seconds.map(Duration::from_secs),
+            };
             let outcome = takeover::failover(daemon, &group, wish, &mut progress).await;
             send(peer, outcome).await
         }

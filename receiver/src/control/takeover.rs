@@ -4,6 +4,7 @@ use super::{ProgressOut, no_group};
 use crate::daemon::Daemon;
 use crate::promote::{Context, plan, plan_planned};
 use std::sync::Arc;
+use std::time::Duration;
 use varve_common::control::{FailoverReply, PlannedWish};
 use varve_common::point::PointSpec;
 use varve_common::problem::Problem;
@@ -19,6 +20,7 @@ pub struct Wish {
     pub test: bool,
     pub dry_run: bool,
     pub planned: Option<PlannedWish>,
+    pub abort_after: Option<Duration>,
 }
 
 pub async fn failover(
@@ -28,7 +30,7 @@ pub async fn failover(
     progress: &mut ProgressOut<'_>,
 ) -> Result<FailoverReply, Problem> {
     let context = context(daemon, group)?;
-    let Wish { at, test, dry_run, planned } = wish;
+    let Wish { at, test, dry_run, planned, abort_after } = wish;
     if dry_run {
         let plan = tokio::task::block_in_place(|| match planned {
             Some(_) => plan_planned(&context.slot, &at),
@@ -39,7 +41,7 @@ pub async fn failover(
     if test {
         return tokio::task::block_in_place(|| daemon.promotions.test(&context, &daemon.views, at));
     }
-    daemon.promotions.failover(&context, at, planned, progress).await
+    daemon.promotions.failover(&context, at, planned, abort_after, progress).await
 }
 
 pub async fn commit(daemon: &Arc<Daemon>, group: &str) -> Result<FailoverReply, Problem> {

@@ -138,6 +138,9 @@ pub struct Takeover {
     /// The source was quiet: it has nothing that is not here.
     #[serde(default)]
     pub planned: bool,
+    /// It goes back by itself then, nanoseconds since 1970 by this host's clock, unless it is committed.
+    #[serde(default)]
+    pub abort_at_ns: Option<u64>,
 }
 
 impl Takeover {

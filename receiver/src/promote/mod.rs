@@ -17,8 +17,10 @@
 //! - [`point`]: which point is taken
 //! - [`serve`]: stream and devices
 //! - [`quiet`]: the source before it is taken over
+//! - [`deadline`]: back by itself, if nobody commits
 
 pub mod backlog;
+mod deadline;
 pub mod disk;
 mod plan;
 mod point;
@@ -35,6 +37,7 @@ use crate::group::registry::{Registry, Slot};
 use crate::group::stream::StreamState;
 use crate::rollback::land;
 use crate::view::views::{Views, Wish, export_problem, user_of_devices};
+use deadline::Deadlines;
 use plan::age_seconds;
 pub use plan::{plan, plan_planned};
 use point::locate;
@@ -46,6 +49,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use varve_common::control::{ExportKind, FailoverReply, PlannedWish, PointReply, TakeoverStatus, show_time};
 use varve_common::format::{Mark, MarkKind};
+use varve_common::paths::Paths;
 use varve_common::point::PointSpec;
 use varve_common::problem::Problem;
 use varve_common::state::GapReason;
@@ -65,6 +69,8 @@ pub struct Promotions {
     served: Mutex<BTreeMap<String, Served>>,
     /// Views of tests, by group.
     tests: Mutex<BTreeMap<String, u64>>,
+    /// Takeovers that go back by themselves.
+    deadlines: Mutex<Deadlines>,
     /// Whether the daemon ends: then nothing is served any more.
     closing: tokio::sync::watch::Sender<bool>,
     /// Held for reading by whoever is making devices.
@@ -107,7 +113,7 @@ impl Context {
 impl Promotions {
     /// None yet. `run_dir`: of mounts and links. A link that an earlier life left there may name a device that is somebody
     /// else's by now.
-    pub fn new(run_dir: PathBuf) -> Self {
+    pub fn new(run_dir: PathBuf, paths: &Paths) -> Self {
         let entries = std::fs::read_dir(&run_dir).into_iter().flatten().flatten();
         for entry in entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_symlink())) {
             if let Err(error) = std::fs::remove_file(entry.path()) {
@@ -118,6 +124,7 @@ impl Promotions {
             run_dir,
             served: Mutex::default(),
             tests: Mutex::default(),
+            deadlines: Mutex::new(Deadlines::new(paths)),
             closing: tokio::sync::watch::Sender::new(false),
             making: tokio::sync::RwLock::default(),
         }
@@ -161,6 +168,7 @@ impl Promotions {
         context: &Context,
         at: PointSpec,
         planned: Option<PlannedWish>,
+        abort_after: Option<Duration>,
         progress: &mut ProgressOut<'_>,
     ) -> Result<FailoverReply, Problem> {
         let begin = Instant::now();
@@ -217,6 +225,7 @@ impl Promotions {
             committed: false,
             aborting: false,
             planned: is_planned,
+            abort_at_ns: abort_after.map(|after| wall_ns().saturating_add(after.as_nanos() as u64)),
         };
         let epoch = takeover.source_epoch + 1;
         let change = |meta: &mut GroupMeta| {
@@ -251,6 +260,7 @@ impl Promotions {
             newest: newest.reply(),
             newest_age_seconds: Some(newest_age),
             epoch,
+            abort_at: takeover.abort_at_ns.map(show_time),
             dry_run: false,
             seconds: begin.elapsed().as_secs_f64(),
             volumes,
@@ -294,6 +304,7 @@ impl Promotions {
         let commit = |meta: &mut GroupMeta| {
             if let Some(takeover) = &mut meta.takeover {
                 takeover.committed = true;
+                takeover.abort_at_ns = None;
             }
         };
         let changed = context.registry.change_meta(&context.slot, commit).await;
@@ -322,6 +333,7 @@ impl Promotions {
             epoch: context.meta().epoch,
             test: false,
             committed: takeover.committed,
+            abort_at: None,
             aborted: false,
             dry_run: false,
             seconds: 0.0,
@@ -459,6 +471,15 @@ impl Promotions {
         }
     }
 
+    /// Takes back what nobody committed in time. To be called about once a second; never waits.
+    pub fn look_at_deadlines<'m>(&self, metas: impl Iterator<Item = &'m GroupMeta>) {
+        let pending = metas.filter_map(|meta| {
+            let takeover = meta.takeover.as_ref().filter(|takeover| !takeover.committed)?;
+            takeover.abort_at_ns.map(|at_ns| (meta.name.as_str(), takeover.incarnation.as_str(), at_ns))
+        });
+        lock(&self.deadlines).look(pending, wall_ns(), Instant::now());
+    }
+
     /// For the status.
     pub fn status(&self, meta: Option<&GroupMeta>) -> Option<TakeoverStatus> {
         let meta = meta?;
@@ -468,6 +489,7 @@ impl Promotions {
                 point: String::new(),
                 committed: false,
                 test: true,
+                abort_at: None,
                 devices: Vec::new(),
                 failback: None,
                 next: format!("view {view} is its test: 'varve failover abort {}' ends it", meta.name),
@@ -478,15 +500,29 @@ impl Promotions {
         let devices = served.get(&meta.name).map(|served| &served.devices[..]).unwrap_or_default();
         let rolling = served.get(&meta.name).is_some_and(|served| !served.rolled.load(Ordering::SeqCst));
         let name = &meta.name;
-        let next = match takeover.committed {
-            true => format!("'varve failback {name}' when it shall run at the source again"),
-            false => format!("'varve failover commit {name}' to stay, 'varve failover abort {name}' to go back"),
+        let abort_at = takeover.abort_at_ns.filter(|_| !takeover.committed);
+        let next = match (takeover.committed, abort_at) {
+            (true, _) => format!("'varve failback {name}' when it shall run at the source again"),
+            (false, None) => {
+                format!("'varve failover commit {name}' to stay, 'varve failover abort {name}' to go back")
+            }
+            (false, Some(at_ns)) => match lock(&self.deadlines).failed(name) {
+                None => {
+                    format!("'varve failover commit {name}' to stay; at {} it goes back by itself", show_time(at_ns))
+                }
+                Some(why) => format!(
+                    "it was to go back at {} and did not ({why}): 'varve failover abort {name}' says more, 'varve failover \
+                     commit {name}' to stay",
+                    show_time(at_ns)
+                ),
+            },
         };
         Some(TakeoverStatus {
             since: takeover.since.clone(),
             point: show_time(takeover.time_ns),
             committed: takeover.committed,
             test: false,
+            abort_at: abort_at.map(show_time),
             devices: devices.iter().map(|device| device.path().display().to_string()).collect(),
             failback: None,
             next: if rolling { format!("the replicas are being rolled back; {next}") } else { next },
@@ -510,6 +546,7 @@ fn nothing() -> Takeover {
         committed: false,
         aborting: false,
         planned: false,
+        abort_at_ns: None,
     }
 }
 

@@ -42,6 +42,7 @@ pub fn plan(slot: &Slot, at: &PointSpec) -> Result<FailoverReply, Problem> {
         epoch,
         test: false,
         committed: false,
+        abort_at: None,
         aborted: false,
         dry_run: true,
         seconds: 0.0,
