@@ -55,12 +55,9 @@ pub fn main(root: &Path) -> ExitCode {
     varve_io::cpu::free_gives_back();
     init_log();
     if let Err(error) = varve_io::cpu::serve_block_devices() {
-        let next = "give CAP_SYS_RESOURCE";
-        tracing::warn!(
-            why = error.chain(),
-            next,
-            "when memory runs out, promoted volumes and writable views may stand still"
-        );
+        // Of interest to whoever runs a group here, not to everybody who has one replicated.
+        let next = "CAP_SYS_RESOURCE, if groups are to run here";
+        tracing::info!(why = error.chain(), next, "when memory runs out, promoted volumes may stand still");
     }
     match run(&Paths::new(root)) {
         Ok(()) => ExitCode::SUCCESS,
