@@ -24,6 +24,8 @@ pub const APPLY_STORED_BYTES_MAX: usize = (ARENAS_MAX / 2) * ARENA_BYTES;
 pub const GATHER_TIME_MAX: Duration = Duration::from_millis(100);
 /// Aligned memory in which a part of a batch is played to see what it replaces.
 pub const BEFORE_STAGE_BYTES: usize = 6 << 20;
+/// What a part takes of it, unless a single change takes more: while one part goes to the replicas, the next is played.
+pub const PART_STAGE_BYTES: u64 = 2 << 20;
 /// Content of recently written blocks that is kept so that it need not be read: per group that is being written.
 pub const RECENT_BYTES: usize = 24 << 20;
 /// A longer stretch of zeroes is applied piece by piece, and what is a hole already is passed over.

@@ -18,7 +18,7 @@ use crate::status::{Agent, Group};
 use crate::volume::Volume;
 
 /// Of the fastest rate that holds: the steady ones that are tried, best first.
-const SHARES: [f64; 6] = [0.9, 0.8, 0.7, 0.5, 0.4, 0.35];
+const SHARES: [f64; 7] = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.35];
 pub const LIMIT: Duration = Duration::from_secs(120);
 
 struct Aim {

@@ -1,11 +1,12 @@
 //! The thread that brings the replicas forward. It alone writes to them, so order is order.
 
+use super::behind::Behind;
 use super::collect::{Batch, Cursor, Ended};
 use super::history::{History, Whose, stage_bytes};
 use super::mark::AppliedFile;
 use super::plan::{BatchPlan, Piece, Source, Stamp};
 use super::probe;
-use super::replica::Replicas;
+use super::replica::{Reading, Replicas};
 use super::work::{Action, Answer, Answered, Given, Queue};
 use crate::failpoint;
 use crate::failure::Failure;
@@ -13,8 +14,8 @@ use crate::group::live::{Anchor, Live};
 use crate::group::stream::IMAGE_HEIGHT;
 use crate::landing::log::Log;
 use crate::limits::{
-    BEFORE_STAGE_BYTES, GATHER_TIME_MAX, IMAGE_BYTES_PER_SYNC, IMAGES_AT_ONCE_BYTES, STAGE_BYTES, UNSYNCED_BYTES_MAX,
-    UNSYNCED_TIME_MAX, ZERO_PIECE_BYTES,
+    BEFORE_STAGE_BYTES, GATHER_TIME_MAX, IMAGE_BYTES_PER_SYNC, IMAGES_AT_ONCE_BYTES, PART_STAGE_BYTES, STAGE_BYTES,
+    UNSYNCED_BYTES_MAX, UNSYNCED_TIME_MAX, ZERO_PIECE_BYTES,
 };
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -166,79 +167,48 @@ impl Applier {
     fn changes(&mut self, batch: &Batch, part: &mut BatchPlan, past_counts: bool) -> Result<u64, Failure> {
         let buffers = batch.buffers();
         part.clear();
-        let (mut bytes, mut staged, mut complete_to) = (0, 0, 0);
-        for (piece, stamp) in batch.plan.changes() {
-            let long = piece.source.is_none() && piece.bytes() > ZERO_PIECE_BYTES;
-            if long || staged + stage_bytes(piece) > BEFORE_STAGE_BYTES as u64 {
-                bytes += self.part(part, &buffers, past_counts, Some(complete_to))?;
-                staged = 0;
+        self.in_parts(&buffers, past_counts, |parts| {
+            let (mut bytes, mut staged, mut complete_to) = (0, 0, 0);
+            for (piece, stamp) in batch.plan.changes() {
+                let long = piece.source.is_none() && piece.bytes() > ZERO_PIECE_BYTES;
+                if long || staged + stage_bytes(piece) > PART_STAGE_BYTES {
+                    bytes += parts.next(part, Some(complete_to), true)?;
+                    staged = 0;
+                }
+                if long {
+                    bytes += parts.long_zeroes(piece, *stamp, part, complete_to)?;
+                } else {
+                    part.push(*piece, *stamp);
+                    staged += stage_bytes(piece);
+                }
+                complete_to = stamp.height;
             }
-            if long {
-                bytes += self.long_zeroes(piece, *stamp, part, past_counts, complete_to)?;
-            } else {
-                part.push(*piece, *stamp);
-                staged += stage_bytes(piece);
-            }
-            complete_to = stamp.height;
-        }
-        // Records behind the last change changed nothing: they are points as well.
-        let complete_to = batch.points.last().map_or(complete_to, |(height, _)| complete_to.max(*height));
-        bytes += self.part(part, &buffers, past_counts, Some(complete_to))?;
-        Ok(bytes)
+            // Records behind the last change changed nothing: they are points as well.
+            let complete_to = batch.points.last().map_or(complete_to, |(height, _)| complete_to.max(*height));
+            bytes += parts.next(part, Some(complete_to), false)?;
+            parts.finish()?;
+            Ok(bytes)
+        })
     }
 
-    /// A long stretch of zeroes, as a discard of a whole device: piece by piece, without what is a hole already.
-    fn long_zeroes(
+    /// Does what goes to the replicas part by part. The replicas are as they shall be when it returns without an error.
+    fn in_parts<T>(
         &mut self,
-        piece: &Piece,
-        stamp: Stamp,
-        part: &mut BatchPlan,
-        past_counts: bool,
-        complete_to: u64,
-    ) -> Result<u64, Failure> {
-        let (mut at, mut bytes) = (piece.start, 0);
-        while at < piece.end {
-            let Some(data) = self.replicas.next_data(piece.volume, at)? else { break };
-            let start = data.max(at);
-            let end = (start + ZERO_PIECE_BYTES).min(piece.end);
-            if start >= end {
-                break;
-            }
-            part.push(Piece { start, end, ..*piece }, stamp);
-            // Not complete before its last piece: after a crash all of it is looked at again.
-            bytes += self.part(part, &[], past_counts, Some(complete_to))?;
-            at = end;
-        }
-        Ok(bytes)
-    }
-
-    /// What a part replaces becomes history, then it goes to the replicas. Empties the part. `complete_to`: see
-    /// [`Whose::Stream`]; `None`: it is no part of the stream.
-    pub(super) fn part(
-        &mut self,
-        part: &mut BatchPlan,
         buffers: &[&[u8]],
         past_counts: bool,
-        complete_to: Option<u64>,
-    ) -> Result<u64, Failure> {
-        if part.is_empty() {
-            return Ok(0);
-        }
-        if past_counts {
-            let whose = match complete_to {
-                Some(complete_to) => Whose::Stream { complete_to },
-                None => Whose::Image { height: self.cursor.state.height },
-            };
-            self.history.before(part, buffers, &mut self.replicas, whose)?;
-        }
-        failpoint::hit(failpoint::APPLY_BEFORE);
-        let pieces = part.resolve();
-        let bytes = pieces.iter().map(Piece::bytes).sum();
-        self.history.remember(pieces, buffers);
-        self.replicas.apply(pieces, buffers)?;
-        failpoint::hit(failpoint::APPLY_AFTER);
-        part.clear();
-        Ok(bytes)
+        work: impl FnOnce(&mut Parts<'_, '_, '_>) -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
+        let (replicas, writer) = self.replicas.split();
+        let (history, height) = (&mut self.history, self.cursor.state.height);
+        std::thread::scope(|scope| {
+            let behind = Behind::new(scope, replicas.all(), writer, buffers);
+            work(&mut Parts { history, replicas, behind, buffers, past_counts, height })
+        })
+    }
+
+    /// A single part, which is no part of the stream: see [`Parts::next`].
+    pub(super) fn part(&mut self, part: &mut BatchPlan, buffers: &[&[u8]], past_counts: bool) -> Result<(), Failure> {
+        self.in_parts(buffers, past_counts, |parts| parts.next(part, None, false).map(drop))
     }
 
     fn act(&mut self, action: Action, unsynced: &mut Unsynced, scratch: &mut Scratch) -> Result<(), Failure> {
@@ -304,7 +274,7 @@ impl Applier {
                 let piece = Piece { volume: image.volume, start, end: start + length, source };
                 // Zeroes are short in an image, and what they replace is as long as the region.
                 if staged + stage_bytes(&piece) > BEFORE_STAGE_BYTES as u64 {
-                    self.part(part, &buffers, past_counts, None)?;
+                    self.part(part, &buffers, past_counts)?;
                     staged = 0;
                 }
                 staged += stage_bytes(&piece);
@@ -312,7 +282,7 @@ impl Applier {
             }
             ids.push(image.id);
         }
-        self.part(part, &buffers, past_counts, None)?;
+        self.part(part, &buffers, past_counts)?;
         self.live.counters.image_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         unsynced.bytes += bytes;
         unsynced.image_bytes += bytes;
@@ -366,6 +336,71 @@ impl Applier {
         self.log.give_back(Instant::now());
         self.replicas.rest();
         self.history.rest()
+    }
+}
+
+/// Parts of one batch on their way to the replicas.
+struct Parts<'a, 'scope, 'env> {
+    history: &'a mut History,
+    replicas: Reading<'a>,
+    behind: Behind<'scope, 'env>,
+    buffers: &'a [&'a [u8]],
+    past_counts: bool,
+    /// Of the stream, for what is no part of it.
+    height: u64,
+}
+
+impl Parts<'_, '_, '_> {
+    /// What a part replaces becomes history, then it goes to the replicas. Empties the part. `complete_to`: see
+    /// [`Whose::Stream`]; `None`: it is no part of the stream. `more`: another one follows, so it may still be on its way.
+    fn next(&mut self, part: &mut BatchPlan, complete_to: Option<u64>, more: bool) -> Result<u64, Failure> {
+        if part.is_empty() {
+            return Ok(0);
+        }
+        if self.past_counts {
+            let whose = match complete_to {
+                Some(complete_to) => Whose::Stream { complete_to },
+                None => Whose::Image { height: self.height },
+            };
+            self.history.before(part, self.buffers, &mut self.replicas, &mut self.behind, whose)?;
+        }
+        failpoint::hit(failpoint::APPLY_BEFORE);
+        let pieces = part.resolve();
+        let bytes = pieces.iter().map(Piece::bytes).sum();
+        self.history.remember(pieces, self.buffers);
+        self.history.write(&mut self.behind, pieces, more)?;
+        part.clear();
+        Ok(bytes)
+    }
+
+    /// A long stretch of zeroes, as a discard of a whole device: piece by piece, without what is a hole already.
+    fn long_zeroes(
+        &mut self,
+        piece: &Piece,
+        stamp: Stamp,
+        part: &mut BatchPlan,
+        complete_to: u64,
+    ) -> Result<u64, Failure> {
+        let (mut at, mut bytes) = (piece.start, 0);
+        self.finish()?;
+        while at < piece.end {
+            let Some(data) = self.replicas.next_data(piece.volume, at)? else { break };
+            let start = data.max(at);
+            let end = (start + ZERO_PIECE_BYTES).min(piece.end);
+            if start >= end {
+                break;
+            }
+            part.push(Piece { start, end, ..*piece }, stamp);
+            // Not complete before its last piece: after a crash all of it is looked at again.
+            bytes += self.next(part, Some(complete_to), false)?;
+            at = end;
+        }
+        Ok(bytes)
+    }
+
+    /// Everything is in the replicas.
+    fn finish(&mut self) -> Result<(), Failure> {
+        self.history.wait(&mut self.behind)
     }
 }
 

@@ -5,10 +5,11 @@
 //! once; then the changes are played there in the order of the stream, and each cut's bytes are recorded just before
 //! they are overwritten. So every version of a block that is written several times in a batch is kept, whatever overlaps.
 
+use super::behind::Behind;
 use super::holes::Holes;
 use super::plan::{BatchPlan, Piece};
 use super::recent::RecentBlocks;
-use super::replica::Replicas;
+use super::replica::Reading;
 use crate::failpoint;
 use crate::failure::Failure;
 use crate::group::live::Counters;
@@ -115,12 +116,14 @@ impl History {
     }
 
     /// Called with every part of a batch before anything of it reaches the replicas, from the first consistent point on:
-    /// before it there is no past. On return what it replaces is durable.
+    /// before it there is no past. On return what it replaces is durable. The part before may still be on its way to the
+    /// replicas: it counts as being there.
     pub fn before(
         &mut self,
         part: &BatchPlan,
         buffers: &[&[u8]],
-        replicas: &mut Replicas,
+        replicas: &mut Reading<'_>,
+        behind: &mut Behind<'_, '_>,
         whose: Whose,
     ) -> Result<(), Failure> {
         // What is durable already is not taken again.
@@ -130,7 +133,7 @@ impl History {
         };
         self.cut(part, taken_to);
         self.place();
-        self.fill(replicas)?;
+        self.fill(replicas, behind)?;
         self.play(part, buffers)?;
         failpoint::hit(failpoint::HISTORY_BEFORE);
         self.recorder.commit(complete_to).map_err(|e| history_failed(&e))?;
@@ -212,10 +215,10 @@ impl History {
     }
 
     /// Brings what the replicas hold to the stage, reading as little as possible.
-    fn fill(&mut self, replicas: &mut Replicas) -> Result<(), Failure> {
+    fn fill(&mut self, replicas: &mut Reading<'_>, behind: &mut Behind<'_, '_>) -> Result<(), Failure> {
         let stage = self.stage.get_or_insert_with(|| AlignedBuf::new(BEFORE_STAGE_BYTES));
         let mut reads: Vec<(u16, u64, &mut [u8])> = Vec::with_capacity(self.spans.len());
-        let (mut known, mut read) = (0, 0);
+        let (mut known, mut read, mut waits) = (0, 0, false);
         let (mut rest, mut at) = (&mut stage[..], 0);
         for span in &self.spans {
             let len = replicas.get(span.volume).map_or(0, |replica| replica.file().len());
@@ -226,7 +229,9 @@ impl History {
                 let bytes = (granule_end - start) as usize;
                 let (target, after) = rest.split_at_mut(stage_at - at).1.split_at_mut(bytes);
                 (rest, at) = (after, stage_at + bytes);
-                let hole = self.holes.contains(replicas, span.volume, start);
+                // What is being written is neither looked up nor read.
+                let busy = behind.writes(span.volume, start, granule_end);
+                let hole = if busy { Ok(false) } else { self.holes.contains(replicas, span.volume, start) };
                 if hole.map_err(|e| Failure::io("a replica", &e))? {
                     target.fill(0);
                     known += bytes as u64;
@@ -237,12 +242,16 @@ impl History {
                     let inside = (len.saturating_sub(start)).min(bytes as u64) as usize;
                     target[inside..].fill(0);
                     read += inside as u64;
+                    waits |= busy;
                     if inside > 0 {
                         reads.push((span.volume, start, &mut target[..inside]));
                     }
                 }
                 start = granule_end;
             }
+        }
+        if waits {
+            behind.wait(&mut self.holes)?;
         }
         replicas.read(&mut reads)?;
         self.counters.before_known_bytes.fetch_add(known, Ordering::Relaxed);
@@ -312,6 +321,16 @@ impl History {
                 at = until;
             }
         }
+    }
+
+    /// Has it written to the replicas what is kept now. `more`: another part follows.
+    pub fn write(&mut self, behind: &mut Behind<'_, '_>, pieces: &[Piece], more: bool) -> Result<(), Failure> {
+        behind.write(pieces, more, &mut self.holes)
+    }
+
+    /// What was on its way to the replicas is there.
+    pub fn wait(&mut self, behind: &mut Behind<'_, '_>) -> Result<(), Failure> {
+        behind.wait(&mut self.holes)
     }
 
     /// Frees memory that is only needed while there is work, and closes a layer that is old.

@@ -1,6 +1,6 @@
 //! Which granules of the replicas are known to be holes: what a write replaces there is zeroes, without reading.
 
-use super::replica::Replicas;
+use super::replica::Reading;
 use std::collections::HashMap;
 use varve_io::{IoError, sparse};
 use varve_timeline::limits::GRANULE_BYTES;
@@ -19,7 +19,7 @@ pub struct Holes {
 
 impl Holes {
     /// Whether the granule around `offset` is a hole for certain.
-    pub fn contains(&mut self, replicas: &Replicas, volume: u16, offset: u64) -> Result<bool, IoError> {
+    pub fn contains(&mut self, replicas: &Reading<'_>, volume: u16, offset: u64) -> Result<bool, IoError> {
         let (span, bit) = (offset / SPAN_BYTES, offset % SPAN_BYTES / GRANULE_BYTES);
         if let Some(bits) = self.spans.get(&(volume, span)) {
             return Ok(bits & 1 << bit != 0);

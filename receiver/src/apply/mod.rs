@@ -2,6 +2,7 @@
 //!
 //! - [`work`]: what waits for the applier, in order
 //! - [`plan`]: a batch of records as sorted writes that do not overlap; pure
+//! - [`behind`]: a part on its way to the replicas while the next one's before-images are taken
 //! - [`replica`]: the files and devices, written in whole blocks
 //! - [`history`]: before-images, taken before the replica changes
 //! - [`recent`], [`holes`]: what need not be read for them
@@ -12,6 +13,7 @@
 //! - [`applier`]: the thread
 
 pub mod applier;
+pub mod behind;
 pub mod collect;
 pub mod history;
 pub mod holes;

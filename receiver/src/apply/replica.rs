@@ -4,6 +4,7 @@ use super::plan::{Piece, Source};
 use crate::failpoint;
 use crate::failure::Failure;
 use crate::limits::{REPLICA_DEPTH, STAGE_BYTES};
+use std::sync::atomic::{AtomicBool, Ordering};
 use varve_common::format::BLOCK_BYTES;
 use varve_io::{AlignedBuf, DirectFile, IoError, IoQueue, sparse};
 
@@ -15,7 +16,7 @@ pub struct Replica {
     file: DirectFile,
     volume_bytes: u64,
     /// Written since its last sync.
-    dirty: bool,
+    dirty: AtomicBool,
 }
 
 impl Replica {
@@ -23,7 +24,7 @@ impl Replica {
     pub fn new(file: DirectFile, volume_bytes: u64) -> Self {
         // Dirty: an earlier life may have written (an image, above all) and ended before it could sync. A probe reads that
         // back from the device's cache and finds it right, and then nothing but this sync makes it durable.
-        Self { file, volume_bytes, dirty: true }
+        Self { file, volume_bytes, dirty: AtomicBool::new(true) }
     }
 
     /// The file or device.
@@ -37,9 +38,21 @@ impl Replica {
     }
 }
 
-/// All replicas of a group, and what is needed to write them.
+/// All replicas of a group, and what is needed to read and to write them, each by a thread of its own if need be.
 pub struct Replicas {
     list: Vec<Replica>,
+    queue: IoQueue,
+    writer: Writer,
+}
+
+/// The replicas as one thread reads them while another one may write.
+pub struct Reading<'a> {
+    list: &'a [Replica],
+    queue: &'a mut IoQueue,
+}
+
+/// What writes them.
+pub struct Writer {
     queue: IoQueue,
     stage: Option<AlignedBuf>,
     parts: Vec<Piece>,
@@ -77,8 +90,22 @@ struct Copy {
 impl Replicas {
     /// Takes the open replicas in the order of their volumes.
     pub fn new(list: Vec<Replica>) -> Result<Self, IoError> {
-        let queue = IoQueue::new(REPLICA_DEPTH)?;
-        Ok(Self { list, queue, stage: None, parts: Vec::new(), fill: Fill::default() })
+        let [queue, writes] = [IoQueue::new(REPLICA_DEPTH)?, IoQueue::new(REPLICA_DEPTH)?];
+        let writer = Writer { queue: writes, stage: None, parts: Vec::new(), fill: Fill::default() };
+        Ok(Self { list, queue, writer })
+    }
+
+    /// Writes sorted, disjoint pieces, with nobody reading beside it: see [`Writer::apply`].
+    ///
+    /// # Errors
+    /// What was written is not known then.
+    pub fn apply(&mut self, pieces: &[Piece], buffers: &[&[u8]]) -> Result<(), Failure> {
+        self.writer.apply(&self.list, pieces, buffers)
+    }
+
+    /// For reading, and for writing beside it.
+    pub fn split(&mut self) -> (Reading<'_>, &mut Writer) {
+        (Reading { list: &self.list, queue: &mut self.queue }, &mut self.writer)
     }
 
     /// The replica of a volume.
@@ -88,45 +115,30 @@ impl Replicas {
 
     /// Frees memory that is only needed while there is work.
     pub fn rest(&mut self) {
-        self.stage = None;
+        self.writer.stage = None;
     }
 
-    /// Writes sorted, disjoint pieces; `buffers` are what their sources name. Not durable before [`Replicas::sync`].
-    /// Whole blocks of zeroes become holes where that is possible.
-    pub fn apply(&mut self, pieces: &[Piece], buffers: &[&[u8]]) -> Result<(), Failure> {
-        let mut parts = std::mem::take(&mut self.parts);
-        parts.clear();
-        let result = self.punch(pieces, &mut parts).and_then(|()| self.write_parts(&parts, buffers));
-        self.parts = parts;
-        result
-    }
-
-    /// Makes holes of whole blocks of zeroes; everything else goes to `parts`.
-    fn punch(&mut self, pieces: &[Piece], parts: &mut Vec<Piece>) -> Result<(), Failure> {
-        for piece in pieces {
-            if piece.source.is_some() {
-                parts.push(*piece);
-                continue;
-            }
-            let replica = self.replica(piece.volume)?;
-            let last_block = replica.file.len() - replica.file.len() % BLOCK;
-            let inner = piece.start.next_multiple_of(BLOCK);
-            // A file's tail is no whole block, but it can be punched; past a volume's end the device is not ours.
-            let whole_tail = piece.end == replica.file.len() && !replica.file.is_block_device();
-            let outer = if whole_tail { piece.end } else { (piece.end - piece.end % BLOCK).min(last_block) };
-            if inner >= outer {
-                parts.push(*piece);
-                continue;
-            }
-            sparse::punch_hole(&replica.file, inner, outer - inner).map_err(|e| failed(piece.volume, &e))?;
-            replica.dirty = true;
-            for (start, end) in [(piece.start, inner), (outer, piece.end)] {
-                if start < end {
-                    parts.push(Piece { start, end, ..*piece });
-                }
+    /// Makes everything written before durable.
+    pub fn sync(&mut self) -> Result<(), Failure> {
+        for (volume, replica) in self.list.iter().enumerate() {
+            if replica.dirty.load(Ordering::Acquire) {
+                replica.file.sync_data().map_err(|e| failed(volume as u16, &e))?;
+                replica.dirty.store(false, Ordering::Release);
             }
         }
         Ok(())
+    }
+}
+
+impl<'a> Reading<'a> {
+    /// All of them, in the order of their volumes.
+    pub fn all(&self) -> &'a [Replica] {
+        self.list
+    }
+
+    /// The replica of a volume.
+    pub fn get(&self, volume: u16) -> Option<&'a Replica> {
+        self.list.get(usize::from(volume))
     }
 
     /// Fills buffers from (volume, offset), at queue depth. Offsets and lengths are whole blocks but at a replica's end.
@@ -146,36 +158,76 @@ impl Replicas {
         let data = sparse::next_data(&replica.file, at).map_err(|e| failed(volume, &e))?;
         Ok(data.map(|(start, _)| start))
     }
+}
 
-    fn replica(&mut self, volume: u16) -> Result<&mut Replica, Failure> {
-        let replica = self.list.get_mut(usize::from(volume));
-        replica.ok_or_else(|| Failure::damaged(format!("a change of volume {volume}, which the group does not have")))
+fn replica(list: &[Replica], volume: u16) -> Result<&Replica, Failure> {
+    let replica = list.get(usize::from(volume));
+    replica.ok_or_else(|| Failure::damaged(format!("a change of volume {volume}, which the group does not have")))
+}
+
+/// Makes holes of whole blocks of zeroes; everything else goes to `parts`.
+fn punch(list: &[Replica], pieces: &[Piece], parts: &mut Vec<Piece>) -> Result<(), Failure> {
+    for piece in pieces {
+        if piece.source.is_some() {
+            parts.push(*piece);
+            continue;
+        }
+        let replica = replica(list, piece.volume)?;
+        let last_block = replica.file.len() - replica.file.len() % BLOCK;
+        let inner = piece.start.next_multiple_of(BLOCK);
+        // A file's tail is no whole block, but it can be punched; past a volume's end the device is not ours.
+        let whole_tail = piece.end == replica.file.len() && !replica.file.is_block_device();
+        let outer = if whole_tail { piece.end } else { (piece.end - piece.end % BLOCK).min(last_block) };
+        if inner >= outer {
+            parts.push(*piece);
+            continue;
+        }
+        sparse::punch_hole(&replica.file, inner, outer - inner).map_err(|e| failed(piece.volume, &e))?;
+        replica.dirty.store(true, Ordering::Release);
+        for (start, end) in [(piece.start, inner), (outer, piece.end)] {
+            if start < end {
+                parts.push(Piece { start, end, ..*piece });
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Writer {
+    /// Writes sorted, disjoint pieces; `buffers` are what their sources name. Not durable before [`Replicas::sync`].
+    /// Whole blocks of zeroes become holes where that is possible.
+    pub fn apply(&mut self, list: &[Replica], pieces: &[Piece], buffers: &[&[u8]]) -> Result<(), Failure> {
+        let mut parts = std::mem::take(&mut self.parts);
+        parts.clear();
+        let result = punch(list, pieces, &mut parts).and_then(|()| self.write_parts(list, &parts, buffers));
+        self.parts = parts;
+        result
     }
 
-    fn write_parts(&mut self, parts: &[Piece], buffers: &[&[u8]]) -> Result<(), Failure> {
+    fn write_parts(&mut self, list: &[Replica], parts: &[Piece], buffers: &[&[u8]]) -> Result<(), Failure> {
         for part in parts {
-            let len = self.replica(part.volume)?.file.len();
+            let len = replica(list, part.volume)?.file.len();
             let (mut at, mut source) = (part.start, part.source);
             while at < part.end {
                 let took = self.fill.add(&Piece { start: at, source, ..*part }, len);
                 at += took;
                 source = source.map(|source| Source { offset: source.offset + took as u32, ..source });
                 if at < part.end {
-                    self.flush(buffers)?;
+                    self.flush(list, buffers)?;
                 }
             }
         }
-        self.flush(buffers)
+        self.flush(list, buffers)
     }
 
     /// Reads what must be read, copies, writes.
-    fn flush(&mut self, buffers: &[&[u8]]) -> Result<(), Failure> {
+    fn flush(&mut self, list: &[Replica], buffers: &[&[u8]]) -> Result<(), Failure> {
         if self.fill.runs.is_empty() {
             return Ok(());
         }
         self.fill.close_run();
         let stage = self.stage.get_or_insert_with(|| AlignedBuf::new(STAGE_BYTES));
-        let files: Vec<&DirectFile> = self.list.iter().map(|replica| &replica.file).collect();
+        let files: Vec<&DirectFile> = list.iter().map(|replica| &replica.file).collect();
         let fill = &mut self.fill;
         if !fill.reads.is_empty() {
             let mut reads = Vec::with_capacity(fill.reads.len());
@@ -210,26 +262,10 @@ impl Replicas {
             failpoint::crash(failpoint::APPLY_HALF);
         }
         for run in &fill.runs {
-            self.list[usize::from(run.volume)].dirty = true;
+            list[usize::from(run.volume)].dirty.store(true, Ordering::Release);
         }
         fill.clear();
         Ok(())
-    }
-
-    /// Makes everything written before durable.
-    pub fn sync(&mut self) -> Result<(), Failure> {
-        for (volume, replica) in self.list.iter_mut().enumerate() {
-            if replica.dirty {
-                replica.file.sync_data().map_err(|e| failed(volume as u16, &e))?;
-                replica.dirty = false;
-            }
-        }
-        Ok(())
-    }
-
-    /// Forgets what a failed call left behind.
-    pub fn abandon(&mut self) {
-        self.fill.clear();
     }
 }
 

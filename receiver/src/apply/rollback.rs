@@ -225,7 +225,7 @@ impl Applier {
             }
         }
         let plain = std::mem::take(&mut reader.plain);
-        self.part(part, &[&plain], true, None)?;
+        self.part(part, &[&plain], true)?;
         reader.plain = plain;
         Ok(())
     }
