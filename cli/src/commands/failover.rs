@@ -233,6 +233,10 @@ fn commit(context: &Context, args: &Args, group: &str) -> Outcome {
             reply.group, reply.epoch
         )
     });
+    // An abort that came too late may have taken it back before it was refused.
+    if takeover::plan(context, group)?.is_some() && standing(&context.paths, group, Mode::Live)?.is_none() {
+        note(&format!("its takeover plan is not in place: '{}' runs it", takeover::resume_command(context, group)));
+    }
     Ok(DONE)
 }
 

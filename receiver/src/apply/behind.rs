@@ -14,9 +14,9 @@ use super::replica::{Replica, Writer};
 use crate::failpoint;
 use crate::failure::Failure;
 use std::panic::resume_unwind;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, Scope, ScopedJoinHandle};
 use varve_common::format::BLOCK_BYTES;
-use varve_io::IoError;
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
 
@@ -27,7 +27,7 @@ pub struct Behind<'scope, 'env> {
     buffers: &'env [&'env [u8]],
     /// `None` while a thread has it.
     writer: Option<&'env mut Writer>,
-    thread: Option<ScopedJoinHandle<'scope, Wrote<'env>>>,
+    thread: Option<ScopedJoinHandle<'scope, Option<Wrote<'env>>>>,
     /// What it writes: sorted, disjoint.
     pieces: Vec<Piece>,
     /// Memory for the next one.
@@ -60,18 +60,14 @@ impl<'scope, 'env> Behind<'scope, 'env> {
     /// Returns when nothing is on its way any more.
     pub fn wait(&mut self, holes: &mut Holes) -> Result<(), Failure> {
         let Some(thread) = self.thread.take() else { return Ok(()) };
-        let Wrote { writer, pieces, result } = thread.join().unwrap_or_else(|panic| resume_unwind(panic));
-        (self.writer, self.spare) = (Some(writer), pieces);
-        // Looked up for a neighbour while it was written, it may have seemed a hole.
-        self.pieces.iter().for_each(|piece| holes.filled(piece.volume, piece.start, piece.end));
-        self.pieces.clear();
-        result
+        let wrote = thread.join().unwrap_or_else(|panic| resume_unwind(panic));
+        self.take_back(wrote, holes)
     }
 
     /// Writes sorted, disjoint pieces after those before. `more`: another part follows, so nobody waits for it here.
     pub fn write(&mut self, pieces: &[Piece], more: bool, holes: &mut Holes) -> Result<(), Failure> {
         self.wait(holes)?;
-        let Some(writer) = self.writer.take() else { return Err(Failure::damaged("the replicas have no writer")) };
+        let Some(writer) = self.writer.take() else { return Err(lost()) };
         let (replicas, buffers) = (self.replicas, self.buffers);
         if !more {
             let result = writer.apply(replicas, pieces, buffers);
@@ -83,15 +79,49 @@ impl<'scope, 'env> Behind<'scope, 'env> {
         let mut theirs = std::mem::take(&mut self.spare);
         theirs.clear();
         theirs.extend_from_slice(pieces);
-        let write = move || {
-            let result = writer.apply(replicas, &theirs, buffers);
-            failpoint::hit(failpoint::APPLY_AFTER);
-            Wrote { writer, pieces: theirs, result }
+        // Taken by the thread, or back from it if there can be none.
+        let job = Arc::new(Mutex::new(Some((writer, theirs))));
+        let take = job.clone();
+        let work = move || {
+            let job = take.lock().unwrap_or_else(PoisonError::into_inner).take();
+            job.map(|(writer, pieces)| write_now(writer, replicas, pieces, buffers))
         };
-        let thread = Builder::new().name("replica".to_owned()).spawn_scoped(self.scope, write);
-        self.thread = Some(thread.map_err(|e| Failure::io("a thread", &IoError::new("start", "replica", e)))?);
-        Ok(())
+        match Builder::new().name("replica".to_owned()).spawn_scoped(self.scope, work) {
+            Ok(thread) => {
+                self.thread = Some(thread);
+                Ok(())
+            }
+            Err(error) => {
+                tracing::debug!(%error, "no thread: the replica is written without");
+                let job = job.lock().unwrap_or_else(PoisonError::into_inner).take();
+                self.take_back(job.map(|(writer, pieces)| write_now(writer, replicas, pieces, buffers)), holes)
+            }
+        }
     }
+
+    fn take_back(&mut self, wrote: Option<Wrote<'env>>, holes: &mut Holes) -> Result<(), Failure> {
+        let Some(Wrote { writer, pieces, result }) = wrote else { return Err(lost()) };
+        (self.writer, self.spare) = (Some(writer), pieces);
+        // Looked up for a neighbour while it was written, it may have seemed a hole.
+        self.pieces.iter().for_each(|piece| holes.filled(piece.volume, piece.start, piece.end));
+        self.pieces.clear();
+        result
+    }
+}
+
+fn write_now<'env>(
+    writer: &'env mut Writer,
+    replicas: &[Replica],
+    pieces: Vec<Piece>,
+    buffers: &[&[u8]],
+) -> Wrote<'env> {
+    let result = writer.apply(replicas, &pieces, buffers);
+    failpoint::hit(failpoint::APPLY_AFTER);
+    Wrote { writer, pieces, result }
+}
+
+fn lost() -> Failure {
+    Failure::damaged("the replicas have no writer")
 }
 
 /// A piece that is no whole block is written with the rest of its blocks.

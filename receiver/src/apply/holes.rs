@@ -36,6 +36,8 @@ impl Holes {
             if from >= end {
                 break;
             }
+            // A hole may be punched between the two questions of `next_data`: then its answer is empty.
+            let to = to.max(from + 1);
             let (first, last) = ((from - start) / GRANULE_BYTES, (to.min(end) - 1 - start) / GRANULE_BYTES);
             (first..=last).for_each(|granule| bits &= !(1 << granule));
             at = to;

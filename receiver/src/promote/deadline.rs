@@ -13,12 +13,16 @@ use varve_common::paths::Paths;
 
 /// After an attempt that failed (a device is in use) it is tried again so much later.
 const AGAIN_AFTER: Duration = Duration::from_secs(60);
+/// So long after its start the receiver believes its clock: after a boot it may be set first.
+const START_GRACE: Duration = Duration::from_secs(30);
 
 /// All deadlines, and what was started for them.
 #[derive(Debug)]
 pub(super) struct Deadlines {
     command: Vec<String>,
     groups: BTreeMap<String, Deadline>,
+    /// Whether they were looked at: what is found then is older than this start.
+    looked: bool,
 }
 
 #[derive(Debug)]
@@ -27,13 +31,15 @@ struct Deadline {
     incarnation: String,
     /// By the monotonic clock: a wall clock that is set does not end a takeover.
     at: Instant,
+    /// From before this start: the wall clock must have come there as well.
+    wall_ns: Option<u64>,
     running: Option<Child>,
     failed: Option<String>,
 }
 
 impl Deadlines {
     pub(super) fn new(paths: &Paths) -> Self {
-        Self { command: command(paths), groups: BTreeMap::new() }
+        Self { command: command(paths), groups: BTreeMap::new(), looked: false }
     }
 
     /// Why the last attempt did not do it.
@@ -50,19 +56,27 @@ impl Deadlines {
     ) {
         let mut before = std::mem::take(&mut self.groups);
         for (group, incarnation, at_ns) in pending {
-            let known = before.remove(group).filter(|known| known.incarnation == incarnation);
-            let mut deadline = known.unwrap_or_else(|| Deadline {
+            // One that still runs for the takeover before is waited for.
+            let same = |known: &Deadline| known.incarnation == incarnation || known.running.is_some();
+            let left = Duration::from_nanos(at_ns.saturating_sub(wall_ns));
+            let mut deadline = before.remove(group).filter(same).unwrap_or_else(|| Deadline {
                 incarnation: incarnation.to_owned(),
-                at: now + Duration::from_nanos(at_ns.saturating_sub(wall_ns)),
+                at: now + if self.looked { left } else { left.max(START_GRACE) },
+                wall_ns: (!self.looked).then_some(at_ns),
                 running: None,
                 failed: None,
             });
-            deadline.look(group, &self.command, now);
+            match deadline.incarnation == incarnation {
+                true => deadline.look(group, &self.command, wall_ns, now),
+                false => deadline.reap(),
+            }
             self.groups.insert(group.to_owned(), deadline);
         }
+        self.looked = true;
         // It is done, or was committed, and what was started ends by itself.
         for (group, mut done) in before {
-            if done.running.as_mut().is_some_and(|child| matches!(child.try_wait(), Ok(None))) {
+            done.reap();
+            if done.running.is_some() {
                 self.groups.insert(group, done);
             }
         }
@@ -70,7 +84,12 @@ impl Deadlines {
 }
 
 impl Deadline {
-    fn look(&mut self, group: &str, command: &[String], now: Instant) {
+    /// Takes note if what was started has ended.
+    fn reap(&mut self) {
+        self.running.take_if(|child| !matches!(child.try_wait(), Ok(None)));
+    }
+
+    fn look(&mut self, group: &str, command: &[String], wall_ns: u64, now: Instant) {
         if let Some(child) = &mut self.running {
             let why = match child.try_wait() {
                 Ok(None) => return,
@@ -81,7 +100,7 @@ impl Deadline {
             // Still pending: it did not do it.
             self.not_done(group, why, now);
         }
-        if now < self.at {
+        if now < self.at || self.wall_ns.is_some_and(|at_ns| wall_ns < at_ns) {
             return;
         }
         tracing::warn!(group, "nobody committed the takeover in time: it goes back");
@@ -132,7 +151,7 @@ mod tests {
     const SECOND: u64 = 1_000_000_000;
 
     fn deadlines(program: &str) -> Deadlines {
-        Deadlines { command: vec![program.to_owned()], groups: BTreeMap::new() }
+        Deadlines { command: vec![program.to_owned()], groups: BTreeMap::new(), looked: true }
     }
 
     /// Looks until what was started has ended, or nothing is left.
@@ -177,6 +196,19 @@ mod tests {
         deadlines.look([("db", "1", 60 * SECOND)].into_iter(), 50 * SECOND, begin);
         deadlines.look([("db", "2", 90 * SECOND)].into_iter(), 50 * SECOND, begin + Duration::from_secs(10));
         assert!(deadlines.groups["db"].running.is_none());
+    }
+
+    #[test]
+    fn a_clock_that_is_wrong_at_the_start_does_not_end_it() {
+        let (mut deadlines, begin) = (Deadlines { looked: false, ..deadlines("false") }, Instant::now());
+        let pending = || [("db", "1", 60 * SECOND)].into_iter();
+        deadlines.look(pending(), 9000 * SECOND, begin);
+        assert!(deadlines.groups["db"].running.is_none(), "overdue, as it seems");
+        // It was set meanwhile.
+        deadlines.look(pending(), 50 * SECOND, begin + START_GRACE);
+        assert!(deadlines.groups["db"].running.is_none());
+        deadlines.look(pending(), 60 * SECOND, begin + START_GRACE + Duration::from_secs(10));
+        assert!(deadlines.groups["db"].running.is_some());
     }
 
     #[test]

@@ -271,14 +271,15 @@ impl Promotions {
 
     /// Serves what was taken over before the daemon ended.
     pub async fn resume(&self, context: &Context) {
-        let Some(takeover) = context.meta().takeover else { return };
-        let epoch = context.meta().epoch;
         let name = &context.slot.name;
         let desk = match context.registry.seize(&context.slot).await {
             Ok(desk) => desk,
             Err(refused) => return tracing::error!(group = name, why = refused.text, "its volumes cannot be served"),
         };
         let Some(open) = &desk.open else { return };
+        // Looked at with the desk in hand: it may have been undone, or its undoing begun, meanwhile.
+        let epoch = context.meta().epoch;
+        let Some(takeover) = context.meta().takeover else { return };
         if takeover.aborting {
             if let Err(problem) = self.finish_abort(context, open, &takeover).await {
                 tracing::error!(group = name, why = problem.why, "its takeover is not undone yet");
@@ -301,14 +302,24 @@ impl Promotions {
     pub async fn commit(&self, context: &Context) -> Result<FailoverReply, Problem> {
         let name = context.slot.name.clone();
         let Some(takeover) = context.meta().takeover else { return Err(not_taken_over(&name)) };
-        let commit = |meta: &mut GroupMeta| {
-            if let Some(takeover) = &mut meta.takeover {
+        // Decided where it is written down: an abort may have begun, or be done, since it was looked at.
+        let mut refused = None;
+        let commit = |meta: &mut GroupMeta| match &mut meta.takeover {
+            None => refused = Some(not_taken_over(&name)),
+            Some(takeover) if takeover.aborting => {
+                let next = format!("'varve failover abort {name}' goes on with that");
+                refused = Some(Problem::refused(format!("'{name}' was not committed"), "it is being undone", next));
+            }
+            Some(takeover) => {
                 takeover.committed = true;
                 takeover.abort_at_ns = None;
             }
         };
         let changed = context.registry.change_meta(&context.slot, commit).await;
         changed.map_err(|refused| context.failed(refused.text))?;
+        if let Some(problem) = refused {
+            return Err(problem);
+        }
         tracing::warn!(group = name, "the takeover is committed");
         Ok(FailoverReply { committed: true, ..self.reply(context, &takeover) })
     }
@@ -360,16 +371,34 @@ impl Promotions {
             return Ok(FailoverReply { test: true, aborted: true, ..self.reply(context, &takeover) });
         }
         let Some(takeover) = context.meta().takeover else { return Err(not_taken_over(&name)) };
-        if takeover.committed {
+        let what = format!("'{name}' was not aborted");
+        let committed = || {
             let next = format!("'varve failback {name}' brings it home with everything that was written here");
-            return Err(Problem::refused(format!("'{name}' was not aborted"), "the takeover is committed", next));
+            Problem::refused(what.clone(), "the takeover is committed", next)
+        };
+        if takeover.committed {
+            return Err(committed());
         }
-        self.stop_serving(&name, force, &format!("'{name}' was not aborted"))?;
+        self.stop_serving(&name, force, &what)?;
+        if !self.set_aborting(context, &takeover, true).await? {
+            // Committed meanwhile, so its devices are wanted.
+            self.resume(context).await;
+            return Err(committed());
+        }
         let aborting = Takeover { aborting: true, ..takeover.clone() };
-        let changed = context.registry.change_meta(&context.slot, |meta| meta.takeover = Some(aborting.clone())).await;
-        changed.map_err(|refused| context.failed(refused.text))?;
         crate::failpoint::hit(crate::failpoint::PROMOTE_ABORTING);
-        let desk = context.registry.seize(&context.slot).await.map_err(|refused| context.failed(refused.text))?;
+        let desk = match context.registry.seize(&context.slot).await {
+            Ok(desk) => desk,
+            Err(refused) => {
+                self.set_aborting(context, &takeover, false).await?;
+                return Err(context.failed(refused.text));
+            }
+        };
+        // Whoever had the desk may have been making its devices: a start of the receiver, the takeover itself.
+        if let Err(problem) = self.stop_serving(&name, force, &what) {
+            self.set_aborting(context, &takeover, false).await?;
+            return Err(problem);
+        }
         let Some(open) = &desk.open else { return Err(context.failed("its files are not open")) };
         let landed = open.live.view().landed;
         catch_up(open, landed.height).await.map_err(|why| context.failed(why))?;
@@ -378,6 +407,20 @@ impl Promotions {
         self.finish_abort(context, open, &aborting).await?;
         let reply = self.reply(context, &takeover);
         Ok(FailoverReply { aborted: true, seconds: begin.elapsed().as_secs_f64(), ..reply })
+    }
+
+    /// Whether it is this takeover still, and not committed: only then it is changed.
+    async fn set_aborting(&self, context: &Context, takeover: &Takeover, aborting: bool) -> Result<bool, Problem> {
+        let mut is_ours = false;
+        let change = |meta: &mut GroupMeta| {
+            let ours = |now: &&mut Takeover| now.incarnation == takeover.incarnation && !now.committed;
+            if let Some(now) = meta.takeover.as_mut().filter(ours) {
+                (is_ours, now.aborting) = (true, aborting);
+            }
+        };
+        let changed = context.registry.change_meta(&context.slot, change).await;
+        changed.map_err(|refused| context.failed(refused.text))?;
+        Ok(is_ours)
     }
 
     async fn finish_abort(&self, context: &Context, open: &OpenGroup, takeover: &Takeover) -> Result<(), Problem> {
