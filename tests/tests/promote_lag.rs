@@ -470,3 +470,61 @@ fn killed_in_the_middle_of_a_rollback() {
     bed.check_until_applied(&device, &good, "while it is rolled back");
     bed.assert_replica(&good);
 }
+
+/// Whoever is told that it runs here for good is not rolled back afterwards.
+#[test]
+fn what_is_being_undone_is_not_committed() {
+    let (mut bed, mut model) = (Bed::new("rollback-held"), Model::new());
+    bed.scribble(&mut model, 200);
+    let before = model.clone();
+    bed.pair.wait_applied("db", LIMIT);
+    let device = bed.failover("latest");
+    let mut rng = bed.rng.clone();
+    let file = open(&device);
+    for at in 0..BYTES >> 20 {
+        file.write_all_at(&Aligned::new(1 << 20, at as u8 + 1), (at << 20) as u64).unwrap();
+    }
+    model.scribble(&file, &mut rng, 50);
+    drop(file);
+    bed.wait_replica();
+    bed.hold();
+    let meta = bed.pair.recovery.root().join("var/lib/varve/receiver/groups/db/group.json");
+    let aborting = || -> bool {
+        let meta: Value = serde_json::from_slice(&std::fs::read(&meta).unwrap()).unwrap();
+        meta["takeover"]["aborting"] == true
+    };
+    std::thread::scope(|scope| {
+        let abort = scope.spawn(|| bed.pair.recovery.varve(&["failover", "abort", "db", "--yes"]));
+        wait_until(LIMIT, "the abort is written down", aborting);
+        let commit = bed.pair.recovery.varve(&["failover", "commit", "db", "--yes"]);
+        bed.go_on();
+        assert!(commit.expect_code(3).stderr.contains("being undone"));
+        abort.join().unwrap().ok();
+    });
+    bed.pair.wait_protected("db", LIMIT);
+    bed.pair.wait_applied("db", LIMIT);
+    bed.assert_replica(&before);
+    bed.pair.recovery.varve(&["failover", "commit", "db", "--yes"]).expect_code(3);
+}
+
+/// An abort that meets a receiver that is just serving it again leaves no device behind.
+#[test]
+fn undone_while_it_is_served_again() {
+    let (mut bed, mut model) = (Bed::new("apply-held"), Model::new());
+    bed.scribble(&mut model, 200);
+    bed.pair.wait_applied("db", LIMIT);
+    let link = bed.pair.recovery.root().join("run/varve/views/db-0");
+    for _ in 0..3 {
+        bed.failover("latest");
+        assert!(std::fs::symlink_metadata(&link).is_ok());
+        bed.pair.recovery.kill(Role::Receiver);
+        bed.pair.recovery.start(Role::Receiver);
+        bed.pair.recovery.varve(&["failover", "abort", "db", "--yes"]).ok();
+        assert!(std::fs::symlink_metadata(&link).is_err(), "a device is still there");
+        let group = bed.pair.recovery.group("db").unwrap();
+        assert_eq!((&group["role"], &group["history"]["takeover"]), (&"replica".into(), &Value::Null), "{group:#}");
+        bed.pair.wait_protected("db", LIMIT);
+    }
+    bed.pair.wait_applied("db", LIMIT);
+    bed.assert_replica(&model);
+}

@@ -394,7 +394,12 @@ impl Promotions {
                 return Err(context.failed(refused.text));
             }
         };
-        // Whoever had the desk may have been making its devices: a start of the receiver, the takeover itself.
+        // A start of the receiver goes on with what it finds, and may have had the desk before: once more would undo what came since.
+        if context.meta().takeover.is_none_or(|now| now.incarnation != takeover.incarnation) {
+            let reply = self.reply(context, &takeover);
+            return Ok(FailoverReply { aborted: true, seconds: begin.elapsed().as_secs_f64(), ..reply });
+        }
+        // Or it was making its devices, as the takeover itself does.
         if let Err(problem) = self.stop_serving(&name, force, &what) {
             self.set_aborting(context, &takeover, false).await?;
             return Err(problem);
