@@ -53,7 +53,7 @@ pub const SEGMENTS_PREPARED: usize = 2;
 /// Free segments of a group that stay however long nobody needs them; those of a burst go.
 pub const SEGMENTS_FREE_KEPT: usize = SEGMENTS_PREPARED;
 /// How long a segment has to be free, together with as many others as the log ever had free meanwhile, to go: to make one again
-/// costs a second or so in which nobody is acknowledged.
+/// costs a while in which nobody is acknowledged.
 pub const SEGMENTS_FREE_TIME: Duration = Duration::from_secs(30);
 /// Groups of all hosts together; one host has no more than [`varve_common::limits::GROUPS_MAX`] of them.
 pub const GROUPS_MAX: usize = 1024;

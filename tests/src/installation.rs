@@ -370,7 +370,12 @@ impl Pair {
     #[track_caller]
     pub fn protect_into(&self, group: &str, volumes: &[&Path], place: &Scratch) -> Vec<PathBuf> {
         let replica = |number| place.join(&format!("{group}-{number}.img"));
-        let replicas: Vec<PathBuf> = (0..volumes.len()).map(replica).collect();
+        self.protect_onto(group, volumes, (0..volumes.len()).map(replica).collect())
+    }
+
+    /// The same, with these replicas: files or devices.
+    #[track_caller]
+    pub fn protect_onto(&self, group: &str, volumes: &[&Path], replicas: Vec<PathBuf>) -> Vec<PathBuf> {
         let mut args = vec!["protect".into(), group.into()];
         args.extend(volumes.iter().map(|volume| volume.as_os_str().to_owned()));
         for replica in &replicas {

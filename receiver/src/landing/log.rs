@@ -224,7 +224,7 @@ impl Log {
                 table.newest_slot += 1;
                 let slot = table.newest_slot;
                 drop(table);
-                let made = Segment::create(&self.dir, slot, self.segment_bytes);
+                let made = Segment::create(&self.dir, slot, self.segment_bytes, false);
                 table = self.lock();
                 match made {
                     Ok(segment) => break Arc::new(segment),
@@ -256,7 +256,7 @@ impl Log {
                 table.newest_slot += 1;
                 table.newest_slot
             };
-            match Segment::create(&self.dir, slot, self.segment_bytes) {
+            match Segment::create(&self.dir, slot, self.segment_bytes, true) {
                 Ok(segment) => self.lock().free.push(Arc::new(segment)),
                 Err(error) => {
                     self.lock().bytes -= self.segment_bytes;

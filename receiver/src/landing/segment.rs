@@ -21,13 +21,14 @@ pub struct Segment {
 }
 
 impl Segment {
-    /// Makes a new one, filled with zeroes once: a synced append to blocks that were written before costs a third of
-    /// one to blocks that are only allocated.
-    pub fn create(dir: &Path, slot: u64, bytes: u64) -> Result<Self, IoError> {
+    /// Makes a new one. In advance it is filled with zeroes: a synced append to blocks that were written before costs a third of
+    /// one to blocks that are only allocated. When it is needed at once that can wait for its second use: filling it takes longer than
+    /// a ring has room for.
+    pub fn create(dir: &Path, slot: u64, bytes: u64, in_advance: bool) -> Result<Self, IoError> {
         let temporary = dir.join(format!("{slot:016x}.{TEMPORARY_SUFFIX}"));
         let path = path_of(dir, slot);
         crashsafe::remove_durable(&temporary)?;
-        let made = fill(&temporary, bytes).and_then(|()| {
+        let made = make(&temporary, bytes, in_advance).and_then(|()| {
             failpoint::hit(failpoint::SEGMENT_MADE);
             std::fs::rename(&temporary, &path).map_err(|e| IoError::new("rename a new segment to", &path, e))
         });
@@ -87,11 +88,12 @@ impl Segment {
     }
 }
 
-fn fill(path: &Path, bytes: u64) -> Result<(), IoError> {
+fn make(path: &Path, bytes: u64, in_advance: bool) -> Result<(), IoError> {
     let file = DirectFile::create_new(path, bytes, 0o600)?;
     match sparse::preallocate(&file, 0, bytes) {
         // A file system without it: the zeroes below allocate as well.
         Err(e) if e.errno() == Some(nix::errno::Errno::EOPNOTSUPP as i32) => {}
+        Ok(()) if !in_advance => return file.sync_data(),
         other => other?,
     }
     let zeroes = AlignedBuf::new(ZEROES_BYTES);
