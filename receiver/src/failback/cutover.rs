@@ -110,6 +110,16 @@ async fn give_back(
     orders: tokio::sync::mpsc::Sender<Order>,
 ) -> Result<(Armed, u64, bool), Failed> {
     let desk = context.registry.seize(&context.slot).await.map_err(|refused| refused.text)?;
+    // While the desk was waited for, an abort may have had it.
+    let same = |now: &GroupMeta| match (&now.takeover, &meta.takeover) {
+        (Some(now), Some(before)) => {
+            now.incarnation == before.incarnation && !now.aborting && now.committed == before.committed
+        }
+        _ => false,
+    };
+    if !context.slot.board().meta.as_ref().is_some_and(same) {
+        return Err("its takeover is not what it was a moment ago: another command was quicker".into());
+    }
     let Some(open) = &desk.open else { return Err("its files are not open".into()) };
     let height = open.live.view().landed.height;
     catch_up(open, height).await?;
