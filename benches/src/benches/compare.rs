@@ -37,7 +37,7 @@ pub fn run(plan: &Plan, report: &mut Report) {
     // A device: to ask a file in memory for its holes takes longer than to read it.
     let other = LoopDevice::new(&memory, "replica", bytes);
     measure(plan, report, &scratch, &device, bytes, (other.path().to_owned(), false));
-    measure(plan, report, &scratch, &device, bytes, (disk.join("replica"), true));
+    measure(plan, report, &scratch, &device, bytes, (disk.join("replica.img"), true));
 }
 
 /// With the replica in memory the volume's disk is what there is to wait for, as it is between two hosts; with both on one disk

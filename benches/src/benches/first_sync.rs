@@ -53,7 +53,7 @@ pub fn run(plan: &Plan, report: &mut Report) {
         apart.push(mb / with_memory.took.as_secs_f64());
         apart_ratios.push(mb / with_memory.took.as_secs_f64() / read.min(wire));
         apart_used = with_memory.used();
-        let file = disk.join("replica");
+        let file = disk.join("replica.img");
         let with_disk = sync(report, device.path(), file.clone(), last);
         std::fs::remove_file(file).unwrap();
         used = with_disk.used();
