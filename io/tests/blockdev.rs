@@ -8,7 +8,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 
-use common::{Detach, Loop, Mounted, Zram, disk_dir, need_root, run, sparse_file, tmpfs_dir};
+use common::{Detach, Loop, Mounted, Zram, disk_dir, mkfs_btrfs, need_root, run, sparse_file, tmpfs_dir};
 use nix::sys::stat::{major, minor};
 use varve_io::DirectFile;
 use varve_io::blockdev::{BlockFacts, DevNo, disks_behind, in_use};
@@ -157,7 +157,7 @@ fn disks_under_stacked_loops() {
 #[test]
 fn disks_under_btrfs_of_two_devices() {
     let (a, b) = (Loop::new(128 << 20, 512), Loop::new(128 << 20, 512));
-    run("mkfs.btrfs", &["-q", "-d", "single", a.path.to_str().unwrap(), b.path.to_str().unwrap()]);
+    mkfs_btrfs(&["-q", "-d", "single", a.path.to_str().unwrap(), b.path.to_str().unwrap()]);
     let mount = Mounted::new(&[a.path.to_str().unwrap()]);
     let sub = mount.path().join("sub");
     run("btrfs", &["-q", "subvolume", "create", sub.to_str().unwrap()]);

@@ -22,6 +22,22 @@ pub(crate) fn run(program: &str, args: &[&str]) -> String {
     text
 }
 
+/// `mkfs.btrfs`, which asks every mounted loop device for its file and gives up at the first that does not answer: tests of
+/// daemons that are killed under a mount have such a device for a moment, and they run beside this one.
+pub(crate) fn mkfs_btrfs(args: &[&str]) {
+    let begin = Instant::now();
+    loop {
+        let output = Command::new("mkfs.btrfs").args(args).output().unwrap();
+        if output.status.success() {
+            return;
+        }
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let others = errors.contains("cannot check mount status") && begin.elapsed() < Duration::from_secs(20);
+        assert!(others, "mkfs.btrfs {args:?}: {errors}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
 /// A directory on the disk that the checkout is on (real O_DIRECT).
 pub(crate) fn disk_dir() -> TempDir {
     TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
