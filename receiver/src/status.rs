@@ -11,7 +11,7 @@ use varve_common::control::{
     AuthorityStatus, DrillStatus, GapStatus, GroupStatus, HistoryStatus, ResyncStatus, TakeoverStatus, VolumeStatus,
     Window, show_position, show_time,
 };
-use varve_common::state::{DataFacts, Link, Role};
+use varve_common::state::{Data, DataFacts, Link, Role};
 use varve_common::wire::messages::Report;
 use varve_takeover::DrillRecord;
 use varve_timeline::chronicle::Times;
@@ -30,6 +30,8 @@ pub fn group(daemon: &Daemon, slot: &Slot) -> GroupStatus {
     let view = board.live.as_ref().map(|live| live.view());
     let report = fresh_report(&board);
     let landed = view.as_ref().map(|view| view.landed);
+    let durable = landed.filter(|landed| landed.begun()).map(|landed| landed.at);
+    let rpo = report.zip(durable).and_then(|(report, durable)| rpo(&board, report, durable));
     let promoted = board.meta.as_ref().is_some_and(|meta| meta.takeover.is_some());
     let facts = DataFacts {
         ever_consistent: landed.is_some_and(|landed| landed.ever_consistent),
@@ -38,10 +40,9 @@ pub fn group(daemon: &Daemon, slot: &Slot) -> GroupStatus {
         // What runs here is not behind anything.
         behind: !promoted
             && board.meta.as_ref().is_none_or(|meta| meta.branch.is_none())
-            && report.is_none_or(|report| report.data == varve_common::state::Data::Lagging),
+            && report.is_none_or(|report| is_lagging(report, rpo)),
         verifying: report.and_then(|report| report.verify.as_ref()).is_some_and(|verify| !verify.finished),
     };
-    let durable = landed.filter(|landed| landed.begun()).map(|landed| landed.at);
     let captured = report.map(|report| report.captured);
     let lag = captured.zip(durable).map_or(0, |(captured, durable)| captured.saturating_sub(durable.position));
     let failure = board.live.as_ref().and_then(|live| live.failure()).map(|failure| failure.text.clone());
@@ -63,7 +64,7 @@ pub fn group(daemon: &Daemon, slot: &Slot) -> GroupStatus {
         reason: failure.or(branch).or(board.refusal.clone()).or(facts.gap.map(|reason| reason.explain().to_owned())),
         gap_reason: facts.gap,
         epoch: meta.map_or(0, |meta| meta.epoch),
-        rpo_seconds: report.and_then(|report| rpo(&board, report, durable?)),
+        rpo_seconds: rpo.map(|rpo| rpo.as_secs_f64()),
         lag_bytes: lag,
         captured: captured.zip(durable).map(|(captured, durable)| show_position(&durable.incarnation, captured)),
         durable: durable.map(show),
@@ -167,11 +168,17 @@ fn history(daemon: &Daemon, slot: &Slot, board: &Board, views: u64) -> Option<Hi
 
 /// What the agent said last; and if something was not durable then, or its signs of life (one a second) are overdue, at least
 /// the age of what is durable: what the agent says comes late when it matters.
-fn rpo(board: &Board, report: &Report, durable: Point) -> Option<f64> {
+fn rpo(board: &Board, report: &Report, durable: Point) -> Option<Duration> {
     let said = Duration::from_millis(report.rpo_ms?);
     let seen = board.clock.age(durable.time_ns, wall_ns());
     let behind = report.captured > durable.position || seen > SOURCE_SILENT_TIME_MAX;
-    Some(if behind { said.max(seen) } else { said }.as_secs_f64())
+    Some(if behind { said.max(seen) } else { said })
+}
+
+/// By the source's own limit, whether the source said so or it shows here: on a slow line its word is as late as its data. What
+/// is not known counts as late.
+fn is_lagging(report: &Report, rpo: Option<Duration>) -> bool {
+    report.data == Data::Lagging || rpo.is_none_or(|rpo| rpo > Duration::from_millis(report.lagging_after_ms))
 }
 
 /// What the agent said, if it is connected and said it lately.

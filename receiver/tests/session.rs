@@ -23,7 +23,15 @@ const VOLUMES: [u64; 2] = [6 << 20, (1 << 20) + 512 * 3];
 const WAIT: Duration = Duration::from_secs(5);
 
 fn report(captured: u64) -> Report {
-    Report { captured, data: Data::Protected, rpo_ms: Some(3), reason: None, resync: None, verify: None }
+    Report {
+        captured,
+        data: Data::Protected,
+        rpo_ms: Some(3),
+        lagging_after_ms: 5000,
+        reason: None,
+        resync: None,
+        verify: None,
+    }
 }
 
 fn image(position: u64, id: u64, volume: u16, extents: &[(u64, u64, Option<&[u8]>)]) -> Vec<u8> {
@@ -621,6 +629,25 @@ async fn verify_is_asked_of_the_agent_and_forget_needs_it_gone() {
     agent.hello(&hello("other", &source, 0)).await.unwrap();
     receiver.done::<()>(&ReceiverRequest::Revoke { name: "second".into() });
     while !matches!(agent.next().await, Got::End) {}
+}
+
+/// On a slow line the word "protected" is seconds old when it comes: what is durable here is no younger for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_old_word_of_the_source_protects_nothing() {
+    let mut receiver = Receiver::new();
+    receiver.start(None);
+    let mut source = Source::new(seed(), &VOLUMES);
+    let mut agent = begun(&receiver, "production", "db", &source).await;
+    agent.say(&source.mark(MarkKind::GapEnd)).await;
+    agent.wait_durable(source.position, true).await;
+    let say = |captured, lagging_after_ms| Report { captured, lagging_after_ms, ..report(captured) };
+    agent.control(FrameKind::Report, 0, &say(source.position + 4096, 60_000)).await;
+    receiver.wait_for("db", "protected", |group| group.data == Data::Protected);
+    agent.control(FrameKind::Report, 0, &say(source.position + 4096, 200)).await;
+    receiver.wait_for("db", "lagging", |group| group.data == Data::Lagging);
+    assert!(receiver.group("db").unwrap().rpo_seconds > Some(0.2));
+    agent.control(FrameKind::Report, 0, &say(source.position, 60_000)).await;
+    receiver.wait_for("db", "protected", |group| group.data == Data::Protected);
 }
 
 trait TakeWhileInclusive {

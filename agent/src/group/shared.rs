@@ -77,7 +77,7 @@ pub struct GroupShared {
     pub applied: AtomicU64,
     /// Counters by name, for status and metrics.
     pub counters: Counters,
-    lagging_after: Duration,
+    pub(super) lagging_after: Duration,
     pub(super) source: Arc<dyn Source>,
     facts: Mutex<Facts>,
     pub(super) journal: OnceLock<Arc<Journal>>,

@@ -157,6 +157,8 @@ pub struct Report {
     pub data: Data,
     /// RPO at this moment; `None`: not known (before the first sync, or since when a gap is open is not known).
     pub rpo_ms: Option<u64>,
+    /// RPO beyond which the source calls itself lagging: the receiver, which sees a slow line sooner, uses the same limit.
+    pub lagging_after_ms: u64,
     /// Why there is a gap, if there is one.
     pub reason: Option<GapReason>,
     /// Done and total bytes of a running sync.

@@ -206,6 +206,7 @@ impl Worker {
             captured: self.source.stream().producer(),
             data,
             rpo_ms: rpo.map(|rpo| rpo.as_millis() as u64),
+            lagging_after_ms: self.shared.lagging_after.as_millis() as u64,
             reason,
             resync,
             verify,
