@@ -497,7 +497,11 @@ fn what_is_being_undone_is_not_committed() {
         let abort = scope.spawn(|| bed.pair.recovery.varve(&["failover", "abort", "db", "--yes"]));
         wait_until(LIMIT, "the abort is written down", aborting);
         let commit = bed.pair.recovery.varve(&["failover", "commit", "db", "--yes"]);
+        // A second one does not wait for ever, and does not call off the first.
+        let second = bed.pair.recovery.varve(&["failover", "abort", "db", "--yes"]);
+        let still = aborting();
         bed.go_on();
+        assert_eq!((second.code, still), (1, true), "{second:?}");
         assert!(commit.expect_code(3).stderr.contains("being undone"));
         abort.join().unwrap().ok();
     });

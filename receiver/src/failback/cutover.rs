@@ -81,7 +81,7 @@ pub async fn cut_over(
             }
             let next = match still_here {
                 true => "it runs here as before; when 'varve status' says that it follows, run the same command again",
-                false => "it is given back all the same: 'varve status' on both hosts shows how it goes on",
+                false => "it does not run here any more: 'varve status' on both hosts shows how it goes on",
             };
             Err(Problem::failed(what, why, next))
         }

@@ -387,19 +387,15 @@ impl Promotions {
         }
         let aborting = Takeover { aborting: true, ..takeover.clone() };
         crate::failpoint::hit(crate::failpoint::PROMOTE_ABORTING);
-        let desk = match context.registry.seize(&context.slot).await {
-            Ok(desk) => desk,
-            Err(refused) => {
-                self.set_aborting(context, &takeover, false).await?;
-                return Err(context.failed(refused.text));
-            }
-        };
+        // If that fails it stays written down: whoever has the desk may be at it.
+        let desk = context.registry.seize(&context.slot).await.map_err(|refused| context.failed(refused.text))?;
         // A start of the receiver goes on with what it finds, and may have had the desk before: once more would undo what came since.
         if context.meta().takeover.is_none_or(|now| now.incarnation != takeover.incarnation) {
             let reply = self.reply(context, &takeover);
             return Ok(FailoverReply { aborted: true, seconds: begin.elapsed().as_secs_f64(), ..reply });
         }
-        // Or it was making its devices, as the takeover itself does.
+        // Or it was making its devices, as the takeover itself does. While they are served nothing was undone yet, so it can be
+        // called off.
         if let Err(problem) = self.stop_serving(&name, force, &what) {
             self.set_aborting(context, &takeover, false).await?;
             return Err(problem);
