@@ -192,6 +192,11 @@ fn back_by_itself() {
         assert!(refused.stderr.contains("next"), "{refused:?}");
     }
     bed.varve(&["failover", "db", "--test", "--abort-after", "1h"]).expect_code(2);
+    for word in ["commit", "abort"] {
+        assert!(bed.varve(&["failover", word]).expect_code(2).stderr.contains("of which group"));
+    }
+    let asked = bed.varve(&["failover", "db", "--no-plan", "--abort-after", "1h"]).expect_code(3);
+    assert!(asked.stderr.contains("--no-plan --abort-after 1h --yes"), "{asked:?}");
     bed.assert_as_before();
 
     // Also when the receiver was away meanwhile. The plan goes back first, or the mount would be in the way.

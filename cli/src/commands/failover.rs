@@ -74,6 +74,11 @@ pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
     match &args.words[..] {
         [word, group] if word == "commit" => commit(context, args, group),
         [word, group] if word == "abort" => abort(context, args, group),
+        [word] if word == "commit" || word == "abort" => Err(Problem::usage(
+            format!("'{word}' of which group is not said"),
+            "the group's name follows it",
+            format!("varve failover {word} GROUP"),
+        )),
         [group] if args.resume => resume_plan(context, group),
         [group] => begin(context, args, group),
         _ => Err(Problem::usage(
@@ -127,7 +132,7 @@ fn begin(context: &Context, args: &Args, group: &str) -> Outcome {
         return Ok(DONE);
     }
     if !args.test {
-        let again = context.suggest(&format!("failover {group} --at '{}'", args.at));
+        let again = context.suggest(&again(args, group));
         // What would be lost is shown before anybody is asked.
         if !args.yes && std::io::stdin().is_terminal() {
             note(text_of(context, &go(true)?, true).trim_end());
@@ -157,6 +162,24 @@ fn begin(context: &Context, args: &Args, group: &str) -> Outcome {
             Err(problem)
         }
     }
+}
+
+/// The command as it was said, so that nothing of it is lost when it is said again.
+fn again(args: &Args, group: &str) -> String {
+    let mut words = format!("failover {group} --at '{}'", args.at);
+    if args.planned {
+        words.push_str(&format!(" --planned --limit {}", args.limit));
+    }
+    if args.quick {
+        words.push_str(" --quick");
+    }
+    if args.no_plan {
+        words.push_str(" --no-plan");
+    }
+    if let Some(after) = &args.abort_after {
+        words.push_str(&format!(" --abort-after {after}"));
+    }
+    words
 }
 
 /// Prints the answer with the plan's report; gives the exit code.
