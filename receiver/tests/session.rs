@@ -636,7 +636,7 @@ async fn verify_is_asked_of_the_agent_and_forget_needs_it_gone() {
 async fn an_old_word_of_the_source_protects_nothing() {
     let mut receiver = Receiver::new();
     receiver.start(None);
-    let mut source = Source::new(seed(), &VOLUMES);
+    let source = Source::new(seed(), &VOLUMES);
     let mut agent = begun(&receiver, "production", "db", &source).await;
     agent.say(&source.mark(MarkKind::GapEnd)).await;
     agent.wait_durable(source.position, true).await;
