@@ -124,7 +124,7 @@ impl IoQueue {
         if self.ring.is_none() {
             return fallback::write_batch(files, writes, self.depth);
         }
-        self.run(Verb::Write, files)
+        self.run(Verb::Write, files, None)
     }
 
     /// Fills every buffer of (index into `files`, offset, buffer).
@@ -132,15 +132,44 @@ impl IoQueue {
     /// # Errors
     /// As [`IoQueue::write_batch`]; the buffers' content is then undefined (but initialised).
     pub fn read_batch(&mut self, files: &[&DirectFile], reads: &mut [(usize, u64, &mut [u8])]) -> Result<(), IoError> {
+        self.plan_reads(files, reads)?;
+        if self.ring.is_none() {
+            return fallback::read_batch(files, reads, self.depth);
+        }
+        self.run(Verb::Read, files, None)
+    }
+
+    /// As [`IoQueue::read_batch`], and does `meanwhile` (in any case, once) while the disks are at work.
+    ///
+    /// # Errors
+    /// As [`IoQueue::read_batch`].
+    pub fn read_batch_while(
+        &mut self,
+        files: &[&DirectFile],
+        reads: &mut [(usize, u64, &mut [u8])],
+        meanwhile: impl FnOnce(),
+    ) -> Result<(), IoError> {
+        let mut meanwhile = Some(meanwhile);
+        let mut work = || {
+            if let Some(work) = meanwhile.take() {
+                work();
+            }
+        };
+        let result = self.plan_reads(files, reads).and_then(|()| match self.ring {
+            Some(_) => self.run(Verb::Read, files, Some(&mut work)),
+            None => fallback::read_batch(files, reads, self.depth),
+        });
+        work();
+        result
+    }
+
+    fn plan_reads(&mut self, files: &[&DirectFile], reads: &mut [(usize, u64, &mut [u8])]) -> Result<(), IoError> {
         self.parts.clear();
         for (file, offset, buf) in reads.iter_mut() {
             let len = buf.len();
             self.plan(Verb::Read, files, *file, *offset, buf.as_mut_ptr().expose_provenance(), len)?;
         }
-        if self.ring.is_none() {
-            return fallback::read_batch(files, reads, self.depth);
-        }
-        self.run(Verb::Read, files)
+        Ok(())
     }
 
     fn plan(
@@ -175,9 +204,9 @@ impl IoQueue {
         Ok(())
     }
 
-    /// Issues `self.parts` and waits for all. The memory that they name must stay borrowed by the caller's
-    /// caller for the whole call: only `write_batch` and `read_batch` call this, with their arguments alive.
-    fn run(&mut self, verb: Verb, files: &[&DirectFile]) -> Result<(), IoError> {
+    /// Issues `self.parts`, does `meanwhile`, and waits for all. The memory that they name must stay borrowed by the caller's
+    /// caller for the whole call: only `write_batch`, `read_batch` and `read_batch_while` call this, with their arguments alive.
+    fn run(&mut self, verb: Verb, files: &[&DirectFile], meanwhile: Option<&mut dyn FnMut()>) -> Result<(), IoError> {
         let Some(ring) = &mut self.ring else { return Ok(()) };
         self.again.clear();
         let mut run = Run {
@@ -189,6 +218,12 @@ impl IoQueue {
             in_flight: 0,
             error: None,
         };
+        if let Some(work) = meanwhile {
+            while run.issue(verb) {}
+            // What is not taken now is submitted again by `enter`, which looks at errors.
+            let _ = run.ring.submit();
+            work();
+        }
         loop {
             while run.error.is_none() && run.issue(verb) {}
             if run.in_flight == 0 {
@@ -231,8 +266,8 @@ impl Run<'_> {
             None => return false,
         };
         let entry = entry(verb, &self.parts[index]).user_data(index as u64);
-        // SAFETY: `entry` names bytes inside a slice that `write_batch` (shared) or `read_batch`
-        // (exclusive) has borrowed until it ends (`plan` took address and length from the slice, `done` never
+        // SAFETY: `entry` names bytes inside a slice that `write_batch` (shared) or `read_batch` and its like
+        // (exclusive) have borrowed until it ends (`plan` took address and length from the slice, `done` never
         // passes `bytes`). It ends only after `in_flight` is back at zero: `run` loops until then, and
         // `Drop` does if `run` unwinds. The descriptor is open as long: `files` is borrowed, too.
         let pushed = unsafe { self.ring.submission().push(&entry) };
@@ -332,6 +367,39 @@ mod tests {
 
     use super::*;
     use crate::AlignedBuf;
+
+    /// What is done meanwhile is done once, whatever becomes of the reads, and the reads are right.
+    #[test]
+    fn something_else_is_done_while_the_disk_reads() {
+        let dir = tempfile::TempDir::new_in("/var/tmp").expect("dir");
+        let file = DirectFile::create_new(dir.path().join("f"), 8 << 20, 0o600).expect("file");
+        let mut data = AlignedBuf::new(8 << 20);
+        for (n, piece) in data.chunks_mut(4096).enumerate() {
+            piece.fill(n as u8);
+        }
+        file.write_all_at(&data, 0).expect("write");
+        for mut queue in [IoQueue::new(3).expect("ring"), IoQueue::without_ring(3)] {
+            let (mut back, mut done) = (AlignedBuf::new(8 << 20), 0);
+            let mut reads: Vec<_> =
+                back.chunks_mut(1 << 20).enumerate().map(|(n, piece)| (0, (n << 20) as u64, piece)).collect();
+            queue.read_batch_while(&[&file], &mut reads, || done += 1).expect("reads");
+            drop(reads);
+            assert!(back[..] == data[..] && done == 1);
+            let past = queue.read_batch_while(&[&file], &mut [(0, 8 << 20, &mut back[..4096])], || done += 1);
+            assert!(past.is_err() && done == 2);
+            queue.read_batch_while(&[&file], &mut [], || done += 1).expect("nothing to read");
+            assert_eq!(done, 3);
+            let unwound = catch_unwind(AssertUnwindSafe(|| {
+                let mut reads: Vec<_> = back.chunks_mut(1 << 20).map(|piece| (0, 0, piece)).collect();
+                queue.read_batch_while(&[&file], &mut reads, || panic!("on purpose"))
+            }));
+            assert!(unwound.is_err());
+            // Nothing is in flight any more: what is written to the buffers stays.
+            back.fill(7);
+            queue.read_batch(&[&file], &mut []).expect("as good as new");
+            assert!(back.iter().all(|byte| *byte == 7));
+        }
+    }
 
     /// The early way out: what was handed to the ring, submitted or not, has ended when the guard is gone.
     #[test]

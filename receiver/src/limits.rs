@@ -15,6 +15,8 @@ pub const CUT_COPY_BYTES_MAX: usize = 64 << 10;
 pub const IMAGE_BYTES_WAITING_MAX: usize = 32 << 20;
 /// Probes that wait for the applier.
 pub const PROBES_WAITING_MAX: usize = 64;
+/// Probes that are read at once; as many more are digested meanwhile.
+pub const PROBES_AT_ONCE: usize = 2;
 /// Plain bytes that the applier takes at once.
 pub const APPLY_BYTES_MAX: usize = 16 << 20;
 /// Stored bytes that the applier takes at once: half of the arenas, so that landing can go on meanwhile.
@@ -83,8 +85,12 @@ pub const SCRUB_RATE: u64 = 200 << 20;
 pub const DENSITY_PARTS: usize = 24;
 /// Damaged records that a scrub traces back to the points that they take away; beyond, a whole layer is given up.
 pub const DAMAGES_TRACED_MAX: usize = 1000;
-/// A rollback puts back this much at once, counted in whole blocks.
-pub const ROLLBACK_BYTES: u64 = 5 << 20;
+/// A rollback puts back this much at once, counted in whole blocks: while one part is written, the next is read.
+pub const ROLLBACK_BYTES: u64 = 4 << 20;
+/// It reads the records of this much at once, plain bytes: the more, the more of them lie side by side in their layers. Memory.
+pub const ROLLBACK_ROUND_BYTES: u64 = 64 << 20;
+/// What may lie between two records that are read with one request.
+pub const ROLLBACK_GAP_BYTES: u64 = 16 << 10;
 /// Aligned memory through which a rollback reads records.
 pub const ROLLBACK_READ_BYTES: usize = 8 << 20;
 /// Records that it reads at once.

@@ -258,14 +258,30 @@ struct Reader {
 impl Reader {
     fn run(&mut self) {
         while let Some(session) = self.wait_for_work() {
-            let taken = self.take(session);
-            if taken.is_empty() {
-                std::thread::park_timeout(DRAIN_POLL);
-                continue;
+            // The next regions are read while the ones before are digested.
+            let mut before = None;
+            loop {
+                let taken = self.take(session);
+                if taken.is_empty() {
+                    break;
+                }
+                if taken.iter().any(|region| self.source.track(usize::from(region.volume)).in_flight(region.region)) {
+                    // That may take a while.
+                    self.hand_over(before.take());
+                }
+                let drained = self.wait_drained(session, taken);
+                if drained.is_empty() {
+                    self.hand_over(before.take());
+                    std::thread::park_timeout(RETRY_PAUSE);
+                    continue;
+                }
+                match self.read(session, drained, before.take()) {
+                    Some(read) => before = Some(read),
+                    None => std::thread::park_timeout(RETRY_PAUSE),
+                }
             }
-            let drained = self.wait_drained(session, taken);
-            if drained.is_empty() || !self.read_and_hand_over(session, drained) {
-                std::thread::park_timeout(RETRY_PAUSE);
+            if !self.hand_over(before) {
+                std::thread::park_timeout(DRAIN_POLL);
             }
         }
     }
@@ -378,9 +394,10 @@ impl Reader {
         }
     }
 
-    /// Whether the regions were read; if not, they went back.
-    fn read_and_hand_over(&mut self, session: u64, mut taken: Vec<Taken>) -> bool {
-        let files: Vec<&DirectFile> = self.volumes.iter().collect();
+    /// Reads the regions, and hands over the ones that were read before. `None`: they could not be read and went back.
+    fn read(&mut self, session: u64, mut taken: Vec<Taken>, before: Option<Batch>) -> Option<Batch> {
+        let Self { queue, volumes, out, shared, .. } = self;
+        let files: Vec<&DirectFile> = volumes.iter().collect();
         let mut reads: Vec<(usize, u64, &mut [u8])> = taken
             .iter_mut()
             .map(|region| {
@@ -388,7 +405,11 @@ impl Reader {
                 (usize::from(region.volume), region.extent.start, &mut region.buf[..bytes])
             })
             .collect();
-        let outcome = self.queue.read_batch(&files, &mut reads);
+        let outcome = queue.read_batch_while(&files, &mut reads, || {
+            if let Some(before) = before {
+                before.hand_over(shared, out);
+            }
+        });
         drop(reads);
         if let Err(error) = outcome {
             let volume = taken.first().map_or(0, |region| region.volume);
@@ -398,23 +419,43 @@ impl Reader {
             for region in taken {
                 self.put_back(session, region);
             }
-            return false;
+            return None;
         }
         self.failed = false;
-        let read_end = self.source.stream().producer();
-        let fresh = lock(&self.shared.orders).fresh.clone();
-        for region in taken {
-            let volume_fresh = fresh.get(usize::from(region.volume)).copied().unwrap_or(false);
-            let wanted = region.purpose == Purpose::Compare || !volume_fresh;
+        Some(Batch { session, regions: taken, read_end: self.source.stream().producer() })
+    }
+
+    /// Whether there was something to hand over.
+    fn hand_over(&self, batch: Option<Batch>) -> bool {
+        let Some(batch) = batch else { return false };
+        batch.hand_over(&self.shared, &self.out);
+        true
+    }
+}
+
+/// Regions that were read together, not digested yet.
+struct Batch {
+    session: u64,
+    regions: Vec<Taken>,
+    /// See [`RegionRead::read_end`].
+    read_end: u64,
+}
+
+impl Batch {
+    /// Digests the regions and gives them to the worker, which is gone only when the group ends.
+    fn hand_over(self, shared: &SyncShared, out: &mpsc::Sender<FromSync>) {
+        let Self { session, regions, read_end } = self;
+        for region in regions {
+            let fresh = lock(&shared.orders).fresh.get(usize::from(region.volume)).copied().unwrap_or(false);
+            let wanted = region.purpose == Purpose::Compare || !fresh;
             let digests = digests(&region.buf[..region.extent.len() as usize], wanted);
             let Taken { id, purpose, volume, region, extent, buf } = region;
             let bytes = Bytes::from_owner(RegionBytes(buf, extent.len() as usize));
             let read = RegionRead { id, session, purpose, volume, region, extent, bytes, digests, read_end };
-            if self.out.blocking_send(FromSync::Read(read)).is_err() {
-                return false;
+            if out.blocking_send(FromSync::Read(read)).is_err() {
+                return;
             }
         }
-        true
     }
 }
 

@@ -5,7 +5,7 @@ use super::collect::{Batch, Cursor, Ended};
 use super::history::{History, Whose, stage_bytes};
 use super::mark::AppliedFile;
 use super::plan::{BatchPlan, Piece, Source, Stamp};
-use super::probe;
+use super::probe::Round;
 use super::replica::{Reading, Replicas};
 use super::work::{Action, Answer, Answered, Given, Queue};
 use crate::failpoint;
@@ -22,9 +22,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use varve_common::limits::REGION_BYTES;
-use varve_common::wire::messages::{ImageDone, Probe, ProbeReply};
+use varve_common::wire::messages::{ImageDone, Probe};
 use varve_common::wire::{IMAGE_BODY_BYTES_MAX, Image};
-use varve_io::AlignedBuf;
 
 /// After this long without work, memory that only work needs is freed.
 const REST_AFTER: Duration = Duration::from_secs(10);
@@ -66,7 +65,7 @@ pub(super) struct Unsynced {
 struct Scratch {
     batch: Batch,
     part: BatchPlan,
-    probe: Option<AlignedBuf>,
+    probes: Option<[Round; 2]>,
 }
 
 impl Applier {
@@ -192,7 +191,7 @@ impl Applier {
     }
 
     /// Does what goes to the replicas part by part. The replicas are as they shall be when it returns without an error.
-    fn in_parts<T>(
+    pub(super) fn in_parts<T>(
         &mut self,
         buffers: &[&[u8]],
         past_counts: bool,
@@ -214,7 +213,7 @@ impl Applier {
     fn act(&mut self, action: Action, unsynced: &mut Unsynced, scratch: &mut Scratch) -> Result<(), Failure> {
         self.worked();
         match action {
-            Action::Probe(probe, answer) => self.probe(&probe, answer, scratch),
+            Action::Probe(probe, answer) => self.probes(probe, answer, unsynced, scratch),
             Action::Image(body, answer) => self.images(body, answer, unsynced, scratch),
             Action::Rollback(order) => {
                 self.rollback(&order, &mut scratch.part)?;
@@ -225,14 +224,33 @@ impl Applier {
         }
     }
 
-    fn probe(&mut self, probe: &Probe, answer: Answer, scratch: &mut Scratch) -> Result<(), Failure> {
-        let buf = scratch.probe.get_or_insert_with(|| AlignedBuf::new(REGION_BYTES as usize));
-        let replica = self.replicas.get(probe.volume).ok_or_else(|| Failure::damaged("a probe of no volume"))?;
-        let differs =
-            probe::compare(replica, probe, buf).map_err(|e| Failure::io(&format!("replica {}", probe.volume), &e))?;
-        answer.send(Answered::Probe(ProbeReply { id: probe.id, differs }));
-        self.live.answered();
-        Ok(())
+    /// A probe, and those that wait behind it: some are read while the ones before are digested.
+    fn probes(
+        &mut self,
+        probe: Probe,
+        answer: Answer,
+        unsynced: &Unsynced,
+        scratch: &mut Scratch,
+    ) -> Result<(), Failure> {
+        let [ahead, before] = scratch.probes.get_or_insert_default();
+        let mut first = Some((probe, answer));
+        loop {
+            // What is written and not synced does not wait for all of them.
+            let next = || (!self.is_sync_due(unsynced)).then(|| self.queue.take_probe()).flatten();
+            while !ahead.is_full()
+                && let Some((probe, answer)) = first.take().or_else(next)
+            {
+                let volume = probe.volume;
+                let replica = self.replicas.get(volume).ok_or_else(|| Failure::damaged("a probe of no volume"))?;
+                ahead.add(replica, probe, answer).map_err(|e| Failure::io(&format!("replica {volume}"), &e))?;
+            }
+            ahead.read(&mut self.replicas.split().0, || before.answer())?;
+            self.live.answered();
+            if ahead.is_empty() {
+                return Ok(());
+            }
+            std::mem::swap(ahead, before);
+        }
     }
 
     /// An image, and those that wait behind it: one write of several is much faster than as many writes.
@@ -293,9 +311,13 @@ impl Applier {
     }
 
     fn sync_if_due(&mut self, unsynced: &mut Unsynced) -> Result<(), Failure> {
+        if self.is_sync_due(unsynced) { self.sync(unsynced) } else { Ok(()) }
+    }
+
+    fn is_sync_due(&self, unsynced: &Unsynced) -> bool {
         let late = unsynced.since.is_some_and(|since| since.elapsed() >= UNSYNCED_TIME_MAX);
         let much = unsynced.bytes >= UNSYNCED_BYTES_MAX || (unsynced.since.is_some() && self.log.is_starved());
-        if late || much { self.sync(unsynced) } else { Ok(()) }
+        late || much
     }
 
     /// Replicas first, then the mark, then what the mark makes free: each step only claims what is durable.
@@ -340,7 +362,7 @@ impl Applier {
 }
 
 /// Parts of one batch on their way to the replicas.
-struct Parts<'a, 'scope, 'env> {
+pub(super) struct Parts<'a, 'scope, 'env> {
     history: &'a mut History,
     replicas: Reading<'a>,
     behind: Behind<'scope, 'env>,
@@ -353,7 +375,7 @@ struct Parts<'a, 'scope, 'env> {
 impl Parts<'_, '_, '_> {
     /// What a part replaces becomes history, then it goes to the replicas. Empties the part. `complete_to`: see
     /// [`Whose::Stream`]; `None`: it is no part of the stream. `more`: another one follows, so it may still be on its way.
-    fn next(&mut self, part: &mut BatchPlan, complete_to: Option<u64>, more: bool) -> Result<u64, Failure> {
+    pub(super) fn next(&mut self, part: &mut BatchPlan, complete_to: Option<u64>, more: bool) -> Result<u64, Failure> {
         if part.is_empty() {
             return Ok(0);
         }
@@ -399,7 +421,7 @@ impl Parts<'_, '_, '_> {
     }
 
     /// Everything is in the replicas.
-    fn finish(&mut self) -> Result<(), Failure> {
+    pub(super) fn finish(&mut self) -> Result<(), Failure> {
         self.history.wait(&mut self.behind)
     }
 }

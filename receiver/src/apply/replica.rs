@@ -147,9 +147,15 @@ impl<'a> Reading<'a> {
             return Ok(());
         }
         let files: Vec<&DirectFile> = self.list.iter().map(|replica| &replica.file).collect();
-        let mut batch: Vec<(usize, u64, &mut [u8])> =
-            reads.iter_mut().map(|(volume, offset, buf)| (usize::from(*volume), *offset, &mut **buf)).collect();
+        let mut batch = numbered(reads);
         self.queue.read_batch(&files, &mut batch).map_err(|e| Failure::io("a replica", &e))
+    }
+
+    /// As [`Reading::read`], and does `meanwhile` while the disk is at work.
+    pub fn read_while(&mut self, reads: &mut [(u16, u64, &mut [u8])], meanwhile: impl FnOnce()) -> Result<(), Failure> {
+        let files: Vec<&DirectFile> = self.list.iter().map(|replica| &replica.file).collect();
+        let mut batch = numbered(reads);
+        self.queue.read_batch_while(&files, &mut batch, meanwhile).map_err(|e| Failure::io("a replica", &e))
     }
 
     /// The first byte from `at` on that may be something else than zero; `None`: there is none.
@@ -158,6 +164,11 @@ impl<'a> Reading<'a> {
         let data = sparse::next_data(&replica.file, at).map_err(|e| failed(volume, &e))?;
         Ok(data.map(|(start, _)| start))
     }
+}
+
+/// As the queue wants it: volumes are numbers of files.
+fn numbered<'a>(reads: &'a mut [(u16, u64, &mut [u8])]) -> Vec<(usize, u64, &'a mut [u8])> {
+    reads.iter_mut().map(|(volume, offset, buf)| (usize::from(*volume), *offset, &mut **buf)).collect()
 }
 
 fn replica(list: &[Replica], volume: u16) -> Result<&Replica, Failure> {

@@ -7,7 +7,7 @@ use super::plan::{BatchPlan, Piece, Source, Stamp};
 use crate::failpoint;
 use crate::failure::Failure;
 use crate::group::stream::{IMAGE_HEIGHT, MARK_HEIGHT};
-use crate::limits::{ROLLBACK_BYTES, ROLLBACK_DEPTH, ROLLBACK_READ_BYTES};
+use crate::limits::{ROLLBACK_BYTES, ROLLBACK_DEPTH, ROLLBACK_GAP_BYTES, ROLLBACK_READ_BYTES, ROLLBACK_ROUND_BYTES};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::oneshot;
@@ -84,60 +84,97 @@ struct RecordReader<'a> {
     plain: Vec<u8>,
 }
 
+/// A stretch of a layer that is read with one request.
+struct Stretch {
+    file: usize,
+    offset: u64,
+    bytes: usize,
+    /// Where it is in the buffer.
+    at: usize,
+}
+
 impl RecordReader<'_> {
     /// Fills `plain` with what the entries speak for, one behind the other.
+    ///
+    /// They come in the order of their addresses, and neighbours there were often replaced one after the other: in the order of
+    /// the layers many records are read with one request.
     fn read(&mut self, entries: &[Entry]) -> Result<(), HistoryError> {
         self.plain.clear();
-        let total: usize = entries.iter().map(|entry| usize::from(entry.sectors) * SECTOR_BYTES as usize).sum();
+        let mut total = 0;
+        let mut order: Vec<(&Entry, usize)> = Vec::with_capacity(entries.len());
+        for entry in entries {
+            order.push((entry, total));
+            total += usize::from(entry.sectors) * SECTOR_BYTES as usize;
+        }
         self.plain.resize(total, 0);
-        let (mut from, mut at) = (0, 0);
-        while from < entries.len() {
-            let (taken, bytes) = self.round(&entries[from..], at)?;
-            from += taken;
-            at += bytes;
+        order.sort_unstable_by_key(|(entry, _)| (entry.layer, entry.offset));
+        let mut rest = &order[..];
+        while !rest.is_empty() {
+            // What lies between two records may be damaged where they are not.
+            let taken = self.round(rest, ROLLBACK_GAP_BYTES).or_else(|_| self.round(rest, 0))?;
+            rest = &rest[taken..];
         }
         Ok(())
     }
 
-    /// As many as the memory takes; gives how many, and how many plain bytes.
-    fn round(&mut self, entries: &[Entry], at: usize) -> Result<(usize, usize), HistoryError> {
+    /// As many as the memory takes, each with its place in `plain`; gives how many. Reads on over a `gap` up to the next one.
+    fn round(&mut self, order: &[(&Entry, usize)], gap: u64) -> Result<usize, HistoryError> {
         let mut layers: Vec<Arc<LayerFile>> = Vec::new();
-        let mut plans = Vec::new();
-        let mut room = self.buf.len();
-        for entry in entries {
-            let known = layers.iter().position(|layer| layer.number() == entry.layer);
-            let file = match known {
-                Some(known) => known,
-                None => {
-                    layers.push(self.timeline.layer(entry.layer)?);
-                    layers.len() - 1
-                }
-            };
-            let plan = layers[file].plan_read(entry)?;
-            if plan.bytes > room {
-                break;
+        let mut stretches: Vec<Stretch> = Vec::new();
+        // Where each one's bytes begin in the buffer.
+        let mut places = Vec::with_capacity(order.len());
+        let mut used = 0;
+        for (entry, _) in order {
+            if layers.last().is_none_or(|layer| layer.number() != entry.layer) {
+                layers.push(self.timeline.layer(entry.layer)?);
             }
-            room -= plan.bytes;
-            plans.push((file, plan));
+            let file = layers.len() - 1;
+            let plan = layers[file].plan_read(entry)?;
+            let end = plan.offset + plan.bytes as u64;
+            let last = stretches.last_mut().filter(|last| {
+                let last_end = last.offset + last.bytes as u64;
+                last.file == file && plan.bytes > 0 && (last.offset..=last_end + gap).contains(&plan.offset)
+            });
+            if let Some(last) = last {
+                let bytes = last.bytes.max((end - last.offset) as usize);
+                if last.at + bytes > self.buf.len() {
+                    break;
+                }
+                places.push(last.at + (plan.offset - last.offset) as usize + plan.inner);
+                last.bytes = bytes;
+                used = last.at + bytes;
+            } else {
+                // A layer that was cut may end within a block.
+                let at = used.next_multiple_of(BLOCK_BYTES);
+                if at + plan.bytes > self.buf.len() {
+                    break;
+                }
+                places.push(at + plan.inner);
+                stretches.push(Stretch { file, offset: plan.offset, bytes: plan.bytes, at });
+                used = at + plan.bytes;
+            }
         }
         let files: Vec<&DirectFile> = layers.iter().map(|layer| layer.file()).collect();
-        let mut rest = &mut self.buf[..];
-        let mut reads = Vec::with_capacity(plans.len());
-        for (file, plan) in plans.iter().filter(|(_, plan)| plan.bytes > 0) {
-            let (here, after) = rest.split_at_mut(plan.bytes);
-            reads.push((*file, plan.offset, here));
-            rest = after;
+        let (mut rest, mut at) = (&mut self.buf[..], 0);
+        let mut reads = Vec::with_capacity(stretches.len());
+        for stretch in stretches.iter().filter(|stretch| stretch.bytes > 0) {
+            let (here, after) = rest.split_at_mut(stretch.at - at).1.split_at_mut(stretch.bytes);
+            reads.push((stretch.file, stretch.offset, here));
+            (rest, at) = (after, stretch.at + stretch.bytes);
         }
         self.queue.read_batch(&files, &mut reads)?;
-        let (mut place, mut target) = (0, at);
-        for (entry, (file, plan)) in entries.iter().zip(&plans) {
+        let mut layers = layers.iter();
+        let mut layer = layers.next();
+        for ((entry, target), place) in order.iter().zip(&places) {
+            while layer.is_some_and(|layer| layer.number() != entry.layer) {
+                layer = layers.next();
+            }
+            let Some(layer) = layer else { break };
             let bytes = usize::from(entry.sectors) * SECTOR_BYTES as usize;
-            let stored = self.buf.get(place + plan.inner..place + plan.inner + entry.stored_bytes as usize);
-            layers[*file].finish_read(entry, stored.unwrap_or_default(), &mut self.plain[target..target + bytes])?;
-            place += plan.bytes;
-            target += bytes;
+            let stored = self.buf.get(*place..*place + entry.stored_bytes as usize).unwrap_or_default();
+            layer.finish_read(entry, stored, &mut self.plain[*target..*target + bytes])?;
         }
-        Ok((plans.len(), target - at))
+        Ok(places.len())
     }
 }
 
@@ -160,29 +197,18 @@ impl Applier {
             plain: Vec::new(),
         };
         let mut entries: Vec<Entry> = Vec::new();
-        let (mut bytes, mut staged) = (0, 0);
+        let mut bytes = 0;
         for entry in changed(&plan, all_addresses(), height).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             bytes += u64::from(entry.sectors) * SECTOR_BYTES;
-            // What it may take of the stage: its blocks.
-            let block = BLOCK_BYTES as u64;
-            staged += entry.end().byte().next_multiple_of(block) - entry.address.byte() / block * block;
             entries.push(entry);
-            if staged >= ROLLBACK_BYTES {
-                self.put_back(&mut reader, &entries, stamp, part)?;
-                failpoint::hold(failpoint::ROLLBACK_HELD, || self.queue.is_closed());
-                if self.queue.is_closed() {
-                    // As after a crash here: the next start finds it undone. All of it may take longer than a stop may.
-                    return Err(Failure::stopping());
-                }
-                done_bytes.fetch_add(bytes, Ordering::Relaxed);
+            if bytes >= ROLLBACK_ROUND_BYTES {
+                self.put_back(&mut reader, &entries, stamp, part, done_bytes)?;
                 entries.clear();
-                (bytes, staged) = (0, 0);
+                bytes = 0;
             }
         }
-        self.put_back(&mut reader, &entries, stamp, part)?;
-        done_bytes.fetch_add(bytes, Ordering::Relaxed);
-        Ok(())
+        self.put_back(&mut reader, &entries, stamp, part, done_bytes)
     }
 
     /// If the stream has just gone over to the receiver's own and that begins at an older point: the replicas go there before
@@ -204,31 +230,56 @@ impl Applier {
         Ok(())
     }
 
+    /// Reads what the entries say and brings it to the replicas, part by part.
     fn put_back(
         &mut self,
         reader: &mut RecordReader<'_>,
         entries: &[Entry],
         stamp: Stamp,
         part: &mut BatchPlan,
+        done_bytes: &AtomicU64,
     ) -> Result<(), Failure> {
         reader.read(entries).map_err(|e| history_failed(&e))?;
-        part.clear();
-        let mut offset = 0;
-        for entry in entries {
-            let volume = entry.address.volume();
-            let volume_bytes = self.volumes.get(usize::from(volume)).copied().unwrap_or(0);
-            let (start, end) = (entry.address.byte(), entry.end().byte().min(volume_bytes));
-            let source = (entry.stored != Stored::Zero).then_some(Source { buffer: 0, offset });
-            offset += u32::from(entry.sectors) * SECTOR_BYTES as u32;
-            if start < end {
-                part.push(Piece { volume, start, end, source }, stamp);
-            }
-        }
         let plain = std::mem::take(&mut reader.plain);
-        self.part(part, &[&plain], true)?;
+        let (volumes, queue) = (self.volumes.clone(), self.queue.clone());
+        part.clear();
+        self.in_parts(&[&plain], true, |parts| {
+            let (mut offset, mut bytes, mut staged) = (0, 0, 0);
+            for entry in entries {
+                let block = BLOCK_BYTES as u64;
+                // What it may take of the stage: its blocks.
+                let stage = entry.end().byte().next_multiple_of(block) - entry.address.byte() / block * block;
+                if staged + stage > ROLLBACK_BYTES {
+                    parts.next(part, None, true)?;
+                    done_bytes.fetch_add(bytes, Ordering::Relaxed);
+                    (bytes, staged) = (0, 0);
+                    failpoint::hold(failpoint::ROLLBACK_HELD, || queue.is_closed());
+                    if queue.is_closed() {
+                        // As after a crash here: the next start finds it undone. All of it may take longer than a stop may.
+                        return Err(Failure::stopping());
+                    }
+                }
+                let volume = entry.address.volume();
+                let volume_bytes = volumes.get(usize::from(volume)).copied().unwrap_or(0);
+                let (start, end) = (entry.address.byte(), entry.end().byte().min(volume_bytes));
+                let source = (entry.stored != Stored::Zero).then_some(Source { buffer: 0, offset });
+                offset += u32::from(entry.sectors) * SECTOR_BYTES as u32;
+                bytes += u64::from(entry.sectors) * SECTOR_BYTES;
+                staged += stage;
+                if start < end {
+                    part.push(Piece { volume, start, end, source }, stamp);
+                }
+            }
+            parts.next(part, None, false)?;
+            parts.finish()?;
+            done_bytes.fetch_add(bytes, Ordering::Relaxed);
+            Ok(())
+        })?;
         reader.plain = plain;
         Ok(())
     }
 }
 
+// A part's last entry is a granule at most, in whole blocks; places in a round's bytes are 32 bits wide.
 const _: () = assert!(ROLLBACK_BYTES as usize + (72 << 10) <= crate::limits::BEFORE_STAGE_BYTES);
+const _: () = assert!(ROLLBACK_ROUND_BYTES < 1 << 31);

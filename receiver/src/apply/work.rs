@@ -204,6 +204,19 @@ impl Queue {
         }
     }
 
+    /// The probe that comes next, if it is a probe that does.
+    pub fn take_probe(&self) -> Option<(Probe, Answer)> {
+        let mut inner = self.lock();
+        match inner.items.pop_front() {
+            Some(Work::Act(Action::Probe(probe, answer))) => Some((probe, answer)),
+            Some(other) => {
+                inner.items.push_front(other);
+                None
+            }
+            None => None,
+        }
+    }
+
     /// Somebody waits for what is here to be applied: the next take that finds nothing does not wait for more.
     pub fn hurry(&self) {
         self.lock().hurry = true;
