@@ -176,9 +176,10 @@ fn rpo(board: &Board, report: &Report, durable: Point) -> Option<Duration> {
 }
 
 /// By the source's own limit, whether the source said so or it shows here: on a slow line its word is as late as its data. What
-/// is not known counts as late.
+/// is not known counts as late. Below the time between two signs of life only the source can tell.
 fn is_lagging(report: &Report, rpo: Option<Duration>) -> bool {
-    report.data == Data::Lagging || rpo.is_none_or(|rpo| rpo > Duration::from_millis(report.lagging_after_ms))
+    let limit = Duration::from_millis(report.lagging_after_ms).max(SOURCE_SILENT_TIME_MAX);
+    report.data == Data::Lagging || rpo.is_none_or(|rpo| rpo > limit)
 }
 
 /// What the agent said, if it is connected and said it lately.

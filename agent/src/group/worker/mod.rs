@@ -33,7 +33,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use varve_common::format::{Mark, MarkKind};
 use varve_common::geometry::Extent;
 use varve_common::problem::Problem;
-use varve_common::record::RecordKind;
+use varve_common::record::{RING_HEADER_BYTES, RecordHeader, RecordKind};
 use varve_common::state::{GapReason, Link};
 use varve_common::wire::messages::{
     self, Ask, AskReply, Hello, Incarnation, ProbeReply, Refused, RefusedReason, Report, Verify, VolumeHello, Welcome,
@@ -49,8 +49,10 @@ const SMALL_FRAME_BYTES: usize = 32 << 10;
 const TURN_BYTES: u64 = 4 << 20;
 /// Pause between looks at the ring while writes come in.
 const POLL_MIN: Duration = Duration::from_millis(1);
-/// Longest pause: what an idle group costs (70 looks a second, below 0.5 % of a core) and what its first write waits.
+/// Longest pause: what an idle group costs (50 looks a second, below 0.5 % of a core) and what its first write waits.
 const POLL_MAX: Duration = Duration::from_millis(20);
+/// What a canary takes of the stream: where no more than that came, nobody writes.
+const CANARY_BYTES: u64 = RING_HEADER_BYTES + size_of::<RecordHeader>() as u64;
 /// Between two canaries.
 const CANARY_EVERY: Duration = Duration::from_secs(1);
 /// Between two reports to the receiver.
@@ -578,6 +580,7 @@ impl Worker {
             }
             self.every_turn(state, Some(session.sent));
             self.begin_reading(state, session);
+            let sent = session.sent;
             let busy = match self.send_turn(state, session, sent_max).await {
                 Ok(busy) => busy,
                 Err(ended) => {
@@ -587,7 +590,9 @@ impl Worker {
                 }
             };
             if busy {
-                pause = POLL_MIN;
+                if session.sent - sent > CANARY_BYTES {
+                    pause = POLL_MIN;
+                }
                 // Whatever came in meanwhile gets its turn, without waiting for it.
                 while let Ok(event) = events.try_recv() {
                     if let Err(ended) = self.event(state, session, event).await {
@@ -603,6 +608,10 @@ impl Worker {
                 tokio::task::yield_now().await;
                 continue;
             }
+            if state.closing.is_some() || state.gap.open().is_some() {
+                // What ends a gap waits for nothing but the next look.
+                pause = POLL_MIN;
+            }
             tokio::select! {
                 biased;
                 event = events.recv() => {
@@ -610,9 +619,8 @@ impl Worker {
                     if let Err(ended) = self.event(state, session, event).await {
                         return ended;
                     }
-                    pause = POLL_MIN;
                 }
-                Some(from_sync) = self.from_sync.recv() => { self.region_came(state, session, from_sync); pause = POLL_MIN }
+                Some(from_sync) = self.from_sync.recv() => self.region_came(state, session, from_sync),
                 Some(command) = self.commands.recv() => { self.command(state, command, true); pause = POLL_MIN }
                 _ = self.stop.changed() => {}
                 () = tokio::time::sleep(pause) => pause = (pause * 5 / 4).min(POLL_MAX),
