@@ -70,6 +70,9 @@ pub const APPLY_HELD: &str = "apply-held";
 /// A place to hold: some of a rollback is in the replicas, the rest is not.
 pub const ROLLBACK_HELD: &str = "rollback-held";
 
+/// A place to hold: a takeover is written down, and what waits for the replicas is being read.
+pub const BACKLOG_HELD: &str = "backlog-held";
+
 /// Between two looks at whether a place is still held.
 const HELD_LOOK: Duration = Duration::from_millis(5);
 

@@ -511,6 +511,29 @@ fn what_is_being_undone_is_not_committed() {
     bed.pair.recovery.varve(&["failover", "commit", "db", "--yes"]).expect_code(3);
 }
 
+/// A takeover that has not served anything yet and is undone meanwhile serves nothing any more.
+#[test]
+fn undone_before_it_is_served() {
+    let (mut bed, mut model) = (Bed::new("backlog-held"), Model::new());
+    bed.scribble(&mut model, 200);
+    bed.pair.wait_applied("db", LIMIT);
+    let takeover = |bed: &Bed| bed.pair.recovery.group("db").unwrap()["history"]["takeover"].clone();
+    bed.hold();
+    std::thread::scope(|scope| {
+        let begins = scope.spawn(|| bed.pair.recovery.varve(&["failover", "db", "--yes"]));
+        wait_until(LIMIT, "the takeover is written down", || !takeover(&bed).is_null());
+        bed.pair.recovery.varve(&["failover", "abort", "db", "--yes"]).ok();
+        let refused = begins.join().unwrap().expect_code(3);
+        assert!(refused.stderr.contains("being undone"), "{refused:?}");
+    });
+    bed.go_on();
+    assert!(takeover(&bed).is_null());
+    assert!(std::fs::symlink_metadata(bed.pair.recovery.root().join("run/varve/views/db-0")).is_err());
+    bed.pair.wait_protected("db", LIMIT);
+    bed.pair.wait_applied("db", LIMIT);
+    bed.assert_replica(&model);
+}
+
 /// An abort that meets a receiver that is just serving it again leaves no device behind.
 #[test]
 fn undone_while_it_is_served_again() {

@@ -394,6 +394,10 @@ impl Promotions {
             let reply = self.reply(context, &takeover);
             return Ok(FailoverReply { aborted: true, seconds: begin.elapsed().as_secs_f64(), ..reply });
         }
+        // Another abort may have called it off, and then a commit may have come.
+        if !self.set_aborting(context, &takeover, true).await? {
+            return Err(committed());
+        }
         // Or it was making its devices, as the takeover itself does. While they are served nothing was undone yet, so it can be
         // called off.
         if let Err(problem) = self.stop_serving(&name, force, &what) {
@@ -546,6 +550,11 @@ impl Promotions {
         let name = &meta.name;
         let abort_at = takeover.abort_at_ns.filter(|_| !takeover.committed);
         let next = match (takeover.committed, abort_at) {
+            _ if takeover.aborting => {
+                format!(
+                    "it is being undone; if that ended with an error, 'varve failover abort {name}' goes on with it"
+                )
+            }
             (true, _) => format!("'varve failback {name}' when it shall run at the source again"),
             (false, None) => {
                 format!("'varve failover commit {name}' to stay, 'varve failover abort {name}' to go back")

@@ -3,8 +3,9 @@
 use super::backlog::{Backlog, ScanError, Wanted};
 use super::disk::PromotedVolume;
 use super::writer::{Start, StreamWriter};
-use super::{Context, Promotions, Served, blocking, catch_up, lock};
+use super::{Context, POLL, Promotions, Served, blocking, catch_up, lock};
 use crate::clock::wall_ns;
+use crate::failpoint;
 use crate::group::meta::{Takeover, unhex};
 use crate::group::open::OpenGroup;
 use crate::group::registry::Slot;
@@ -42,6 +43,12 @@ impl Promotions {
         if *closing.borrow() {
             return Err(ends());
         }
+        // Who has the desk may wait long here; an abort that is written down meanwhile waits for it, and nobody may write any more.
+        let being_undone = || context.meta().takeover.is_none_or(|now| now.aborting);
+        let undone = || {
+            let next = format!("'varve failover abort {}' goes on with that", context.slot.name);
+            Problem::refused(format!("'{}' is not served", context.slot.name), "its takeover is being undone", next)
+        };
         let incarnation = unhex(&takeover.incarnation);
         let rolled = open.rolled.clone();
         let mark = |kind, reason, position, time_ns| Mark {
@@ -77,6 +84,7 @@ impl Promotions {
         let backlog = tokio::select! {
             read = read_backlog(open, &fetcher, &landed, takeover) => Arc::new(read.map_err(failed)?),
             _ = closing.wait_for(|closing| *closing) => return Err(ends()),
+            () = until(being_undone) => return Err(undone()),
         };
         let (position, height, time_ns) = (landed.at.position, landed.height, landed.at.time_ns);
         let start = Start { incarnation, position, height, time_ns, epoch, gap_end };
@@ -95,8 +103,24 @@ impl Promotions {
         };
         let attached = blocking(move || attach(&slot, &under, &dir)).await;
         let (devices, volumes, hints) = attached.inspect_err(|_| writer.end())?;
+        if being_undone() {
+            blocking(move || {
+                drop(devices);
+                Ok(())
+            })
+            .await?;
+            writer.end();
+            return Err(undone());
+        }
         lock(&self.served).insert(context.slot.name.clone(), Served { devices, writer, rolled });
         Ok((volumes, hints))
+    }
+}
+
+/// Returns once it is so.
+async fn until(so: impl Fn() -> bool) {
+    while !so() {
+        tokio::time::sleep(POLL).await;
     }
 }
 
@@ -111,7 +135,10 @@ async fn read_backlog(
     let read = || {
         let (log, live, timeline) = (open.log.clone(), open.live.clone(), open.timeline.clone());
         let (landed, volumes, fetcher) = (*landed, open.volumes.clone(), fetcher.clone());
-        tokio::task::spawn_blocking(move || Backlog::read(&log, &fetcher, &live, &timeline, &landed, &volumes, wanted))
+        tokio::task::spawn_blocking(move || {
+            failpoint::hold(failpoint::BACKLOG_HELD, || live.failure().is_some());
+            Backlog::read(&log, &fetcher, &live, &timeline, &landed, &volumes, wanted)
+        })
     };
     let failed = |e: tokio::task::JoinError| e.to_string();
     match read().await.map_err(failed)? {
