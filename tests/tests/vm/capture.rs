@@ -10,7 +10,7 @@ const LEFT_OUT: [&str; 1] = ["held_write"];
 const MODULES: &str =
     "?zsmalloc ?lzo_compress ?lzo ?lzo-rle ?lz4_compress ?lz4hc_compress ?842_compress ?zstd_compress zram";
 
-/// The newest build of one of the crate's tests: beside this one.
+/// The newest build of one of the crate's tests: beside this one. No other crate may have a test of that name.
 #[track_caller]
 fn binary(name: &str) -> PathBuf {
     let directory = std::env::current_exe().unwrap().parent().unwrap().to_owned();
@@ -28,7 +28,7 @@ fn capture_tests(series: &str) {
     let scratch = Scratch::disk();
     let disk = scratch.file("disk.img", 4 * GIB);
     Filesystem::Ext4.make(&disk);
-    let binaries = ["replay", "faults", "pinned"].map(binary);
+    let binaries = ["capture_replay", "capture_faults", "capture_pinned"].map(binary);
     let mut programs = vec!["losetup", "sfdisk", "partx", "fio", "mkfs.ext4", "mount", "umount", "blkdiscard"];
     programs.extend(binaries.iter().map(|path| path.to_str().unwrap()));
     let machine = Machine::with(&scratch, series, &programs, &[&disk], MODULES, "3G");
