@@ -38,6 +38,12 @@ pub const APPLY_RECORDS_MAX: usize = 64 << 10;
 pub const STAGE_BYTES: usize = 5 << 20;
 /// Requests in flight to the replicas. Measured at random 4 KiB writes: 15 % less CPU than 64, no more than 256.
 pub const REPLICA_DEPTH: u32 = 128;
+/// Reads of a replica with no more than this between them become one.
+pub const JOINED_GAP_BYTES: u64 = 16 << 10;
+/// The longest of these.
+pub const JOINED_BYTES_MAX: u64 = 256 << 10;
+/// Aligned memory for those that are made at once.
+pub const JOINED_STAGE_BYTES: usize = 4 << 20;
 /// Aligned memory through which the landing log is read; at least the largest entry and two blocks.
 pub const WINDOW_BYTES: usize = 4 << 20;
 /// Bytes written to the replicas between two syncs, at most.

@@ -3,7 +3,7 @@
 use super::plan::{Piece, Source};
 use crate::failpoint;
 use crate::failure::Failure;
-use crate::limits::{REPLICA_DEPTH, STAGE_BYTES};
+use crate::limits::{JOINED_BYTES_MAX, JOINED_GAP_BYTES, JOINED_STAGE_BYTES, REPLICA_DEPTH, STAGE_BYTES};
 use std::sync::atomic::{AtomicBool, Ordering};
 use varve_common::format::BLOCK_BYTES;
 use varve_io::{AlignedBuf, DirectFile, IoError, IoQueue, sparse};
@@ -42,6 +42,8 @@ impl Replica {
 pub struct Replicas {
     list: Vec<Replica>,
     queue: IoQueue,
+    /// What is read together and lies apart in memory.
+    joined: Option<AlignedBuf>,
     writer: Writer,
 }
 
@@ -49,6 +51,17 @@ pub struct Replicas {
 pub struct Reading<'a> {
     list: &'a [Replica],
     queue: &'a mut IoQueue,
+    joined: &'a mut Option<AlignedBuf>,
+}
+
+/// A volume, an offset, and memory to fill from there.
+type Read<'a> = (u16, u64, &'a mut [u8]);
+
+/// Consecutive reads of a volume that are made with one request, if they are more than one: then with what lies between them.
+struct Join {
+    reads: usize,
+    start: u64,
+    end: u64,
 }
 
 /// What writes them.
@@ -92,7 +105,7 @@ impl Replicas {
     pub fn new(list: Vec<Replica>) -> Result<Self, IoError> {
         let [queue, writes] = [IoQueue::new(REPLICA_DEPTH)?, IoQueue::new(REPLICA_DEPTH)?];
         let writer = Writer { queue: writes, stage: None, parts: Vec::new(), fill: Fill::default() };
-        Ok(Self { list, queue, writer })
+        Ok(Self { list, queue, joined: None, writer })
     }
 
     /// Writes sorted, disjoint pieces, with nobody reading beside it: see [`Writer::apply`].
@@ -105,7 +118,7 @@ impl Replicas {
 
     /// For reading, and for writing beside it.
     pub fn split(&mut self) -> (Reading<'_>, &mut Writer) {
-        (Reading { list: &self.list, queue: &mut self.queue }, &mut self.writer)
+        (Reading { list: &self.list, queue: &mut self.queue, joined: &mut self.joined }, &mut self.writer)
     }
 
     /// The replica of a volume.
@@ -115,7 +128,7 @@ impl Replicas {
 
     /// Frees memory that is only needed while there is work.
     pub fn rest(&mut self) {
-        self.writer.stage = None;
+        (self.writer.stage, self.joined) = (None, None);
     }
 
     /// Makes everything written before durable.
@@ -141,17 +154,62 @@ impl<'a> Reading<'a> {
         self.list.get(usize::from(volume))
     }
 
-    /// Fills buffers from (volume, offset), at queue depth. Offsets and lengths are whole blocks but at a replica's end.
-    pub fn read(&mut self, reads: &mut [(u16, u64, &mut [u8])]) -> Result<(), Failure> {
-        if reads.is_empty() {
-            return Ok(());
+    /// Fills buffers from (volume, offset), at queue depth. Offsets and lengths are whole blocks but at a replica's end. What lies
+    /// close together, in this order, is read together.
+    pub fn read(&mut self, reads: &mut [Read<'_>]) -> Result<(), Failure> {
+        let mut rest = reads;
+        while !rest.is_empty() {
+            let joins = joins(rest);
+            let taken = joins.iter().map(|join| join.reads).sum();
+            let (now, later) = rest.split_at_mut(taken);
+            if taken == joins.len() || self.read_joined(now, &joins).is_err() {
+                // The disk may be damaged between what is wanted.
+                self.read_each(now)?;
+            }
+            rest = later;
         }
-        let files: Vec<&DirectFile> = self.list.iter().map(|replica| &replica.file).collect();
-        let mut batch = numbered(reads);
-        self.queue.read_batch(&files, &mut batch).map_err(|e| Failure::io("a replica", &e))
+        Ok(())
     }
 
-    /// As [`Reading::read`], and does `meanwhile` while the disk is at work.
+    fn read_each(&mut self, reads: &mut [Read<'_>]) -> Result<(), Failure> {
+        let files: Vec<&DirectFile> = self.list.iter().map(|replica| &replica.file).collect();
+        self.queue.read_batch(&files, &mut numbered(reads)).map_err(|e| Failure::io("a replica", &e))
+    }
+
+    fn read_joined(&mut self, reads: &mut [Read<'_>], joins: &[Join]) -> Result<(), IoError> {
+        let joined = self.joined.get_or_insert_with(|| AlignedBuf::new(JOINED_STAGE_BYTES));
+        let files: Vec<&DirectFile> = self.list.iter().map(|replica| &replica.file).collect();
+        let mut batch: Vec<(usize, u64, &mut [u8])> = Vec::with_capacity(joins.len());
+        let (mut left, mut room) = (&mut *reads, &mut joined[..]);
+        for join in joins {
+            let (these, after) = left.split_at_mut(join.reads);
+            left = after;
+            let volume = usize::from(these[0].0);
+            if let [(_, offset, buf)] = these {
+                batch.push((volume, *offset, &mut **buf));
+            } else {
+                let (here, after) = room.split_at_mut(join.stage_bytes());
+                room = after;
+                batch.push((volume, join.start, &mut here[..(join.end - join.start) as usize]));
+            }
+        }
+        self.queue.read_batch(&files, &mut batch)?;
+        let (mut left, mut at) = (reads, 0);
+        for join in joins {
+            let (these, after) = left.split_at_mut(join.reads);
+            left = after;
+            if join.reads > 1 {
+                for (_, offset, buf) in these {
+                    let from = at + (*offset - join.start) as usize;
+                    buf.copy_from_slice(&joined[from..from + buf.len()]);
+                }
+                at += join.stage_bytes();
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills each buffer with a request of its own, and does `meanwhile` while the disk is at work.
     pub fn read_while(&mut self, reads: &mut [(u16, u64, &mut [u8])], meanwhile: impl FnOnce()) -> Result<(), Failure> {
         let files: Vec<&DirectFile> = self.list.iter().map(|replica| &replica.file).collect();
         let mut batch = numbered(reads);
@@ -166,8 +224,46 @@ impl<'a> Reading<'a> {
     }
 }
 
+impl Join {
+    /// What it takes of the memory for joined reads.
+    fn stage_bytes(&self) -> usize {
+        ((self.end - self.start) as usize).next_multiple_of(BLOCK_BYTES)
+    }
+}
+
+/// Joins reads from the front as far as the memory for them goes, at least one. A third of what is read is wanted: an SSD reads that
+/// in the time that the requests would take, a disk that turns in much less.
+fn joins(reads: &[Read<'_>]) -> Vec<Join> {
+    let (mut joins, mut used) = (Vec::with_capacity(reads.len()), 0);
+    let mut at = 0;
+    while let Some((volume, offset, buf)) = reads.get(at) {
+        let mut join = Join { reads: 1, start: *offset, end: offset + buf.len() as u64 };
+        let mut wanted = buf.len() as u64;
+        while let Some((next, offset, buf)) = reads.get(at + join.reads) {
+            let (end, with) = (offset + buf.len() as u64, wanted + buf.len() as u64);
+            // A long one is worth a request, and not worth a copy.
+            let short = (wanted / join.reads as u64).max(buf.len() as u64) <= JOINED_GAP_BYTES;
+            let near = short && next == volume && (join.end..=join.end + JOINED_GAP_BYTES).contains(offset);
+            if !near || end - join.start > JOINED_BYTES_MAX.min(3 * with) {
+                break;
+            }
+            join = Join { reads: join.reads + 1, end, ..join };
+            wanted = with;
+        }
+        if join.reads > 1 {
+            used += join.stage_bytes();
+            if used > JOINED_STAGE_BYTES {
+                break;
+            }
+        }
+        at += join.reads;
+        joins.push(join);
+    }
+    joins
+}
+
 /// As the queue wants it: volumes are numbers of files.
-fn numbered<'a>(reads: &'a mut [(u16, u64, &mut [u8])]) -> Vec<(usize, u64, &'a mut [u8])> {
+fn numbered<'a>(reads: &'a mut [Read<'_>]) -> Vec<(usize, u64, &'a mut [u8])> {
     reads.iter_mut().map(|(volume, offset, buf)| (usize::from(*volume), *offset, &mut **buf)).collect()
 }
 
@@ -346,6 +442,63 @@ impl Fill {
         let Some(run) = self.runs.last().copied() else { return };
         if run.covered < run.end {
             self.need(run.covered, run.end);
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
+
+    const BYTES: u64 = (40 << 20) + 3 * 512;
+
+    /// Dense, sparse, in order or not, up to an odd end: the bytes that are wanted, where they are wanted.
+    #[test]
+    fn joined_reads_bring_the_same() {
+        let seed = rand::random();
+        eprintln!("seed {seed}");
+        let mut rng = StdRng::seed_from_u64(seed);
+        let dir = tempfile::TempDir::new_in("/var/tmp").unwrap();
+        let mut contents = Vec::new();
+        let open = |name: &str| {
+            let mut bytes = vec![0; BYTES as usize];
+            rng.fill(&mut bytes[..]);
+            std::fs::write(dir.path().join(name), &bytes).unwrap();
+            contents.push(bytes);
+            Replica::new(DirectFile::open_rw(dir.path().join(name)).unwrap(), BYTES)
+        };
+        let mut replicas = Replicas::new(["a", "b"].map(open).into()).unwrap();
+        for density in [0.9, 0.5, 0.3, 0.05] {
+            let mut places: Vec<(u16, u64, usize)> = Vec::new();
+            for volume in 0..2 {
+                let mut at = 0;
+                while at < BYTES {
+                    let bytes = (BYTES - at).min(BLOCK * rng.random_range(1..=16));
+                    if rng.random_bool(density) {
+                        places.push((volume, at, bytes as usize));
+                    }
+                    at += bytes;
+                }
+            }
+            if rng.random_bool(0.2) {
+                places.reverse();
+            }
+            let mut memory = AlignedBuf::new((2 * BYTES as usize).next_multiple_of(BLOCK_BYTES) + (1 << 20));
+            let mut rest = &mut memory[..];
+            let mut reads: Vec<Read<'_>> = Vec::new();
+            for (volume, offset, bytes) in &places {
+                let (here, after) = rest.split_at_mut(bytes.next_multiple_of(BLOCK_BYTES));
+                reads.push((*volume, *offset, &mut here[..*bytes]));
+                rest = after;
+            }
+            replicas.split().0.read(&mut reads).unwrap();
+            for (volume, offset, buf) in reads {
+                let expected = &contents[usize::from(volume)][offset as usize..][..buf.len()];
+                assert!(*buf == *expected, "{} bytes at {offset} of {volume}, density {density}", buf.len());
+            }
         }
     }
 }
