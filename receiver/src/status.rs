@@ -2,10 +2,10 @@
 
 use crate::clock::wall_ns;
 use crate::daemon::Daemon;
-use crate::group::live::Gap;
+use crate::group::live::{Gap, View};
 use crate::group::registry::{Board, Slot};
 use crate::group::stream::Point;
-use crate::limits::{REPORT_AGE_MAX, SOURCE_SILENT_TIME_MAX};
+use crate::limits::{GAPS_SHOWN_MAX, REPORT_AGE_MAX, SOURCE_SILENT_TIME_MAX};
 use std::time::Duration;
 use varve_common::control::{
     AuthorityStatus, DrillStatus, GapStatus, GroupStatus, HistoryStatus, ResyncStatus, TakeoverStatus, VolumeStatus,
@@ -74,7 +74,7 @@ pub fn group(daemon: &Daemon, slot: &Slot) -> GroupStatus {
             to: Some(show_time(good.time_ns)),
         }),
         history: history(daemon, slot, &board, views),
-        gaps: view.as_ref().map(|view| view.gaps.iter().map(gap).collect()).unwrap_or_default(),
+        gaps: gaps(&board, view.as_ref()),
         volumes: meta.map(|meta| meta.volumes.iter().map(volume).collect()).unwrap_or_default(),
         resync: report
             .and_then(|report| report.resync)
@@ -192,6 +192,27 @@ fn show(point: Point) -> String {
     show_position(&point.incarnation, point.position)
 }
 
-fn gap(gap: &Gap) -> GapStatus {
+/// What was seen since the group was opened, and what the chronicle has from before.
+fn gaps(board: &Board, view: Option<&View>) -> Vec<GapStatus> {
+    let mut all: Vec<Gap> = view.map(|view| view.gaps.iter().copied().collect()).unwrap_or_default();
+    let seen = all.clone();
+    let is_open = view.is_none_or(|view| view.landed.gap.is_some());
+    let end = |to_ns: Option<u64>| to_ns.unwrap_or(u64::MAX);
+    let chronicle = board.timeline.as_ref().map(|timeline| timeline.chronicle().gaps()).unwrap_or_default();
+    for gap in chronicle {
+        let gap = Gap { from_ns: gap.began_ns, to_ns: gap.to.map(|to| to.1), reason: gap.reason };
+        let known = |seen: &Gap| seen.from_ns < end(gap.to_ns) && gap.from_ns < end(seen.to_ns);
+        // Open there and closed in what is landed: it is known again once that is applied.
+        if !seen.iter().any(known) && (gap.to_ns.is_some() || is_open) {
+            all.push(gap);
+        }
+    }
+    all.sort_by_key(|gap| gap.from_ns);
+    let older = all.len().saturating_sub(GAPS_SHOWN_MAX);
+    all.drain(..older);
+    all.iter().map(show_gap).collect()
+}
+
+fn show_gap(gap: &Gap) -> GapStatus {
     GapStatus { from: show_time(gap.from_ns), to: gap.to_ns.map(show_time), reason: gap.reason }
 }

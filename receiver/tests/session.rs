@@ -650,6 +650,37 @@ async fn an_old_word_of_the_source_protects_nothing() {
     receiver.wait_for("db", "protected", |group| group.data == Data::Protected);
 }
 
+/// The window of a group that was opened again has the gaps that it had.
+#[tokio::test(flavor = "multi_thread")]
+async fn gaps_are_shown_after_a_restart() {
+    let mut receiver = Receiver::new();
+    receiver.start(None);
+    let mut source = Source::new(seed(), &VOLUMES);
+    let identity = receiver.enrol("production").await;
+    let mut agent = Agent::connect(&identity, &receiver.address()).await;
+    agent.hello(&hello("db", &source, source.position)).await.unwrap();
+    agent.say(&source.mark(MarkKind::Begin)).await;
+    agent.say(&source.mark(MarkKind::GapEnd)).await;
+    for _ in 0..2 {
+        for mark in [MarkKind::Begin, MarkKind::GapEnd] {
+            agent.say(&source.data(20_000)).await;
+            agent.say(&source.mark(mark)).await;
+        }
+    }
+    agent.wait_durable(source.position, true).await;
+    let reached =
+        |group: &varve_common::control::GroupStatus| group.applied.is_some() && group.applied == group.durable;
+    receiver.wait_for("db", "applied", reached);
+    for _ in 0..2 {
+        receiver.stop();
+        receiver.start(None);
+        let mut agent = Agent::connect(&identity, &receiver.address()).await;
+        agent.hello(&hello("db", &source, source.position)).await.unwrap();
+        let gaps = receiver.group("db").unwrap().gaps;
+        assert!(gaps.len() >= 2 && gaps.iter().all(|gap| gap.to.is_some()), "{gaps:#?}");
+    }
+}
+
 trait TakeWhileInclusive {
     fn take_while_inclusive_done(self) -> Vec<Reply<VerifyReply>>;
 }
