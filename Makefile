@@ -4,6 +4,8 @@
 CARGO   ?= cargo
 PREFIX  ?= /usr
 DESTDIR ?=
+# Where the programs to install are.
+BUILT ?= target/release
 # .ci/run sets --locked: a Cargo.lock that does not fit is an error there, not something to mend.
 CARGO_FLAGS ?=
 
@@ -70,7 +72,7 @@ lint: need-cargo ## format, warnings as errors, licences of dependencies, script
 
 install: ## programs, units, docs below $(DESTDIR)$(PREFIX); run 'make build' first
 	install -d $(foreach d,$(PREFIX)/bin $(UNITDIR) $(TMPFDIR) $(DOCDIR),"$(DESTDIR)$(d)")
-	install -m 0755 $(addprefix target/release/,$(BINS)) "$(DESTDIR)$(PREFIX)/bin/"
+	install -m 0755 $(addprefix $(BUILT)/,$(BINS)) "$(DESTDIR)$(PREFIX)/bin/"
 	for u in $(UNITS); do sed 's,/usr/\(bin\|share\)/,$(PREFIX)/\1/,' "systemd/$$u" > "$(DESTDIR)$(UNITDIR)/$$u" || exit 1; done
 	install -m 0644 systemd/tmpfiles.conf "$(DESTDIR)$(TMPFDIR)/varve.conf"
 	install -m 0644 README.md LICENSE NOTICE docs/*.md "$(DESTDIR)$(DOCDIR)/"

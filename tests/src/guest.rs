@@ -25,6 +25,8 @@ pub struct Machine {
     initramfs: PathBuf,
     disks: Vec<PathBuf>,
     memory: String,
+    /// More words for the kernel.
+    append: &'static str,
     directory: PathBuf,
 }
 
@@ -62,7 +64,18 @@ impl Machine {
             .env("VARVE_VM_MODULES", modules))
         .ok();
         let disks = disks.iter().map(|disk| disk.to_path_buf()).collect();
-        Machine { kernel, initramfs, disks, memory: memory.to_owned(), directory }
+        Machine { kernel, initramfs, disks, memory: memory.to_owned(), append: "", directory }
+    }
+
+    /// A small Debian with systemd on its first disk, with this tree installed.
+    #[track_caller]
+    pub fn system(scratch: &Scratch, series: &str, disks: &[&Path]) -> Self {
+        let root = scratch.join("root.img");
+        run(script("root").arg(&root)).ok();
+        let mut all = vec![root.as_path()];
+        all.extend(disks);
+        let machine = Self::with(scratch, series, &[], &all, "?fuse ?autofs4", "2G");
+        Machine { append: " varve.system", ..machine }
     }
 
     /// Power on, until it takes commands.
@@ -93,11 +106,10 @@ impl Machine {
             "user,id=net",
             "-device",
             "virtio-net-pci,netdev=net,romfile=",
-            "-append",
-            "console=ttyS0 loglevel=4 panic=-1",
         ]
         .map(str::to_owned)
         .into();
+        args.extend(["-append".to_owned(), format!("console=ttyS0 loglevel=4 panic=-1{}", self.append)]);
         args.extend(["-kernel".into(), self.kernel.join("vmlinuz").display().to_string()]);
         args.extend(["-initrd".into(), self.initramfs.display().to_string()]);
         for (number, disk) in self.disks.iter().enumerate() {
@@ -233,6 +245,13 @@ impl Guest {
     pub fn power_off(mut self) {
         writeln!(self.commands.get_mut(), "sync; poweroff -f").unwrap();
         self.await_end("was told to power off");
+    }
+
+    /// A reboot by systemd, up to the moment where the machine would start again: it stays off.
+    #[track_caller]
+    pub fn reboot(mut self) {
+        writeln!(self.commands.get_mut(), "systemctl reboot").unwrap();
+        self.await_end("was told to reboot");
     }
 
     #[track_caller]

@@ -8,6 +8,7 @@ mod capture;
 mod crashes;
 mod log;
 mod log_writes;
+mod units;
 
 /// The series of Debian's cloud kernels that are tested.
 macro_rules! on_kernels {
