@@ -95,12 +95,19 @@ fn last_time_ns(layers: &[LayerInfo]) -> u64 {
 
 /// Lets the oldest layer go; whether it did. What is lost is said before it is gone.
 fn expire(slot: &Slot, timeline: &Timeline, why: &str) -> Result<bool, HistoryError> {
+    // What an abort goes back to. When a takeover begins that is the newest point, which is kept anyhow.
+    let undone_to = slot
+        .board()
+        .meta
+        .as_ref()
+        .and_then(|meta| meta.takeover.as_ref())
+        .and_then(|takeover| (!takeover.committed).then_some(takeover.before_height));
     // Nobody hears that a bookmark is kept between the question and the answer.
     let _deciding = slot.keeping.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let chronicle = timeline.chronicle();
     // In a gap it is the last point before: until the gap ends it is all there is to go back to. Else it needs no layer.
     let newest = chronicle.point_at_or_below(timeline.applied().height);
-    let kept = chronicle.kept().map(|bookmark| bookmark.height).chain(newest).min();
+    let kept = chronicle.kept().map(|bookmark| bookmark.height).chain(newest).chain(undone_to).min();
     let Some(oldest) = timeline.droppable(kept) else { return Ok(false) };
     let height = oldest.last_height.next_multiple_of(HEIGHT_STEP);
     let time_ns = last_time_ns(&timeline.layers()).min(oldest.last_time_ns);

@@ -201,7 +201,7 @@ fn gaps(board: &Board, view: Option<&View>) -> Vec<GapStatus> {
     let chronicle = board.timeline.as_ref().map(|timeline| timeline.chronicle().gaps()).unwrap_or_default();
     for gap in chronicle {
         let gap = Gap { from_ns: gap.began_ns, to_ns: gap.to.map(|to| to.1), reason: gap.reason };
-        let known = |seen: &Gap| seen.from_ns < end(gap.to_ns) && gap.from_ns < end(seen.to_ns);
+        let known = |seen: &Gap| seen.from_ns <= end(gap.to_ns) && gap.from_ns <= end(seen.to_ns);
         // Open there and closed in what is landed: it is known again once that is applied.
         if !seen.iter().any(known) && (gap.to_ns.is_some() || is_open) {
             all.push(gap);

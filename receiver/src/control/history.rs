@@ -19,6 +19,7 @@ use varve_common::control::{
 use varve_common::point::PointSpec;
 use varve_common::problem::Problem;
 use varve_timeline::chronicle::{Event, Times};
+use varve_timeline::error::HistoryError;
 use varve_timeline::timeline::Timeline;
 
 /// Between two messages of progress.
@@ -66,7 +67,14 @@ pub async fn points(
     blocking(move || {
         let (slot, timeline) = timeline_of(&daemon, &group)?;
         let what = format!("the points of '{group}' cannot be read");
-        let report = timeline.report(&group, from_ns, to_ns, DENSITY_PARTS);
+        let report = loop {
+            let oldest = timeline.begin();
+            match timeline.report(&group, from_ns, to_ns, DENSITY_PARTS) {
+                // It has expired since it was listed; each time round an older one is gone.
+                Err(HistoryError::Missing { .. }) if timeline.begin() != oldest => {}
+                report => break report,
+            }
+        };
         let mut reply = report.map_err(|e| history_problem(&what, &e))?;
         let chronicle = timeline.chronicle();
         for bookmark in reply.bookmarks.iter_mut().filter(|bookmark| bookmark.kept) {

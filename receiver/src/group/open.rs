@@ -49,6 +49,8 @@ pub struct OpenGroup {
     pub timeline: Arc<Timeline>,
     /// Nothing is left to be rolled back for a takeover.
     pub rolled: Arc<AtomicBool>,
+    /// The rollback of an abort was asked for: asked again while it runs, it would be done once more after what came since.
+    pub undoing: AtomicBool,
     /// Sizes of the volumes.
     pub volumes: Arc<[u64]>,
     /// The landing log.
@@ -260,6 +262,7 @@ impl Files {
         };
         let volumes = meta.volume_bytes().into();
         let fresh = Some(fresh);
-        Ok(OpenGroup { live, timeline, rolled, volumes, log, queue, batches, fresh, lander, applier })
+        let undoing = AtomicBool::new(meta.takeover.as_ref().is_some_and(|takeover| takeover.aborting));
+        Ok(OpenGroup { live, timeline, rolled, undoing, volumes, log, queue, batches, fresh, lander, applier })
     }
 }

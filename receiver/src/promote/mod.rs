@@ -281,7 +281,7 @@ impl Promotions {
         let epoch = context.meta().epoch;
         let Some(takeover) = context.meta().takeover else { return };
         if takeover.aborting {
-            if let Err(problem) = self.finish_abort(context, open, &takeover).await {
+            if let Err(problem) = self.undo(context, open, &takeover).await {
                 tracing::error!(group = name, why = problem.why, "its takeover is not undone yet");
             }
             return;
@@ -405,11 +405,7 @@ impl Promotions {
             return Err(problem);
         }
         let Some(open) = &desk.open else { return Err(context.failed("its files are not open")) };
-        let landed = open.live.view().landed;
-        catch_up(open, landed.height).await.map_err(|why| context.failed(why))?;
-        let wished = wish(&open.timeline, &aborting, &landed, &open.rolled);
-        open.live.wish_rollback(wished.map_err(|e| context.failed(e.to_string()))?);
-        self.finish_abort(context, open, &aborting).await?;
+        self.undo(context, open, &aborting).await?;
         let reply = self.reply(context, &takeover);
         Ok(FailoverReply { aborted: true, seconds: begin.elapsed().as_secs_f64(), ..reply })
     }
@@ -426,6 +422,20 @@ impl Promotions {
         let changed = context.registry.change_meta(&context.slot, change).await;
         changed.map_err(|refused| context.failed(refused.text))?;
         Ok(is_ours)
+    }
+
+    /// Undoes a takeover that is written down as being undone. The group may have been opened before that was.
+    async fn undo(&self, context: &Context, open: &OpenGroup, takeover: &Takeover) -> Result<(), Problem> {
+        if !open.undoing.load(Ordering::SeqCst) {
+            let landed = open.live.view().landed;
+            catch_up(open, landed.height).await.map_err(|why| context.failed(why))?;
+            let wished = wish(&open.timeline, takeover, &landed, &open.rolled);
+            open.live.wish_rollback(wished.map_err(|e| context.failed(e.to_string()))?);
+            open.undoing.store(true, Ordering::SeqCst);
+        }
+        self.finish_abort(context, open, takeover).await?;
+        open.undoing.store(false, Ordering::SeqCst);
+        Ok(())
     }
 
     async fn finish_abort(&self, context: &Context, open: &OpenGroup, takeover: &Takeover) -> Result<(), Problem> {

@@ -110,6 +110,7 @@ impl Promotions {
             })
             .await?;
             writer.end();
+            links(&self.run_dir, &context.slot.name).for_each(|link| drop(std::fs::remove_file(link)));
             return Err(undone());
         }
         lock(&self.served).insert(context.slot.name.clone(), Served { devices, writer, rolled });
