@@ -534,6 +534,46 @@ fn undone_before_it_is_served() {
     bed.assert_replica(&model);
 }
 
+/// Retention lets older points go while it runs here, and not the one that an abort needs.
+#[test]
+fn what_an_abort_goes_back_to_does_not_expire() {
+    let (bed, mut model) = (Bed::with("apply-held", "history_layer_mib = 1\n"), Model::new());
+    // More than a layer, and nothing that compresses.
+    let fill = |file: &File, bytes: &mut [u8], rng: &mut StdRng| {
+        let mut content = Aligned::new(1 << 20, 0);
+        for (number, part) in bytes.chunks_mut(1 << 20).enumerate() {
+            rng.fill(&mut content[..]);
+            file.write_all_at(&content, (number << 20) as u64).unwrap();
+            part.copy_from_slice(&content);
+        }
+    };
+    let mut rng = bed.rng.clone();
+    for _ in 0..2 {
+        fill(&bed.source, &mut model.bytes, &mut rng);
+    }
+    bed.bookmark("old");
+    fill(&bed.source, &mut model.bytes, &mut rng);
+    bed.pair.wait_applied("db", LIMIT);
+    bed.pair.recovery.varve(&["retention", "db", "--bytes", "1MiB", "--yes"]).ok();
+    let before = model.clone();
+    let device = bed.failover("latest");
+    let file = open(&device);
+    for _ in 0..2 {
+        fill(&file, &mut model.bytes, &mut rng);
+    }
+    drop(file);
+    bed.wait_replica();
+    wait_until(LIMIT, "what may expire has expired", || {
+        let points = bed.pair.recovery.varve(&["points", "db", "--json"]).ok().json();
+        let old = points["bookmarks"].as_array().unwrap().iter().find(|bookmark| bookmark["name"] == "old").cloned();
+        old.is_none_or(|old| old["recoverable"] == false)
+    });
+    bed.pair.recovery.varve(&["failover", "abort", "db", "--yes"]).ok();
+    bed.pair.wait_protected("db", LIMIT);
+    bed.pair.wait_applied("db", LIMIT);
+    bed.assert_replica(&before);
+}
+
 /// An abort that meets a receiver that is just serving it again leaves no device behind.
 #[test]
 fn undone_while_it_is_served_again() {
