@@ -93,15 +93,16 @@ fn last_time_ns(layers: &[LayerInfo]) -> u64 {
     layers.first().map_or(0, |layer| layer.last_time_ns.min(began))
 }
 
+/// What an abort of the takeover goes back to. When one begins that is the newest point, which is kept anyhow.
+pub fn undone_to(slot: &Slot) -> Option<u64> {
+    let board = slot.board();
+    let takeover = board.meta.as_ref()?.takeover.as_ref()?;
+    (!takeover.committed).then_some(takeover.before_height)
+}
+
 /// Lets the oldest layer go; whether it did. What is lost is said before it is gone.
 fn expire(slot: &Slot, timeline: &Timeline, why: &str) -> Result<bool, HistoryError> {
-    // What an abort goes back to. When a takeover begins that is the newest point, which is kept anyhow.
-    let undone_to = slot
-        .board()
-        .meta
-        .as_ref()
-        .and_then(|meta| meta.takeover.as_ref())
-        .and_then(|takeover| (!takeover.committed).then_some(takeover.before_height));
+    let undone_to = undone_to(slot);
     // Nobody hears that a bookmark is kept between the question and the answer.
     let _deciding = slot.keeping.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let chronicle = timeline.chronicle();
