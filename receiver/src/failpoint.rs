@@ -58,6 +58,8 @@ pub const BRANCH_WHOLE: &str = "branch-whole";
 /// A branch is a group, that it is kept is not durable.
 pub const BRANCH_MADE: &str = "branch-made";
 
+/// A place to hold: the devices are away, the agent has not been told that the group is given back.
+pub const HOME_HELD: &str = "home-held";
 /// The agent captures again, the group still runs here.
 pub const HOME_ARMED: &str = "home-armed";
 /// The group is given back, its new stream has not begun.

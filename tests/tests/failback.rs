@@ -303,6 +303,40 @@ fn wait_following(pair: &Pair) {
     }
 }
 
+/// The agent opens another stream after the cut-over has begun: that one has the order, and the status is of it.
+#[test]
+fn an_agent_that_comes_again_in_the_cut_over_gets_the_group() {
+    require_root();
+    let seed = Seed::new();
+    let mut rng = seed.rng();
+    let scratch = Scratch::disk();
+    let device = LoopDevice::new(&scratch, "volume", 16 << 20);
+    let mut pair = Pair::new();
+    let replicas = pair.protect("g", &[device.path()]);
+    pair.wait_protected("g", LIMIT);
+    let held = scratch.path().join("held");
+    pair.recovery.set_env("VARVE_HOLD", &format!("home-held:{}", held.display()));
+    pair.recovery.restart(Role::Receiver);
+    take_over(&pair);
+    fill(&promoted(&pair, 0), &mut rng, 16 << 20);
+    let image = image_of(&promoted(&pair, 0));
+    pair.recovery.varve(&["failback", "g", "--yes"]).ok();
+    std::fs::write(&held, "").unwrap();
+    let order = cut_over_in_the_background(&pair);
+    wait_until(LIMIT, "the devices are away", || !promoted(&pair, 0).is_symlink());
+    let streams = |pair: &Pair| pair.recovery.log(Role::Receiver).matches("coming home: stream open").count();
+    let before = streams(&pair);
+    pair.production.kill(Role::Agent);
+    pair.production.start(Role::Agent);
+    wait_until(LIMIT, "another stream", || streams(&pair) > before && following(&pair));
+    let from = pair.production.log(Role::Agent).len();
+    std::fs::remove_file(&held).unwrap();
+    let done = order.join().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    assert_image(device.path(), &image, "the volume at home");
+    assert_at_home(&pair, &[device.path()], &replicas, from);
+}
+
 /// Each durable step of giving it back, once.
 #[test]
 fn each_step_of_the_cut_over_killed_once() {

@@ -66,7 +66,7 @@ impl Talk {
             return self.branch_is_kept().await;
         }
         let place = self.registry.place_branch(name)?;
-        self.slot.failback.show(|shown| shown.keeping = true);
+        self.show(|shown| shown.keeping = true);
         tracing::info!(group = meta.name, name, "what the old source has for itself is kept as a group");
         let pin = timeline.pin(split).map_err(|e| e.to_string())?;
         let all = Blocks::all(&self.sizes, REGION_BYTES);
@@ -107,7 +107,7 @@ impl Talk {
             }
         };
         self.registry.change_meta(&self.slot, kept).await.map_err(|refused| refused.text)?;
-        self.slot.failback.show(|shown| shown.keeping = false);
+        self.show(|shown| shown.keeping = false);
         Ok(())
     }
 
@@ -160,7 +160,7 @@ impl Talk {
             }
             land_records(open, incarnation, &mut position, &frame, branch_ns).await?;
             let bytes = some.iter().map(|(_, block)| block.len()).sum::<u64>();
-            self.slot.failback.show(|shown| shown.done_bytes = (shown.done_bytes + bytes).min(shown.total_bytes));
+            self.show(|shown| shown.done_bytes = (shown.done_bytes + bytes).min(shown.total_bytes));
         }
         land(open, &open.live, mark(MarkKind::GapEnd, None, position, branch_ns)).await?;
         land_records(open, incarnation, &mut position, &named(BRANCH, branch_ns), branch_ns).await?;

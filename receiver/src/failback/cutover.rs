@@ -33,10 +33,10 @@ pub async fn cut_over(
     let name = context.slot.name.clone();
     let what = format!("'{name}' was not given back");
     let (meta, failback) = refuse_unready(&context.slot, &what)?;
-    let Some(orders) = context.slot.failback.orders() else {
+    if context.slot.failback.orders().is_none() {
         let why = format!("the agent of '{}' is not connected", failback.host);
         return Err(Problem::unreachable(what, why, format!("'varve status {name}' says when it is")));
-    };
+    }
     let reply = bare_reply(&context.slot, &meta, &failback.host);
     let user = promotions.user(&name);
     if dry_run {
@@ -51,7 +51,7 @@ pub async fn cut_over(
     let stopped = tokio::task::block_in_place(|| promotions.stop_serving(&name, false, &what));
     stopped?;
     let paused = Instant::now();
-    let given = give_back(context, &meta, &failback.host, quick, orders).await;
+    let given = give_back(promotions, context, &meta, &failback.host, quick).await;
     match given {
         Ok((armed, epoch, told)) => {
             tracing::warn!(group = name, host = failback.host, epoch, "given back: it runs at home");
@@ -103,11 +103,11 @@ impl<T: Into<String>> From<T> for Failed {
 
 /// With the devices away. Gives what was compared, the epoch at home, and whether the agent has heard it.
 async fn give_back(
+    promotions: &Promotions,
     context: &Context,
     meta: &GroupMeta,
     host: &str,
     quick: bool,
-    orders: tokio::sync::mpsc::Sender<Order>,
 ) -> Result<(Armed, u64, bool), Failed> {
     let desk = context.registry.seize(&context.slot).await.map_err(|refused| refused.text)?;
     // While the desk was waited for, an abort may have had it.
@@ -120,12 +120,19 @@ async fn give_back(
     if !context.slot.board().meta.as_ref().is_some_and(same) {
         return Err("its takeover is not what it was a moment ago: another command was quicker".into());
     }
+    // An earlier cut-over that came to nothing may have made the devices again.
+    let what = "its devices were made again meanwhile";
+    let gone = tokio::task::block_in_place(|| promotions.stop_serving(&context.slot.name, false, what));
+    gone.map_err(|problem| format!("{}: {}", problem.what, problem.why))?;
     let Some(open) = &desk.open else { return Err("its files are not open".into()) };
+    tokio::task::block_in_place(|| failpoint::hold(failpoint::HOME_HELD, || open.live.failure().is_some()));
     let height = open.live.view().landed.height;
     catch_up(open, height).await?;
     let (epoch, token): (u64, [u8; 16]) = (meta.epoch + 1, rand::random());
     let ((answer, answered), (give, given)) = (oneshot::channel(), oneshot::channel());
     let order = Order { height, epoch, token, quick, answer, given };
+    // The newest stream: the agent may have opened another while the devices went.
+    let orders = context.slot.failback.orders().ok_or("the agent has just gone")?;
     orders.send(order).await.map_err(|_| "the agent has just gone".to_owned())?;
     let armed = timeout(HOME_CUT_OVER_TIME_MAX, answered).await.map_err(|_| "the agent hangs".to_owned())?;
     let armed = armed.map_err(|_| "the agent has gone".to_owned())??;

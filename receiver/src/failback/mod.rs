@@ -206,6 +206,19 @@ impl Homecoming {
         inner.streams
     }
 
+    /// Whether no other stream began after this one.
+    fn is_newest(&self, number: u64) -> bool {
+        self.lock().streams == number
+    }
+
+    /// Shows what a stream says of itself. An older one, which may end late, says nothing of the one that goes on.
+    fn show_of(&self, number: u64, change: impl FnOnce(&mut Shown)) {
+        let inner = self.lock();
+        if inner.streams == number {
+            self.shown.send_modify(change);
+        }
+    }
+
     fn end_stream(&self, number: u64) {
         let mut inner = self.lock();
         if inner.streams == number {

@@ -63,7 +63,7 @@ impl Talk {
         };
         self.passes += 1;
         let number = self.passes;
-        self.slot.failback.show(|shown| (shown.pass, shown.done_bytes, shown.total_bytes) = (number, 0, total_bytes));
+        self.show(|shown| (shown.pass, shown.done_bytes, shown.total_bytes) = (number, 0, total_bytes));
         self.tell(&FailbackTell::Pass { number, total_bytes }).await?;
         let (out, mut regions) = mpsc::channel(HOME_REGIONS_AHEAD);
         let set = wish.set;
@@ -80,7 +80,8 @@ impl Talk {
                         if differs != 0 && wish.write {
                             let (body, bytes) = region.image(reply.id, differs);
                             self.send_image(body).await?;
-                            self.slot.failback.show(|shown| shown.sent_bytes += bytes);
+                            self.sent_bytes += bytes;
+                            self.show(|shown| shown.sent_bytes = self.sent_bytes);
                         } else {
                             self.done(&mut passed, under_way.remove(&reply.id));
                         }
@@ -121,7 +122,7 @@ impl Talk {
     fn done(&self, passed: &mut Passed, region: Option<Region>) {
         let bytes = region.map_or(0, |region| region.extent.len());
         passed.compared_bytes += bytes;
-        self.slot.failback.show(|shown| shown.done_bytes += bytes);
+        self.show(|shown| shown.done_bytes += bytes);
     }
 }
 

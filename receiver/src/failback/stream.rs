@@ -2,7 +2,7 @@
 
 use super::blocks::Blocks;
 use super::pass::{Wish, unexpected};
-use super::{Armed, At, Looked, Order};
+use super::{Armed, At, Looked, Order, Shown};
 use crate::failure::{protocol, refuse, refuse_for_now};
 use crate::group::meta::{GroupMeta, Takeover, unhex};
 use crate::group::registry::{Registry, Slot};
@@ -54,6 +54,10 @@ pub(super) struct Talk {
     paths: Vec<String>,
     pub(super) ids: u64,
     pub(super) passes: u32,
+    /// Bytes sent by all of them.
+    pub(super) sent_bytes: u64,
+    /// Of the streams of this group.
+    number: u64,
 }
 
 /// Serves the stream to its end.
@@ -84,6 +88,8 @@ pub async fn serve(
     let paths = hello.volumes.iter().map(|volume| volume.path.clone()).collect();
     let sizes = meta.volume_bytes();
     let (registry, host_name) = (registry.clone(), host.to_owned());
+    let (orders, mut order) = mpsc::channel(1);
+    let number = slot.failback.begin_stream(orders);
     let mut talk = Talk {
         registry,
         host: host_name,
@@ -95,9 +101,9 @@ pub async fn serve(
         paths,
         ids: 0,
         passes: 0,
+        sent_bytes: 0,
+        number,
     };
-    let (orders, mut order) = mpsc::channel(1);
-    let number = slot.failback.begin_stream(orders);
     let ended = match purpose {
         FailbackPurpose::Home => talk.wait_home().await,
         FailbackPurpose::Look => talk.look(&meta).await,
@@ -238,6 +244,10 @@ impl Talk {
         sent.map_err(|_| "the agent takes nothing".to_owned())?.map_err(|e| format!("the agent is gone: {e}"))
     }
 
+    pub(super) fn show(&self, change: impl FnOnce(&mut Shown)) {
+        self.slot.failback.show_of(self.number, change);
+    }
+
     pub(super) async fn tell(&mut self, tell: &FailbackTell) -> Result<(), String> {
         self.send(FrameKind::FailbackTell, tell).await
     }
@@ -262,7 +272,7 @@ impl Talk {
         match self.say(HOME_READY_TIME_MAX).await? {
             FailbackSay::Ready { claim } => Ok(claim),
             FailbackSay::NotReady { text, next } => {
-                self.slot.failback.show(|shown| shown.problem = Some((text.clone(), next)));
+                self.show(|shown| shown.problem = Some((text.clone(), next)));
                 Err(text)
             }
             other => Err(format!("{other:?} was not waited for")),
@@ -296,7 +306,7 @@ impl Talk {
             }
         };
         let looked = Some(Looked { differing, only_there, branch });
-        self.slot.failback.show(|shown| shown.looked = looked);
+        self.show(|shown| shown.looked = looked);
         Ok(())
     }
 
@@ -312,7 +322,7 @@ impl Talk {
                     self.slot.name
                 );
                 let problem = Some((format!("its branch was not kept as '{name}': {why}"), next));
-                self.slot.failback.show(|shown| (shown.keeping, shown.problem) = (false, problem));
+                self.show(|shown| (shown.keeping, shown.problem) = (false, problem));
                 return Err(why);
             }
         }
@@ -326,9 +336,11 @@ impl Talk {
                 return Err(why);
             }
             let lag = began.elapsed() + HOME_LOOK_INTERVAL;
-            self.slot.failback.show(|shown| shown.lag = Some(lag));
+            self.show(|shown| shown.lag = Some(lag));
             let waits = tokio::select! {
                 order = orders.recv() => match order {
+                    // Whoever gives it may have asked for this stream before the agent opened another.
+                    Some(_) if !self.slot.failback.is_newest(self.number) => Err("another stream was opened".to_owned()),
                     Some(order) => return self.cut_over(order, claim, at).await,
                     None => Err("another stream was opened, or the return was given up".to_owned()),
                 },
@@ -374,7 +386,7 @@ impl Talk {
 
     async fn cut_over(&mut self, order: Order, claim: u64, at: Option<At>) -> Result<(), String> {
         let Order { height, epoch, token, quick, answer, given } = order;
-        self.slot.failback.show(|shown| shown.cutting_over = true);
+        self.show(|shown| shown.cutting_over = true);
         let mut at = at;
         let armed = self.last_steps(height, epoch, token, quick, &mut at).await;
         self.keep(claim, at);
@@ -398,7 +410,7 @@ impl Talk {
         quick: bool,
         at: &mut Option<At>,
     ) -> Result<Armed, String> {
-        let sent_before = self.slot.failback.shown().sent_bytes;
+        let sent_before = self.sent_bytes;
         self.next_pass(at).await?;
         let Some(reached) = at.as_ref().filter(|at| at.pin.height() >= height) else {
             return Err("the last pass did not reach the last write".to_owned());
@@ -418,7 +430,7 @@ impl Talk {
         for _ in 0..VERIFIES_MAX {
             let passed = self.pass(&timeline, Wish { set, height, write: true, here: None }).await?;
             if passed.differing_bytes == 0 {
-                let sent_bytes = self.slot.failback.shown().sent_bytes - sent_before;
+                let sent_bytes = self.sent_bytes - sent_before;
                 let paths = self.paths.clone();
                 return Ok(Armed { incarnation, position, paths, compared_bytes, sent_bytes });
             }

@@ -280,6 +280,10 @@ impl Promotions {
         // Looked at with the desk in hand: it may have been undone, or its undoing begun, meanwhile.
         let epoch = context.meta().epoch;
         let Some(takeover) = context.meta().takeover else { return };
+        // Two cut-overs that came to nothing.
+        if lock(&self.served).contains_key(name) {
+            return;
+        }
         if takeover.aborting {
             if let Err(problem) = self.undo(context, open, &takeover).await {
                 tracing::error!(group = name, why = problem.why, "its takeover is not undone yet");
