@@ -61,6 +61,7 @@ pub async fn rollback(
     progress: &mut ProgressOut<'_>,
 ) -> Result<RollbackReply, Problem> {
     let begin = Instant::now();
+    refuse_promoted(slot)?;
     let (of, spec) = (slot.clone(), at.clone());
     let planned = tokio::task::spawn_blocking(move || plan(&of, &spec)).await;
     let failed = |why: String| Problem::failed(format!("'{}' was not rolled back", slot.name), why, "see the log");
@@ -82,6 +83,20 @@ pub async fn rollback(
     let mut desk = registry.hold(slot, held).await.map_err(|refused| failed(refused.text))?;
     let done = run(slot, &mut desk, planned, progress).await?;
     Ok(RollbackReply { bytes: done.0, seconds: begin.elapsed().as_secs_f64(), held: true, from_point: done.1, ..reply })
+}
+
+/// A group that runs here is written to all the while: only a takeover of the older point puts it back.
+fn refuse_promoted(slot: &Slot) -> Result<(), Problem> {
+    let (name, board) = (&slot.name, slot.board());
+    let Some(takeover) = board.meta.as_ref().and_then(|meta| meta.takeover.as_ref()) else { return Ok(()) };
+    let next = match takeover.committed {
+        false => format!(
+            "'varve failover abort {name}' gives up what was written here, then 'varve failover {name} --at' that point; or 'varve \
+             view open {name} --at' it and copy what is wanted"
+        ),
+        true => format!("'varve view open {name} --at' that point and copy what is wanted to its devices"),
+    };
+    Err(Problem::refused(format!("'{name}' was not rolled back"), "it runs here, and its devices are in use", next))
 }
 
 /// With the desk in hand. Gives the bytes put back, and the point before, which may be newer than when it was planned.

@@ -438,6 +438,15 @@ impl Registry {
     /// with the group open.
     pub async fn hold(&self, slot: &Arc<Slot>, held: Held) -> Result<OwnedMutexGuard<Desk>, Refused> {
         let mut desk = self.take_desk(slot).await?;
+        // What is written to its devices continues another stream than the one that the holder is about to begin.
+        if slot.board().meta.as_ref().is_some_and(|meta| meta.takeover.is_some()) {
+            let next = format!("'varve status {}' says what goes on", slot.name);
+            return Err(refuse(
+                RefusedReason::Epoch,
+                "it runs here: what is written to its devices would be lost",
+                next,
+            ));
+        }
         self.change_meta(slot, |meta| meta.held = Some(held)).await?;
         let meta = slot.board().meta.clone().ok_or_else(|| storage("the group is gone"))?;
         self.ensure_open(slot, &mut desk, &meta).await?;

@@ -1,7 +1,7 @@
 //! The thread that writes the landing log. One batch at a time, so durable means everything before, too; while one is
 //! written the next one fills.
 
-use super::batch::{Batch, Item};
+use super::batch::{Batch, Effect, Item};
 use super::log::Writer;
 use crate::apply::work::{Landed, Queue, Work};
 use crate::failure::Failure;
@@ -40,6 +40,7 @@ impl Lander {
     /// Makes a batch durable and hands it on.
     pub fn land(&mut self, mut batch: Batch) -> Result<(), Failure> {
         let stored = batch.entry_bytes;
+        let state = self.state_after(&batch)?;
         let place = match stored {
             0 => None,
             _ => {
@@ -50,15 +51,34 @@ impl Lander {
                 Some(self.writer.append(&mut batch.bytes, entries)?)
             }
         };
-        for entry in batch.entries() {
-            self.state.pass(&entry.effect);
-        }
+        self.state = state;
         let counters = &self.live.counters;
         counters.landed_batches.fetch_add(1, Ordering::Relaxed);
         counters.landed_bytes.fetch_add(stored as u64, Ordering::Relaxed);
         self.hand_on(place, batch.bytes.freeze(), batch.items, stored);
         self.live.landed(self.state, place);
         Ok(())
+    }
+
+    /// Whoever writes to the stream checks what it adds. What does not continue it all the same must not be acknowledged: after a
+    /// restart the log would end before it.
+    fn state_after(&self, batch: &Batch) -> Result<StreamState, Failure> {
+        let mut state = self.state;
+        for entry in batch.entries() {
+            let follows = match &entry.effect {
+                Effect::Data { .. } => entry.incarnation == state.at.incarnation && entry.position == state.at.position,
+                Effect::Mark(mark) => state.admits(mark),
+            };
+            if !follows {
+                let at = state.at.position;
+                return Err(Failure::damaged(format!(
+                    "an entry at position {} does not continue the stream, which is at {at}: it was not landed",
+                    entry.position
+                )));
+            }
+            state.pass(&entry.effect);
+        }
+        Ok(state)
     }
 
     /// Gives the applier everything in the order in which it came: entries in pieces between the actions.
