@@ -1,7 +1,7 @@
 //! Start, accept loops, stop.
 
 use crate::group::registry::Registry;
-use crate::promote::{Context, Promotions};
+use crate::promote::Promotions;
 use crate::view::views::{Views, run_dir};
 use crate::watch::Watching;
 use crate::{control, keeper, session, watch};
@@ -38,7 +38,7 @@ pub struct Daemon {
     /// Has the views.
     pub views: Views,
     /// Has what runs here.
-    pub promotions: Promotions,
+    pub promotions: Arc<Promotions>,
     /// Watches all of it.
     pub watching: Watching,
 }
@@ -143,12 +143,13 @@ async fn serve(
     }
     let tls = nbd_config(&authority, hosts.clone()).map_err(|e| net_problem("NBD cannot be served", &e))?;
     let views = Views::new(run_dir(paths), Arc::new(tls));
-    let promotions = Promotions::new(run_dir(paths), paths);
+    let promotions = Arc::new(Promotions::new(run_dir(paths), paths));
     let watching = Watching::new(config.watch);
     let daemon =
         Arc::new(Daemon { name: config.name, authority, hosts, server, registry, views, promotions, watching });
     daemon.registry.open_all().await;
-    resume_promotions(&daemon);
+    // What ran here before the daemon ended runs here again.
+    tokio::spawn(daemon.promotions.clone().keep_serving(daemon.registry.clone()));
     let keeper = daemon.registry.clone();
     let keeper = std::thread::Builder::new().name("keeper".to_owned()).spawn(move || keeper::run(&keeper));
     let keeper = keeper.map_err(|e| Problem::failed("the keeper cannot start", e.to_string(), "see ulimit -u"))?;
@@ -187,19 +188,6 @@ async fn serve(
     let _ = tokio::task::spawn_blocking(move || keeper.join()).await;
     tracing::info!("stopped");
     Ok(())
-}
-
-/// What ran here before the daemon ended runs here again.
-fn resume_promotions(daemon: &Arc<Daemon>) {
-    for slot in daemon.registry.groups() {
-        if slot.board().meta.as_ref().is_some_and(|meta| meta.takeover.is_some()) {
-            let daemon = daemon.clone();
-            tokio::spawn(async move {
-                let context = Context { registry: daemon.registry.clone(), slot };
-                daemon.promotions.resume(&context).await;
-            });
-        }
-    }
 }
 
 async fn alive(watchdog: &mut Option<tokio::time::Interval>) {

@@ -60,7 +60,9 @@ pub const BRANCH_MADE: &str = "branch-made";
 
 /// A place to hold: the devices are away, the agent has not been told that the group is given back.
 pub const HOME_HELD: &str = "home-held";
-/// The agent captures again, the group still runs here.
+/// A place to hold: regions are about to be compared with those at home.
+pub const HOME_PASS_HELD: &str = "home-pass-held";
+/// The agent captures again, the group still runs here. To hold as well.
 pub const HOME_ARMED: &str = "home-armed";
 /// The group is given back, its new stream has not begun.
 pub const HOME_GIVEN: &str = "home-given";
@@ -135,7 +137,11 @@ pub fn hold(name: &str, over: impl Fn() -> bool) {
         Some((name.to_owned(), PathBuf::from(file)))
     };
     let Some((held, file)) = HELD.get_or_init(read) else { return };
-    while held == name && file.exists() && !over() {
+    let is_held = || held == name && file.exists() && !over();
+    if is_held() {
+        tracing::warn!(failpoint = name, "the process waits here on request");
+    }
+    while is_held() {
         std::thread::sleep(HELD_LOOK);
     }
 }

@@ -111,7 +111,7 @@ fn authority(daemon: &Daemon, slot: &Slot, board: &Board) -> Option<AuthoritySta
             meta.owner
         ),
         (None, Some(failback)) => failback.next,
-        (None, None) => daemon.promotions.status(Some(meta)).map(|it| it.next).unwrap_or_default(),
+        (None, None) => daemon.promotions.status(Some(meta), &daemon.views).map(|it| it.next).unwrap_or_default(),
     };
     let place = format!("runs here, on '{}', under epoch {} ({how}); not on '{}'", daemon.name, meta.epoch, meta.owner);
     Some(AuthorityStatus {
@@ -158,7 +158,7 @@ fn history(daemon: &Daemon, slot: &Slot, board: &Board, views: u64) -> Option<Hi
         damaged: chronicle.damages().len() as u64,
         retention: board.meta.as_ref().map(|meta| meta.retention).unwrap_or_default(),
         notice: held.or(board.notice.clone()),
-        takeover: daemon.promotions.status(board.meta.as_ref()).map(|takeover| {
+        takeover: daemon.promotions.status(board.meta.as_ref(), &daemon.views).map(|takeover| {
             let failback = slot.failback.status(board.meta.as_ref());
             let next = failback.as_ref().map_or(takeover.next, |failback| failback.next.clone());
             TakeoverStatus { failback, next, ..takeover }

@@ -276,11 +276,12 @@ fn start_failback(pair: &Pair) -> bool {
 }
 
 fn cut_over_in_the_background(pair: &Pair) -> JoinHandle<std::process::Output> {
+    in_the_background(pair, &["failback", "g", "--cut-over", "--yes"])
+}
+
+fn in_the_background(pair: &Pair, args: &'static [&str]) -> JoinHandle<std::process::Output> {
     let (root, program) = (pair.recovery.root().to_owned(), varve());
-    std::thread::spawn(move || {
-        let args = ["failback", "g", "--cut-over", "--yes"];
-        std::process::Command::new(program).args(args).env("VARVE_ROOT", root).output().unwrap()
-    })
+    std::thread::spawn(move || std::process::Command::new(program).args(args).env("VARVE_ROOT", root).output().unwrap())
 }
 
 fn varve() -> PathBuf {
@@ -333,6 +334,95 @@ fn an_agent_that_comes_again_in_the_cut_over_gets_the_group() {
     std::fs::remove_file(&held).unwrap();
     let done = order.join().unwrap();
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    assert_image(device.path(), &image, "the volume at home");
+    assert_at_home(&pair, &[device.path()], &replicas, from);
+}
+
+/// A group that runs on the recovery host, with content of its own, and a receiver that waits at a place.
+fn held_bed(scratch: &Scratch, device: &LoopDevice, place: &str) -> (Pair, Vec<PathBuf>, PathBuf) {
+    let mut pair = Pair::new();
+    let replicas = pair.protect("g", &[device.path()]);
+    pair.wait_protected("g", LIMIT);
+    let held = scratch.path().join("held");
+    pair.recovery.set_env("VARVE_HOLD", &format!("{place}:{}", held.display()));
+    pair.recovery.restart(Role::Receiver);
+    take_over(&pair);
+    fill(&promoted(&pair, 0), &mut Seed::new().rng(), 16 << 20);
+    (pair, replicas, held)
+}
+
+/// Whoever gives up the return is told that the group stays, so it stays; and what was begun to be overwritten is no branch.
+#[test]
+fn given_up_in_a_pass() {
+    require_root();
+    let scratch = Scratch::disk();
+    let device = LoopDevice::new(&scratch, "volume", 16 << 20);
+    let (pair, _, held) = held_bed(&scratch, &device, "home-pass-held");
+    let before = digest_device(device.path());
+    std::fs::write(&held, "").unwrap();
+    let call = in_the_background(&pair, &["failback", "g", "--yes"]);
+    wait_until(LIMIT, "it is being compared", || takeover(&pair)["failback"]["phase"] == "comparing");
+    let comparing = |status: &Value| status["resync"].is_object();
+    wait_until(LIMIT, "the agent has its volume", || pair.production.group("g").as_ref().is_some_and(comparing));
+    pair.recovery.varve(&["failback", "g", "--stop", "--yes"]).ok();
+    std::fs::remove_file(&held).unwrap();
+    assert!(!call.join().unwrap().status.success());
+    let log = || pair.recovery.log(Role::Receiver);
+    wait_until(LIMIT, "the stream ends", || log().contains("stream ended") && log().contains("given up meanwhile"));
+    assert_eq!(digest_device(device.path()), before, "nothing was overwritten");
+    let branch = pair.recovery.varve(&["failback", "g", "--keep-branch", "old", "--yes"]).expect_code(3);
+    assert!(branch.stderr.contains("not whole"), "{branch:?}");
+    assert_eq!(role(&pair.recovery), "promoted");
+    pair.recovery.varve(&["failback", "g", "--yes"]).ok();
+}
+
+#[test]
+fn given_up_in_the_cut_over() {
+    require_root();
+    let scratch = Scratch::disk();
+    let device = LoopDevice::new(&scratch, "volume", 16 << 20);
+    let (pair, _, held) = held_bed(&scratch, &device, "home-armed");
+    let image = image_of(&promoted(&pair, 0));
+    pair.recovery.varve(&["failback", "g", "--yes"]).ok();
+    std::fs::write(&held, "").unwrap();
+    let order = cut_over_in_the_background(&pair);
+    wait_until(LIMIT, "the devices are away", || !promoted(&pair, 0).is_symlink());
+    pair.recovery.varve(&["failback", "g", "--stop", "--yes"]).ok();
+    std::fs::remove_file(&held).unwrap();
+    let refused = order.join().unwrap();
+    assert!(!refused.status.success(), "it was told that it stays");
+    wait_until(LIMIT, "served again", || promoted(&pair, 0).is_symlink());
+    assert_eq!(role(&pair.recovery), "promoted");
+    assert_image(&promoted(&pair, 0), &image, "what runs here");
+}
+
+/// The agent that was given the group never heard of it, and a takeover came and went: it comes home all the same.
+#[test]
+fn given_back_and_taken_over_before_it_was_heard() {
+    require_root();
+    let scratch = Scratch::disk();
+    let device = LoopDevice::new(&scratch, "volume", 16 << 20);
+    let (mut pair, replicas, held) = held_bed(&scratch, &device, "home-armed");
+    let image = image_of(&promoted(&pair, 0));
+    pair.recovery.varve(&["failback", "g", "--yes"]).ok();
+    std::fs::write(&held, "").unwrap();
+    let order = cut_over_in_the_background(&pair);
+    wait_until(LIMIT, "all but the last word", || pair.recovery.log(Role::Receiver).contains("waits here on request"));
+    pair.production.kill(Role::Agent);
+    std::fs::remove_file(&held).unwrap();
+    let done = order.join().unwrap();
+    let text = String::from_utf8_lossy(&done.stdout).into_owned();
+    assert!(
+        done.status.success() && text.contains("did not answer"),
+        "{text}\n{}",
+        String::from_utf8_lossy(&done.stderr)
+    );
+    pair.recovery.varve(&["failover", "g", "--yes"]).ok();
+    pair.recovery.varve(&["failover", "abort", "g", "--yes"]).ok();
+    let from = pair.production.log(Role::Agent).len();
+    pair.production.start(Role::Agent);
+    let at_home = |status: &Value| status["role"] == "source" && status["data"] == "protected";
+    wait_until(LIMIT, "protected at home", || pair.production.group("g").as_ref().is_some_and(at_home));
     assert_image(device.path(), &image, "the volume at home");
     assert_at_home(&pair, &[device.path()], &replicas, from);
 }

@@ -117,6 +117,13 @@ impl Bed {
         Self { pair, replica, source, rng, held, _device: device, _scratch: scratch, _seed: seed }
     }
 
+    /// An abort is written down.
+    fn aborting(&self) -> bool {
+        let meta = self.pair.recovery.root().join("var/lib/varve/receiver/groups/db/group.json");
+        let meta: Value = serde_json::from_slice(&std::fs::read(&meta).unwrap()).unwrap();
+        meta["takeover"]["aborting"] == true
+    }
+
     /// Nothing is applied (or rolled back) any more.
     fn hold(&self) {
         std::fs::write(&self.held, "").unwrap();
@@ -488,18 +495,13 @@ fn what_is_being_undone_is_not_committed() {
     drop(file);
     bed.wait_replica();
     bed.hold();
-    let meta = bed.pair.recovery.root().join("var/lib/varve/receiver/groups/db/group.json");
-    let aborting = || -> bool {
-        let meta: Value = serde_json::from_slice(&std::fs::read(&meta).unwrap()).unwrap();
-        meta["takeover"]["aborting"] == true
-    };
     std::thread::scope(|scope| {
         let abort = scope.spawn(|| bed.pair.recovery.varve(&["failover", "abort", "db", "--yes"]));
-        wait_until(LIMIT, "the abort is written down", aborting);
+        wait_until(LIMIT, "the abort is written down", || bed.aborting());
         let commit = bed.pair.recovery.varve(&["failover", "commit", "db", "--yes"]);
         // A second one does not wait for ever, and does not call off the first.
         let second = bed.pair.recovery.varve(&["failover", "abort", "db", "--yes"]);
-        let still = aborting();
+        let still = bed.aborting();
         bed.go_on();
         assert_eq!((second.code, still), (1, true), "{second:?}");
         assert!(commit.expect_code(3).stderr.contains("being undone"));

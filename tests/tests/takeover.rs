@@ -305,6 +305,93 @@ fn a_test_leaves_nothing() {
     }
 }
 
+/// A rollback would begin another stream under the devices' writers: what they were told is durable would be lost.
+#[test]
+fn what_runs_here_is_not_rolled_back() {
+    require_root();
+    let scratch = Scratch::memory();
+    let device = LoopDevice::new(&scratch, "volume", 8 << 20);
+    let mut pair = Pair::new();
+    pair.protect("db", &[device.path()]);
+    pair.wait_protected("db", LIMIT);
+    pair.production.varve(&["bookmark", "db", "old"]).ok();
+    write_somewhere(device.path());
+    pair.wait_applied("db", LIMIT);
+    let promoted = device_of(&failover(&pair, "db", "latest"), 0);
+    for args in [&["--dry-run"][..], &["--yes"]] {
+        let args = [&["rollback", "db", "--at", "bookmark:old"], args].concat();
+        let refused = pair.recovery.varve(&args).expect_code(3);
+        assert!(refused.stderr.contains("runs here") && refused.stderr.contains("failover abort"), "{refused:?}");
+    }
+    write_somewhere(&promoted);
+    let digest = digest_device(&promoted);
+    pair.recovery.kill(Role::Receiver);
+    pair.recovery.start(Role::Receiver);
+    assert_eq!(digest_device(&served(&pair, "db")), digest);
+    pair.recovery.varve(&["failover", "abort", "db", "--yes"]).ok();
+    pair.wait_protected("db", LIMIT);
+    pair.recovery.varve(&["rollback", "db", "--at", "bookmark:old", "--yes"]).ok();
+}
+
+/// A test stands in the way of nothing: neither when it was closed as a view, nor when the disaster comes in the middle of it.
+#[test]
+fn a_test_does_not_hide_a_takeover() {
+    require_root();
+    let scratch = Scratch::memory();
+    let device = LoopDevice::new(&scratch, "volume", 8 << 20);
+    let pair = Pair::new();
+    let replicas = pair.protect("db", &[device.path()]);
+    pair.wait_protected("db", LIMIT);
+    let takeover = || pair.recovery.group("db").unwrap()["history"]["takeover"].clone();
+    let abort = || pair.recovery.varve(&["failover", "abort", "db", "--yes", "--json"]).ok().json();
+    let view = || pair.recovery.varve(&["view", "list", "--json"]).ok().json()["views"][0]["id"].to_string();
+    pair.recovery.varve(&["failover", "db", "--test"]).ok();
+    assert_eq!(takeover()["test"], true);
+    pair.recovery.varve(&["view", "close", &view()]).ok();
+    assert!(takeover().is_null());
+    pair.recovery.varve(&["failover", "db", "--test"]).ok();
+    write_somewhere(&device_of(&failover(&pair, "db", "latest"), 0));
+    assert_eq!(takeover()["test"], false);
+    pair.recovery.varve(&["failover", "db", "--test"]).expect_code(3);
+    assert_eq!(abort()["test"], false);
+    assert_eq!(takeover()["test"], true);
+    assert_eq!(abort()["test"], true);
+    assert!(takeover().is_null());
+    pair.wait_protected("db", LIMIT);
+    pair.wait_applied("db", LIMIT);
+    assert_same(device.path(), &replicas[0]);
+}
+
+/// Once the takeover is durable its devices come, whatever was in the way at first; and they do not go under a program that
+/// writes to one without having it for itself.
+#[test]
+fn devices_come_by_themselves_and_stay_while_they_are_written() {
+    require_root();
+    let scratch = Scratch::memory();
+    let device = LoopDevice::new(&scratch, "volume", 8 << 20);
+    let pair = Pair::new();
+    pair.protect("db", &[device.path()]);
+    pair.wait_protected("db", LIMIT);
+    let in_the_way = pair.recovery.root().join("run/varve/views/promoted-db-0");
+    std::fs::create_dir_all(in_the_way.parent().unwrap()).unwrap();
+    std::fs::write(&in_the_way, "").unwrap();
+    let failed = pair.recovery.varve(&["failover", "db", "--yes"]).expect_code(1);
+    assert!(failed.stderr.contains("is taken over") && failed.stderr.contains("tried again by itself"), "{failed:?}");
+    let next = || pair.recovery.group("db").unwrap()["history"]["takeover"]["next"].as_str().unwrap().to_owned();
+    wait_until(LIMIT, "status says that they are missing", || next().contains("not all there"));
+    std::fs::remove_file(&in_the_way).unwrap();
+    let promoted = served(&pair, "db");
+    wait_until(LIMIT, "status says nothing of it any more", || !next().contains("not all there"));
+    let writer = OpenOptions::new().write(true).custom_flags(nix::libc::O_SYNC).open(&promoted).unwrap();
+    let refused = pair.recovery.varve(&["failover", "abort", "db", "--yes"]).expect_code(3);
+    assert!(refused.stderr.contains("open for writing"), "{refused:?}");
+    writer.write_all_at(&[7; BLOCK], 0).unwrap();
+    drop(writer);
+    assert_eq!(served(&pair, "db"), promoted);
+    pair.recovery.varve(&["failover", "abort", "db", "--yes"]).ok();
+    pair.wait_protected("db", LIMIT);
+}
+
 fn write_somewhere(device: &Path) {
     let file = OpenOptions::new().write(true).custom_flags(nix::libc::O_SYNC).open(device).unwrap();
     file.write_all_at(&[5; 4096], 8192).unwrap();

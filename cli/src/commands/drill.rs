@@ -95,7 +95,7 @@ fn take_away(context: &Context, group: &str) -> Result<(), Problem> {
     varve_takeover::clean(&context.paths, group, &varve_takeover::Tools::default())?;
     let status = crate::client::Daemon::Receiver.group(context, group)?;
     if status.history.and_then(|history| history.takeover).is_some_and(|takeover| takeover.test) {
-        let request = ReceiverRequest::FailoverAbort { group: group.to_owned(), force: true };
+        let request = ReceiverRequest::FailoverAbort { group: group.to_owned(), force: true, only_test: true };
         ask_receiver::<FailoverReply>(context, &request, PATIENT)?;
     }
     Ok(())

@@ -281,7 +281,7 @@ fn abort(context: &Context, args: &Args, group: &str) -> Outcome {
     let question = format!("undo the takeover of '{group}'? What was written here since stays in the history only");
     confirm(args.yes, &question, &again)?;
     undo_plan(context, args, group)?;
-    let request = ReceiverRequest::FailoverAbort { group: group.to_owned(), force: args.force };
+    let request = ReceiverRequest::FailoverAbort { group: group.to_owned(), force: args.force, only_test: false };
     let reply: FailoverReply = ask_receiver(context, &request, PATIENT)?;
     context.answer(&reply, |reply| match reply.test {
         true => format!("the test of group '{}' is over, what was written to it is gone\n", reply.group),

@@ -204,6 +204,9 @@ pub enum ReceiverRequest {
         group: String,
         /// Even if a device is in use.
         force: bool,
+        /// Only a test is meant, whatever else runs here.
+        #[serde(default)]
+        only_test: bool,
     },
     /// Call a group home that runs here. Answers: [`Reply::Progress`](super::Reply::Progress) and at last [`FailbackReply`](super::FailbackReply).
     Failback {

@@ -105,8 +105,8 @@ async fn answer_history(daemon: &Arc<Daemon>, peer: &mut LocalPeer, request: Rec
             send(peer, outcome).await
         }
         ReceiverRequest::FailoverCommit { group } => send(peer, takeover::commit(daemon, &group).await).await,
-        ReceiverRequest::FailoverAbort { group, force } => {
-            send(peer, takeover::abort(daemon, &group, force).await).await
+        ReceiverRequest::FailoverAbort { group, force, only_test } => {
+            send(peer, takeover::abort(daemon, &group, force, only_test).await).await
         }
         ReceiverRequest::Failback { group, host, keep_branch, dry_run } => {
             let mut progress = ProgressOut::new(peer);

@@ -48,6 +48,6 @@ pub async fn commit(daemon: &Arc<Daemon>, group: &str) -> Result<FailoverReply, 
     daemon.promotions.commit(&context(daemon, group)?).await
 }
 
-pub async fn abort(daemon: &Arc<Daemon>, group: &str, force: bool) -> Result<FailoverReply, Problem> {
-    daemon.promotions.abort(&context(daemon, group)?, &daemon.views, force).await
+pub async fn abort(daemon: &Arc<Daemon>, group: &str, force: bool, only_test: bool) -> Result<FailoverReply, Problem> {
+    daemon.promotions.abort(&context(daemon, group)?, &daemon.views, force, only_test).await
 }

@@ -4,7 +4,7 @@ use super::orders::{bare_reply, refuse_unready};
 use super::{Armed, Order};
 use crate::clock::wall_ns;
 use crate::failpoint;
-use crate::group::meta::{GroupMeta, Home, hex, unhex};
+use crate::group::meta::{Failback, GroupMeta, Home, hex, unhex};
 use crate::group::open::OpenGroup;
 use crate::group::registry::{Registry, Slot};
 use crate::limits::{HOME_CUT_OVER_TIME_MAX, HOME_TOLD_TIME_MAX};
@@ -51,11 +51,12 @@ pub async fn cut_over(
     let stopped = tokio::task::block_in_place(|| promotions.stop_serving(&name, false, &what));
     stopped?;
     let paused = Instant::now();
-    let given = give_back(promotions, context, &meta, &failback.host, quick).await;
+    let given = give_back(promotions, context, &meta, &failback, quick).await;
     match given {
         Ok((armed, epoch, told)) => {
             tracing::warn!(group = name, host = failback.host, epoch, "given back: it runs at home");
             context.slot.failback.end_all();
+            context.slot.board().unsure = None;
             let next = match told {
                 true => {
                     format!("mount and start what uses it on '{}'; '{name}' is protected from there", failback.host)
@@ -71,6 +72,8 @@ pub async fn cut_over(
             Ok(FailbackReply { home, phase, epoch, sent_bytes, compared_bytes, pause_seconds, seconds, next, ..reply })
         }
         Err(Failed { why, unsure: true }) => {
+            // Nothing is served any more until a start has read what is on the disk.
+            context.slot.board().unsure = Some(format!("it runs here or at home: {why}"));
             let next = "put the disk of the receiver's state right and restart it: then it runs here or at home, and says which";
             Err(Problem::failed(what, why, next))
         }
@@ -106,17 +109,18 @@ async fn give_back(
     promotions: &Promotions,
     context: &Context,
     meta: &GroupMeta,
-    host: &str,
+    failback: &Failback,
     quick: bool,
 ) -> Result<(Armed, u64, bool), Failed> {
     let desk = context.registry.seize(&context.slot).await.map_err(|refused| refused.text)?;
     // While the desk was waited for, an abort may have had it.
-    let same = |now: &GroupMeta| match (&now.takeover, &meta.takeover) {
+    let same_takeover = |now: &GroupMeta| match (&now.takeover, &meta.takeover) {
         (Some(now), Some(before)) => {
             now.incarnation == before.incarnation && !now.aborting && now.committed == before.committed
         }
         _ => false,
     };
+    let same = |now: &GroupMeta| same_takeover(now) && now.failback.as_ref().is_some_and(|now| now.is(failback));
     if !context.slot.board().meta.as_ref().is_some_and(same) {
         return Err("its takeover is not what it was a moment ago: another command was quicker".into());
     }
@@ -129,10 +133,11 @@ async fn give_back(
     let height = open.live.view().landed.height;
     catch_up(open, height).await?;
     let (epoch, token): (u64, [u8; 16]) = (meta.epoch + 1, rand::random());
-    let ((answer, answered), (give, given)) = (oneshot::channel(), oneshot::channel());
-    let order = Order { height, epoch, token, quick, answer, given };
+    let ((answer, answered), (give, given), (told, heard)) =
+        (oneshot::channel(), oneshot::channel(), oneshot::channel());
+    let order = Order { height, epoch, token, quick, answer, given, told };
     // The newest stream: the agent may have opened another while the devices went.
-    let orders = context.slot.failback.orders().ok_or("the agent has just gone")?;
+    let (number, orders) = context.slot.failback.orders().ok_or("the agent has just gone")?;
     orders.send(order).await.map_err(|_| "the agent has just gone".to_owned())?;
     let armed = timeout(HOME_CUT_OVER_TIME_MAX, answered).await.map_err(|_| "the agent hangs".to_owned())?;
     let armed = armed.map_err(|_| "the agent has gone".to_owned())??;
@@ -140,17 +145,27 @@ async fn give_back(
         return Err("something was written here meanwhile".into());
     }
     failpoint::hit(failpoint::HOME_ARMED);
+    tokio::task::block_in_place(|| failpoint::hold(failpoint::HOME_ARMED, || open.live.failure().is_some()));
+    if !context.slot.failback.is_newest(number) {
+        return Err("its agent came again a moment ago and begins anew".into());
+    }
     let home = Home {
-        host: host.to_owned(),
+        host: failback.host.clone(),
         token: hex(&token),
         incarnation: hex(&armed.incarnation),
         position: armed.position,
         landed: false,
     };
+    // Decided where it is written down: the operator may have given it up meanwhile.
+    let mut wanted = false;
     let change = |meta: &mut GroupMeta| {
+        wanted = same(meta);
+        if !wanted {
+            return;
+        }
         (meta.epoch, meta.source_epoch_min) = (epoch, epoch);
         (meta.takeover, meta.failback, meta.home) = (None, None, Some(home));
-        meta.owner = host.to_owned();
+        meta.owner = failback.host.clone();
         // It has a source again.
         meta.branch = None;
         for (volume, path) in meta.volumes.iter_mut().zip(&armed.paths) {
@@ -163,11 +178,17 @@ async fn give_back(
         let unsure = undone.is_err();
         return Err(Failed { why: refused.text, unsure });
     }
+    if !wanted {
+        return Err("its return was given up meanwhile".into());
+    }
     failpoint::hit(failpoint::HOME_GIVEN);
-    begin_at_home(&context.registry, &context.slot, open).await?;
+    // It runs at home from here on, whatever becomes of this: the agent's next session does it then.
+    if let Err(why) = begin_at_home(&context.registry, &context.slot, open).await {
+        tracing::error!(group = context.slot.name, why, "given back, and its stream from there has not begun here yet");
+    }
     failpoint::hit(failpoint::HOME_BEGUN);
     drop(desk);
-    let told = give.send(()).is_ok() && timeout(HOME_TOLD_TIME_MAX, orders.closed()).await.is_ok();
+    let told = give.send(()).is_ok() && timeout(HOME_TOLD_TIME_MAX, heard).await.is_ok_and(|heard| heard.is_ok());
     Ok((armed, epoch, told))
 }
 

@@ -1,6 +1,7 @@
 //! Regions as the volumes held them at a point, with their digests. For a thread of its own.
 
 use super::blocks::Blocks;
+use crate::failpoint;
 use crate::view::volume::ViewVolume;
 use bytes::Bytes;
 use std::sync::Arc;
@@ -59,6 +60,7 @@ impl Region {
 /// Reads all of `set`, in order, until nobody takes it any more. The pin keeps the volumes' point from expiring.
 pub fn run(volumes: &[Arc<ViewVolume>], set: &Blocks, _pin: &Pin, out: &mpsc::Sender<Result<Region, String>>) {
     for (volume, extent) in set.iter() {
+        failpoint::hold(failpoint::HOME_PASS_HELD, || out.is_closed());
         let region = read(&volumes[usize::from(volume)], volume, extent);
         let failed = region.is_err();
         if out.blocking_send(region).is_err() || failed {

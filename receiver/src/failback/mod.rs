@@ -101,6 +101,8 @@ pub struct Order {
     pub answer: oneshot::Sender<Result<Armed, String>>,
     /// The group is given back. Dropped: it is not.
     pub given: oneshot::Receiver<()>,
+    /// The agent has heard it. Dropped: it went before.
+    pub told: oneshot::Sender<()>,
 }
 
 /// What the agent has after the last steps.
@@ -227,8 +229,10 @@ impl Homecoming {
         }
     }
 
-    fn orders(&self) -> Option<mpsc::Sender<Order>> {
-        self.lock().orders.clone()
+    /// The way to the newest stream, and its number.
+    fn orders(&self) -> Option<(u64, mpsc::Sender<Order>)> {
+        let inner = self.lock();
+        inner.orders.clone().map(|orders| (inner.streams, orders))
     }
 
     /// The agent of this stream, the newest, did not come again for long: it compares everything if it does.

@@ -177,12 +177,30 @@ pub async fn begin(
         Some(_) => {}
         None => {
             if let Some(branch) = &keep_branch {
+                refuse_overwritten(&meta, &host, &what)?;
                 refuse_branch(context, &meta, branch, &what)?;
             }
-            let failback = Failback { host: host.clone(), since: now(), keep_branch, kept: false };
-            let change = |meta: &mut GroupMeta| meta.failback = Some(failback);
+            let (kept, since) = (keep_branch.is_some(), now());
+            let failback = Failback { host: host.clone(), since, keep_branch, kept: false };
+            // Decided where it is written down: another command may have been quicker.
+            let mut refused = None;
+            let change = |now: &mut GroupMeta| {
+                let same = now.failback.is_none() && now.takeover.as_ref().is_some_and(|takeover| takeover.committed);
+                refused = match (same, kept) {
+                    (false, _) => {
+                        let next = format!("'varve status {name}' shows what goes on");
+                        Some(Problem::refused(what.clone(), "another command was quicker", next))
+                    }
+                    (true, true) => refuse_overwritten(now, &host, &what).err(),
+                    (true, false) => None,
+                };
+                if refused.is_none() {
+                    now.failback = Some(failback);
+                }
+            };
             let changed = context.registry.change_meta(&context.slot, change).await;
             changed.map_err(|refused| context.failed(refused.text))?;
+            refused.map_or(Ok(()), Err)?;
             tracing::warn!(group = name, host, "it is to come home");
         }
     }
@@ -217,6 +235,17 @@ pub async fn begin(
             progress.tell(shown.done_bytes, shown.total_bytes).await;
         }
     }
+}
+
+/// What was written there after the split is whole.
+fn refuse_overwritten(meta: &GroupMeta, host: &str, what: &str) -> Result<(), Problem> {
+    let overwritten = meta.takeover.as_ref().is_some_and(|takeover| takeover.overwritten.iter().any(|it| it == host));
+    if !overwritten {
+        return Ok(());
+    }
+    let why =
+        format!("the volumes on '{host}' were begun to be overwritten: what they had for themselves is not whole");
+    Err(Problem::refused(what, why, format!("'varve failback {}' without --keep-branch goes on", meta.name)))
 }
 
 /// The branch can be kept under this name, as far as is known here.

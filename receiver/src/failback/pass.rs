@@ -78,6 +78,7 @@ impl Talk {
                         let differs = reply.differs & all(region.digests.len());
                         note(&mut passed, region, differs, wish.here);
                         if differs != 0 && wish.write {
+                            self.check_wanted()?;
                             let (body, bytes) = region.image(reply.id, differs);
                             self.send_image(body).await?;
                             self.sent_bytes += bytes;
@@ -98,6 +99,7 @@ impl Talk {
                 region = regions.recv(), if !fed && under_way.len() < HOME_REGIONS_MAX => match region {
                     Some(region) => {
                         let region = region?;
+                        self.check_wanted()?;
                         self.ids += 1;
                         let probe = Probe {
                             id: self.ids,

@@ -4,7 +4,7 @@ use super::blocks::Blocks;
 use super::pass::{Wish, unexpected};
 use super::{Armed, At, Looked, Order, Shown};
 use crate::failure::{protocol, refuse, refuse_for_now};
-use crate::group::meta::{GroupMeta, Takeover, unhex};
+use crate::group::meta::{Failback, GroupMeta, Takeover, unhex};
 use crate::group::registry::{Registry, Slot};
 use crate::limits::{
     ANSWER_TIMEOUT, CATCH_UP_TIME_MAX, HOME_KEPT_TIME_MAX, HOME_LOOK_INTERVAL, HOME_READY_TIME_MAX, HOME_WAITING_MAX,
@@ -27,6 +27,9 @@ use varve_common::wire::messages::{
 use varve_common::wire::{FRAME_HEADER_BYTES, Frame, FrameKind};
 use varve_timeline::error::HistoryError;
 use varve_timeline::timeline::Timeline;
+
+/// Why a stream ends that was admitted to write.
+const GIVEN_UP: &str = "its return was given up meanwhile";
 
 /// The longest image of one block.
 const FETCHED_BYTES_MAX: usize = DIGEST_BLOCK_BYTES as usize + 256;
@@ -58,6 +61,8 @@ pub(super) struct Talk {
     pub(super) sent_bytes: u64,
     /// Of the streams of this group.
     number: u64,
+    /// What it writes for; `None`: it writes nothing.
+    wish: Option<Failback>,
 }
 
 /// Serves the stream to its end.
@@ -103,11 +108,15 @@ pub async fn serve(
         passes: 0,
         sent_bytes: 0,
         number,
+        wish: None,
     };
     let ended = match purpose {
         FailbackPurpose::Home => talk.wait_home().await,
         FailbackPurpose::Look => talk.look(&meta).await,
-        FailbackPurpose::Write => talk.bring_home(&mut order).await,
+        FailbackPurpose::Write => match &meta.failback {
+            Some(wish) => talk.bring_home(wish, &mut order).await,
+            None => Err(GIVEN_UP.to_owned()),
+        },
     };
     slot.failback.end_stream(number);
     // What is kept for it keeps history from expiring.
@@ -137,7 +146,7 @@ fn admit(
     let slot = registry.group(&hello.group).ok_or_else(none)?;
     let meta = slot.board().meta.clone().ok_or_else(none)?;
     let home = meta.home.as_ref().filter(|home| home.host == host && unhex(&home.token) == hello.token);
-    if home.is_some() && hello.token != [0; 16] {
+    if home.is_some() && hello.token != [0; 16] && meta.takeover.is_none() {
         return Ok((slot, meta, FailbackPurpose::Home));
     }
     let comes = meta.failback.as_ref().is_some_and(|failback| failback.host == host);
@@ -311,10 +320,10 @@ impl Talk {
     }
 
     /// Passes until the cut-over.
-    async fn bring_home(&mut self, orders: &mut mpsc::Receiver<Order>) -> Result<(), String> {
+    async fn bring_home(&mut self, wish: &Failback, orders: &mut mpsc::Receiver<Order>) -> Result<(), String> {
+        self.wish = Some(wish.clone());
         let claim = self.ready().await?;
-        let wish = self.slot.board().meta.as_ref().and_then(|meta| meta.failback.clone());
-        if let Some(name) = wish.filter(|wish| !wish.kept).and_then(|wish| wish.keep_branch) {
+        if let Some(name) = wish.keep_branch.clone().filter(|_| !wish.kept) {
             let (timeline, _) = moment(&self.slot).await?;
             if let Err(why) = self.keep_branch(&timeline, &name).await {
                 let next = format!(
@@ -326,6 +335,7 @@ impl Talk {
                 return Err(why);
             }
         }
+        self.begin_overwriting(wish).await?;
         let mut at = self.slot.failback.take_kept(claim);
         loop {
             let began = Instant::now();
@@ -353,6 +363,32 @@ impl Talk {
                 return Err(why);
             }
         }
+    }
+
+    /// Whether the operator still wants what this stream was admitted for, and no other stream has it.
+    pub(super) fn check_wanted(&self) -> Result<(), String> {
+        let Some(wish) = &self.wish else { return Ok(()) };
+        if !self.slot.failback.is_newest(self.number) {
+            return Err("another stream was opened".to_owned());
+        }
+        let board = self.slot.board();
+        let now = board.meta.as_ref().and_then(|meta| meta.failback.as_ref());
+        if now.is_some_and(|now| now.is(wish)) { Ok(()) } else { Err(GIVEN_UP.to_owned()) }
+    }
+
+    /// Durable before the first byte goes: from here on what the host had for itself is not whole.
+    async fn begin_overwriting(&mut self, wish: &Failback) -> Result<(), String> {
+        self.check_wanted()?;
+        let mut wanted = false;
+        let begins = |meta: &mut GroupMeta| {
+            let GroupMeta { takeover: Some(takeover), failback: Some(now), .. } = meta else { return };
+            wanted = now.is(wish);
+            if wanted && !takeover.overwritten.contains(&wish.host) {
+                takeover.overwritten.push(wish.host.clone());
+            }
+        };
+        self.registry.change_meta(&self.slot, begins).await.map_err(|refused| refused.text)?;
+        if wanted { Ok(()) } else { Err(GIVEN_UP.to_owned()) }
     }
 
     fn keep(&self, claim: u64, at: Option<At>) {
@@ -385,7 +421,7 @@ impl Talk {
     }
 
     async fn cut_over(&mut self, order: Order, claim: u64, at: Option<At>) -> Result<(), String> {
-        let Order { height, epoch, token, quick, answer, given } = order;
+        let Order { height, epoch, token, quick, answer, given, told } = order;
         self.show(|shown| shown.cutting_over = true);
         let mut at = at;
         let armed = self.last_steps(height, epoch, token, quick, &mut at).await;
@@ -398,7 +434,10 @@ impl Talk {
         }
         given.await.map_err(|_| "the group still runs on the recovery host".to_owned())?;
         self.tell(&FailbackTell::Home).await?;
-        self.wait_home().await
+        self.wait_home().await?;
+        // Nobody may wait for it any more.
+        let _ = told.send(());
+        Ok(())
     }
 
     /// Until both are equal and the agent captures.

@@ -75,6 +75,13 @@ pub struct Failback {
     pub kept: bool,
 }
 
+impl Failback {
+    /// Whether it was asked for by the same command.
+    pub fn is(&self, other: &Failback) -> bool {
+        (&self.host, &self.since) == (&other.host, &other.since)
+    }
+}
+
 /// The group is what an old source wrote after a split: nobody writes to it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Branch {
@@ -141,6 +148,9 @@ pub struct Takeover {
     /// It goes back by itself then, nanoseconds since 1970 by this host's clock, unless it is committed.
     #[serde(default)]
     pub abort_at_ns: Option<u64>,
+    /// Hosts whose volumes were begun to be overwritten: what they had for themselves is not whole any more.
+    #[serde(default)]
+    pub overwritten: Vec<String>,
 }
 
 impl Takeover {

@@ -16,9 +16,12 @@
 //! - [`plan`]: what would be taken
 //! - [`point`]: which point is taken
 //! - [`serve`]: stream and devices
+//! - [`again`]: devices that are to be there and are not, or are to go
+//! - [`trial`]: a test beside the replication
 //! - [`quiet`]: the source before it is taken over
 //! - [`deadline`]: back by itself, if nobody commits
 
+mod again;
 pub mod backlog;
 mod deadline;
 pub mod disk;
@@ -26,6 +29,7 @@ mod plan;
 mod point;
 mod quiet;
 mod serve;
+mod trial;
 pub mod writer;
 
 use crate::clock::wall_ns;
@@ -36,7 +40,8 @@ use crate::group::open::OpenGroup;
 use crate::group::registry::{Registry, Slot};
 use crate::group::stream::StreamState;
 use crate::rollback::land;
-use crate::view::views::{Views, Wish, export_problem, user_of_devices};
+use crate::view::views::Views;
+use again::Missing;
 use deadline::Deadlines;
 use plan::age_seconds;
 pub use plan::{plan, plan_planned};
@@ -47,7 +52,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use varve_common::control::{ExportKind, FailoverReply, PlannedWish, PointReply, TakeoverStatus, show_time};
+use varve_common::control::{FailoverReply, PlannedWish, PointReply, TakeoverStatus, show_time};
 use varve_common::format::{Mark, MarkKind};
 use varve_common::paths::Paths;
 use varve_common::point::PointSpec;
@@ -67,6 +72,8 @@ const POLL: Duration = Duration::from_millis(50);
 pub struct Promotions {
     run_dir: PathBuf,
     served: Mutex<BTreeMap<String, Served>>,
+    /// What is to be served and is not.
+    missing: Mutex<BTreeMap<String, Missing>>,
     /// Views of tests, by group.
     tests: Mutex<BTreeMap<String, u64>>,
     /// Takeovers that go back by themselves.
@@ -83,6 +90,19 @@ struct Served {
     devices: Vec<Attached>,
     writer: Arc<StreamWriter>,
     rolled: Arc<AtomicBool>,
+    state: State,
+}
+
+/// Whether its devices can be used.
+#[derive(Debug, Default, PartialEq, Eq)]
+enum State {
+    /// All of them.
+    #[default]
+    Whole,
+    /// Somebody is taking them away, and has them.
+    Going,
+    /// Some went and one did not: the rest goes when nobody uses it, and then all are made again.
+    Broken(String),
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -123,40 +143,12 @@ impl Promotions {
         Self {
             run_dir,
             served: Mutex::default(),
+            missing: Mutex::default(),
             tests: Mutex::default(),
             deadlines: Mutex::new(Deadlines::new(paths)),
             closing: tokio::sync::watch::Sender::new(false),
             making: tokio::sync::RwLock::default(),
         }
-    }
-
-    /// A test beside the replication: writable views.
-    ///
-    /// # Errors
-    /// For the operator.
-    pub fn test(&self, context: &Context, views: &Views, at: PointSpec) -> Result<FailoverReply, Problem> {
-        let begin = Instant::now();
-        let name = &context.slot.name;
-        if let Some(view) = lock(&self.tests).get(name) {
-            let why = format!("view {view} is its test");
-            let next = format!("'varve failover abort {name}' ends it");
-            return Err(Problem::refused(format!("'{name}' is being tested already"), why, next));
-        }
-        let plan = plan(&context.slot, &at)?;
-        let wish = Wish { at, writable: true, export: ExportKind::Device, listen: None };
-        let runtime = tokio::runtime::Handle::current();
-        let view = views.open(&context.slot, &context.registry.group_dir(name), &wish, &runtime)?;
-        lock(&self.tests).insert(name.clone(), view.id);
-        Ok(FailoverReply {
-            point: view.point,
-            volumes: view.volumes,
-            hints: view.hints,
-            test: true,
-            dry_run: false,
-            epoch: plan.epoch - 1,
-            seconds: begin.elapsed().as_secs_f64(),
-            ..plan
-        })
     }
 
     /// Takes a group over.
@@ -226,13 +218,14 @@ impl Promotions {
             aborting: false,
             planned: is_planned,
             abort_at_ns: abort_after.map(|after| wall_ns().saturating_add(after.as_nanos() as u64)),
+            overwritten: Vec::new(),
         };
         let epoch = takeover.source_epoch + 1;
         let change = |meta: &mut GroupMeta| {
             meta.epoch = epoch;
             meta.source_epoch_min = epoch;
+            // What it needs to come home stays: an abort leaves the group there.
             meta.takeover = Some(takeover.clone());
-            meta.home = None;
         };
         if let Err(refused) = context.registry.change_meta(&context.slot, change).await {
             // It may be on the disk all the same: what was is written again, before a source is agreed to.
@@ -246,7 +239,15 @@ impl Promotions {
         tracing::warn!(group = name, at = show_time(point.time_ns), epoch, "taken over: no source may write any more");
         let wished = wish(&open.timeline, &takeover, &landed, &open.rolled);
         open.live.wish_rollback(wished.map_err(|e| context.failed(e.to_string()))?);
-        let (volumes, hints) = self.serve(context, open, &takeover, epoch).await?;
+        let (volumes, hints) = self.serve(context, open, &takeover, epoch).await.map_err(|problem| {
+            if context.meta().takeover.is_none_or(|now| now.aborting) {
+                return problem;
+            }
+            let next =
+                format!("it is tried again by itself; 'varve status {name}' shows the devices once they are there");
+            let what = format!("'{name}' is taken over and its devices are not there yet");
+            Problem::failed(what, format!("{}: {}", problem.what, problem.why), next)
+        })?;
         let said = context.slot.board().report.as_ref().map(|(report, _)| report.captured);
         let not_here_bytes = match source {
             Some(_) => Some(0),
@@ -269,36 +270,6 @@ impl Promotions {
         })
     }
 
-    /// Serves what was taken over before the daemon ended.
-    pub async fn resume(&self, context: &Context) {
-        let name = &context.slot.name;
-        let desk = match context.registry.seize(&context.slot).await {
-            Ok(desk) => desk,
-            Err(refused) => return tracing::error!(group = name, why = refused.text, "its volumes cannot be served"),
-        };
-        let Some(open) = &desk.open else { return };
-        // Looked at with the desk in hand: it may have been undone, or its undoing begun, meanwhile.
-        let epoch = context.meta().epoch;
-        let Some(takeover) = context.meta().takeover else { return };
-        // Two cut-overs that came to nothing.
-        if lock(&self.served).contains_key(name) {
-            return;
-        }
-        if takeover.aborting {
-            if let Err(problem) = self.undo(context, open, &takeover).await {
-                tracing::error!(group = name, why = problem.why, "its takeover is not undone yet");
-            }
-            return;
-        }
-        match self.serve(context, open, &takeover, epoch).await {
-            Ok((volumes, _)) => {
-                let devices: Vec<_> = volumes.iter().filter_map(|volume| volume.device.clone()).collect();
-                tracing::info!(group = name, devices = devices.join(" "), "taken over before: served again");
-            }
-            Err(problem) => tracing::error!(group = name, why = problem.why, "its volumes cannot be served"),
-        }
-    }
-
     /// From here on there is no way back but failback.
     ///
     /// # Errors
@@ -317,6 +288,7 @@ impl Promotions {
             Some(takeover) => {
                 takeover.committed = true;
                 takeover.abort_at_ns = None;
+                meta.home = None;
             }
         };
         let changed = context.registry.change_meta(&context.slot, commit).await;
@@ -363,18 +335,23 @@ impl Promotions {
     ///
     /// # Errors
     /// For the operator; the same command goes on.
-    pub async fn abort(&self, context: &Context, views: &Views, force: bool) -> Result<FailoverReply, Problem> {
+    pub async fn abort(
+        &self,
+        context: &Context,
+        views: &Views,
+        force: bool,
+        only_test: bool,
+    ) -> Result<FailoverReply, Problem> {
         let begin = Instant::now();
         let name = context.slot.name.clone();
-        let test = lock(&self.tests).get(&name).copied();
-        if let Some(view) = test {
-            let runtime = tokio::runtime::Handle::current();
-            tokio::task::block_in_place(|| views.close(view, force, &runtime))?;
-            lock(&self.tests).remove(&name);
-            let takeover = Takeover { height: 0, ..nothing() };
-            return Ok(FailoverReply { test: true, aborted: true, ..self.reply(context, &takeover) });
+        let taken_over = context.meta().takeover.filter(|_| !only_test);
+        // Whoever has both wants back what runs in earnest, unless it is there to stay.
+        if taken_over.as_ref().is_none_or(|takeover| takeover.committed)
+            && let Some(test) = self.test_of(&name, views)
+        {
+            return self.end_test(context, views, test, force);
         }
-        let Some(takeover) = context.meta().takeover else { return Err(not_taken_over(&name)) };
+        let Some(takeover) = taken_over else { return Err(not_taken_over(&name)) };
         let what = format!("'{name}' was not aborted");
         let committed = || {
             let next = format!("'varve failback {name}' brings it home with everything that was written here");
@@ -384,10 +361,17 @@ impl Promotions {
             return Err(committed());
         }
         self.stop_serving(&name, force, &what)?;
-        if !self.set_aborting(context, &takeover, true).await? {
-            // Committed meanwhile, so its devices are wanted.
-            self.resume(context).await;
-            return Err(committed());
+        // Committed meanwhile, or it cannot be written down: its devices are wanted.
+        match self.set_aborting(context, &takeover, true).await {
+            Ok(true) => {}
+            Ok(false) => {
+                self.resume(context).await;
+                return Err(committed());
+            }
+            Err(problem) => {
+                self.resume(context).await;
+                return Err(problem);
+            }
         }
         let aborting = Takeover { aborting: true, ..takeover.clone() };
         crate::failpoint::hit(crate::failpoint::PROMOTE_ABORTING);
@@ -450,6 +434,7 @@ impl Promotions {
         };
         let changed = context.registry.change_meta(&context.slot, back).await;
         changed.map_err(|refused| context.failed(refused.text))?;
+        context.slot.board().unsure = None;
         tracing::warn!(group = context.slot.name, "the takeover is aborted: replication goes on");
         Ok(())
     }
@@ -491,36 +476,6 @@ impl Promotions {
         catch_up(open, open.live.view().landed.height).await.map_err(failed)
     }
 
-    /// Who uses its devices.
-    pub fn user(&self, name: &str) -> Option<String> {
-        lock(&self.served).get(name).and_then(|served| user_of_devices(&served.devices))
-    }
-
-    /// Takes the devices away; `what` is what the operator is told otherwise.
-    ///
-    /// # Errors
-    /// If one is in use, or does not go; all are there then.
-    pub fn stop_serving(&self, name: &str, force: bool, what: &str) -> Result<(), Problem> {
-        let Some(mut served) = lock(&self.served).remove(name) else { return Ok(()) };
-        let user = user_of_devices(&served.devices).filter(|_| !force);
-        if let Some(user) = user {
-            lock(&self.served).insert(name.to_owned(), served);
-            let next = "stop what uses it and unmount it, or --force: its users then get errors";
-            return Err(Problem::refused(what, format!("it is in use: {user}"), next));
-        }
-        for attached in &mut served.devices {
-            if let Err(error) = attached.detach()
-                && !force
-            {
-                lock(&self.served).insert(name.to_owned(), served);
-                return Err(Problem { what: what.to_owned(), ..export_problem(&error) });
-            }
-        }
-        served.writer.end();
-        links(&self.run_dir, name).for_each(|link| drop(std::fs::remove_file(link)));
-        Ok(())
-    }
-
     /// The daemon ends: devices go, what was written is durable, the next start serves again.
     pub fn close_all(&self) {
         self.closing.send_replace(true);
@@ -543,23 +498,16 @@ impl Promotions {
     }
 
     /// For the status.
-    pub fn status(&self, meta: Option<&GroupMeta>) -> Option<TakeoverStatus> {
+    pub fn status(&self, meta: Option<&GroupMeta>, views: &Views) -> Option<TakeoverStatus> {
         let meta = meta?;
-        if let Some(view) = lock(&self.tests).get(&meta.name) {
-            return Some(TakeoverStatus {
-                since: String::new(),
-                point: String::new(),
-                committed: false,
-                test: true,
-                abort_at: None,
-                devices: Vec::new(),
-                failback: None,
-                next: format!("view {view} is its test: 'varve failover abort {}' ends it", meta.name),
-            });
+        if meta.takeover.is_none() {
+            return self.test_status(&meta.name, views);
         }
         let takeover = meta.takeover.as_ref()?;
+        let missing = self.missing_why(&meta.name);
         let served = lock(&self.served);
-        let devices = served.get(&meta.name).map(|served| &served.devices[..]).unwrap_or_default();
+        let whole = served.get(&meta.name).filter(|served| served.state == State::Whole);
+        let devices = whole.map(|served| &served.devices[..]).unwrap_or_default();
         let rolling = served.get(&meta.name).is_some_and(|served| !served.rolled.load(Ordering::SeqCst));
         let name = &meta.name;
         let abort_at = takeover.abort_at_ns.filter(|_| !takeover.committed);
@@ -592,7 +540,11 @@ impl Promotions {
             abort_at: abort_at.map(show_time),
             devices: devices.iter().map(|device| device.path().display().to_string()).collect(),
             failback: None,
-            next: if rolling { format!("the replicas are being rolled back; {next}") } else { next },
+            next: match missing {
+                Some(why) => format!("its devices are not all there ({why}); it is tried again by itself; {next}"),
+                None if rolling => format!("the replicas are being rolled back; {next}"),
+                None => next,
+            },
         })
     }
 }
@@ -614,6 +566,7 @@ fn nothing() -> Takeover {
         aborting: false,
         planned: false,
         abort_at_ns: None,
+        overwritten: Vec::new(),
     }
 }
 

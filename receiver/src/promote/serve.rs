@@ -3,7 +3,7 @@
 use super::backlog::{Backlog, ScanError, Wanted};
 use super::disk::PromotedVolume;
 use super::writer::{Start, StreamWriter};
-use super::{Context, POLL, Promotions, Served, blocking, catch_up, lock};
+use super::{Context, POLL, Promotions, Served, State, blocking, catch_up, lock};
 use crate::clock::wall_ns;
 use crate::failpoint;
 use crate::group::meta::{Takeover, unhex};
@@ -113,7 +113,7 @@ impl Promotions {
             links(&self.run_dir, &context.slot.name).for_each(|link| drop(std::fs::remove_file(link)));
             return Err(undone());
         }
-        lock(&self.served).insert(context.slot.name.clone(), Served { devices, writer, rolled });
+        lock(&self.served).insert(context.slot.name.clone(), Served { devices, writer, rolled, state: State::Whole });
         Ok((volumes, hints))
     }
 }

@@ -189,6 +189,11 @@ impl Views {
         self.lock().values().map(show).collect()
     }
 
+    /// Whether it is open.
+    pub fn has(&self, id: u64) -> bool {
+        self.lock().contains_key(&id)
+    }
+
     /// How many views of a group are open.
     pub fn count(&self, group: &str) -> u64 {
         self.lock().values().filter(|view| view.reply.group == group).count() as u64
