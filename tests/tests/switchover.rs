@@ -227,6 +227,46 @@ fn what_is_not_quiet_is_refused_and_the_source_goes_on() {
     pair.production.start(Role::Agent);
 }
 
+/// The operator gives up while the first hook runs, and tries again before it has ended. Both what he said and the late answer
+/// of the first try end its quiet, the second of them when the second try is quiet already: that one stays.
+#[test]
+fn who_tries_again_while_the_hook_still_runs_gets_a_quiet_that_lasts() {
+    require_root();
+    let scratch = Scratch::disk();
+    let device = LoopDevice::new(&scratch, "volume", 16 << 20);
+    let pair = Pair::new();
+    pair.protect("g", &[device.path()]);
+    pair.wait_protected("g", LIMIT);
+    let (held, said) = (scratch.join("held"), scratch.join("said"));
+    let (wait, say) = (held.display(), said.display());
+    hook(&pair, "quiesce", &format!("echo quiesce >>{say}; while [ -e {wait} ]; do sleep 0.02; done"));
+    hook(&pair, "resume", &format!("echo resume $VARVE_WHY >>{say}"));
+    std::fs::write(&held, "").unwrap();
+    let planned = ["failover", "g", "--planned", "--yes"];
+    let program = PathBuf::from(pair.recovery.command(Role::Receiver).get_program()).with_file_name("varve");
+    let mut first = std::process::Command::new(program);
+    first.args(planned).env("VARVE_ROOT", pair.recovery.root()).stdin(std::process::Stdio::null());
+    let logged = |words: &str, times: usize| {
+        wait_until(LIMIT, words, || pair.production.log(Role::Agent).matches(words).count() >= times);
+    };
+    let mut first = first.spawn().unwrap();
+    wait_until(LIMIT, "the hook runs", || said.exists());
+    first.kill().unwrap();
+    first.wait().unwrap();
+    logged("the planned switch-over was given up", 1);
+    let client = pair.recovery.client();
+    let second = std::thread::spawn(move || client.varve(&planned));
+    logged("it is to be made quiet for a planned switch-over", 2);
+    std::fs::remove_file(&held).unwrap();
+    second.join().unwrap().ok();
+    wait_until(LIMIT, "fenced", || state(&pair.production).0 == "fenced");
+    assert_eq!(std::fs::read_to_string(&said).unwrap(), "quiesce\nresume refused\nquiesce\n");
+    assert!(is_read_only(device.path()) && write_at(device.path(), 9, 3).is_err());
+    pair.recovery.varve(&["failover", "abort", "g", "--yes"]).ok();
+    wait_writable(device.path());
+    wait_state(&pair.production, "source", "protected");
+}
+
 fn view_digest(pair: &Pair, group: &str, at: &str) -> String {
     let view = json(&pair.recovery, &["view", "open", group, "--at", at]);
     let digest = digest_device(Path::new(view["volumes"][0]["device"].as_str().unwrap()));

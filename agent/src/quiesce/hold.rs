@@ -86,7 +86,8 @@ impl Drop for Hold {
     }
 }
 
-fn quiet_not(group: &str) -> String {
+/// What did not come about.
+pub fn quiet_not(group: &str) -> String {
     format!("the volumes of '{group}' are not quiet")
 }
 

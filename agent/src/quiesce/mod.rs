@@ -17,7 +17,7 @@ pub mod hook;
 use crate::daemon::Daemon;
 use crate::group::Command;
 use crate::store::{Authority, Fence};
-use hold::Hold;
+use hold::{Hold, quiet_not};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -38,8 +38,8 @@ const QUIESCE_LIMIT: Duration = Duration::from_secs(3600);
 pub enum Order {
     /// Make a group's volumes quiet; answered by [`Command::Quiet`].
     Quiesce(String, u64, Duration),
-    /// They may be written again.
-    Resume(String, &'static str),
+    /// They may be written again, if they were made quiet under this number.
+    Resume(String, u64, &'static str),
     /// The receiver has said that this host may not write.
     Fenced(String, Fence),
     /// It has agreed to a session: it runs here.
@@ -68,6 +68,9 @@ struct Known {
     file: Authority,
     hold: Option<Hold>,
     problem: Option<String>,
+    /// The number under which `quiet_since` came to be; `None`: an agent before us made it quiet. Numbers are random and asked
+    /// for in one session, so no two are the same.
+    number: Option<u64>,
 }
 
 /// Of a group that is quiet, for status.
@@ -99,6 +102,11 @@ impl Authorities {
     /// What is remembered of a group.
     pub fn file(&self, group: &str) -> Authority {
         self.lock().get(group).map(|known| known.file.clone()).unwrap_or_default()
+    }
+
+    /// Under which number it was made quiet last.
+    fn number(&self, group: &str) -> Option<u64> {
+        self.lock().get(group).and_then(|known| known.number)
     }
 
     /// Whether its volumes are held.
@@ -164,37 +172,35 @@ impl Daemon {
                 Order::Quiesce(group, id, limit) => {
                     let daemon = self.clone();
                     tokio::spawn(async move {
-                        let outcome = daemon.quiesce(&group, limit.min(QUIESCE_LIMIT)).await;
+                        let outcome = daemon.quiesce(&group, id, limit.min(QUIESCE_LIMIT)).await;
                         let answered = match daemon.group(&group) {
                             Ok(handle) => handle.tell(Command::Quiet(id, outcome.clone())).await,
                             Err(_) => false,
                         };
                         if !answered || outcome.is_err() {
-                            daemon.resume(&group, "refused").await;
+                            daemon.resume(&group, Some(id), "refused").await;
                         }
                     });
                 }
-                Order::Resume(group, why) => {
+                Order::Resume(group, id, why) => {
                     let daemon = self.clone();
-                    tokio::spawn(async move { daemon.resume(&group, why).await });
+                    tokio::spawn(async move { daemon.resume(&group, Some(id), why).await });
                 }
                 Order::Fenced(group, fence) => self.fenced(&group, fence),
                 Order::Welcomed(group) => {
-                    let daemon = self.clone();
-                    tokio::spawn(async move { daemon.welcomed(&group).await });
+                    // What is asked for after the welcome is not ended by it, however long its turn takes to come.
+                    let (daemon, number) = (self.clone(), self.authorities().number(&group));
+                    tokio::spawn(async move { daemon.welcomed(&group, number).await });
                 }
             }
         }
     }
 
-    async fn quiesce(&self, group: &str, limit: Duration) -> Result<Quiet, Problem> {
+    async fn quiesce(&self, group: &str, id: u64, limit: Duration) -> Result<Quiet, Problem> {
         let begin = Instant::now();
         let handle = self.group(group)?;
         let _one = self.authorities().one_at_a_time.lock().await;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let since = show_time(now.as_nanos() as u64);
-        // Before anything is done: whatever ends us, the next one knows that something is to be undone.
-        self.remember(group, |file| file.quiet_since = Some(since))?;
+        self.begin_quiet(group, id)?;
         tracing::warn!(group, "a planned switch-over: the volumes are made quiet");
         let (dir, name, volumes) = (self.hooks(), group.to_owned(), handle.file.volumes.clone());
         let work = move || {
@@ -214,10 +220,28 @@ impl Daemon {
         Ok(quiet)
     }
 
-    /// The volumes may be written again.
-    pub async fn resume(&self, group: &str, why: &'static str) {
+    /// Before anything is done: whatever ends us, the next one knows that something is to be undone.
+    fn begin_quiet(&self, group: &str, id: u64) -> Result<(), Problem> {
+        {
+            let mut known = self.authorities().lock();
+            let known = known.entry(group.to_owned()).or_default();
+            if known.hold.is_some() && known.number.is_some() {
+                // Somebody was told that nobody can write, and may act on it: that this one fails must not make it untrue.
+                let why = "another planned switch-over is under way, the volumes are quiet for it";
+                return Err(Problem::refused(quiet_not(group), why, "wait for its end"));
+            }
+            known.number = Some(id);
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let since = show_time(now.as_nanos() as u64);
+        self.remember(group, |file| file.quiet_since = Some(since))
+    }
+
+    /// The volumes may be written again, unless they were made quiet anew since: who wants an end to the quiet of before may
+    /// have waited for the hook of the one that holds now.
+    async fn resume(&self, group: &str, number: Option<u64>, why: &'static str) {
         let _one = self.authorities().one_at_a_time.lock().await;
-        if self.authorities().file(group).quiet_since.is_none() {
+        if self.authorities().file(group).quiet_since.is_none() || self.authorities().number(group) != number {
             return;
         }
         self.authorities().let_go(group);
@@ -255,8 +279,8 @@ impl Daemon {
         }
     }
 
-    async fn welcomed(&self, group: &str) {
-        self.resume(group, "aborted").await;
+    async fn welcomed(&self, group: &str, number: Option<u64>) {
+        self.resume(group, number, "aborted").await;
         if self.authorities().file(group).fenced.is_some()
             && let Err(problem) = self.remember(group, |file| file.fenced = None)
         {
@@ -277,6 +301,7 @@ impl Daemon {
     pub async fn resume_by_hand(&self, group: &str, force: bool) -> Result<(), Problem> {
         let handle = self.group(group)?;
         let what = format!("the volumes of '{group}' stay as they are");
+        let number = self.authorities().number(group);
         if self.authorities().quiet(group).is_none() {
             let next = format!("'varve status {group}' shows what it does");
             return Err(Problem::refused(what, "no planned switch-over has made them quiet", next));
@@ -298,7 +323,7 @@ impl Daemon {
             let next = "ask there ('varve status'); --force makes them writable here: if it runs there, what is written is a branch";
             return Err(Problem::refused(what, why, next));
         }
-        self.resume(group, "by-hand").await;
+        self.resume(group, number, "by-hand").await;
         Ok(())
     }
 
@@ -309,5 +334,67 @@ impl Daemon {
         self.store().save_authority(group, &file)?;
         self.authorities().lock().entry(group.to_owned()).or_default().file = file;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use varve_common::paths::Paths;
+
+    fn daemon(dir: &tempfile::TempDir) -> Arc<Daemon> {
+        Daemon::open(Paths::new(dir.path().to_owned())).expect("opens")
+    }
+
+    /// Who gave up while the hook ran, and tried again, has two ends of the first quiet on the way: one comes before the second
+    /// quiet, the other one after it.
+    #[tokio::test]
+    async fn what_ends_a_quiet_does_not_end_a_newer_one() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let daemon = daemon(&dir);
+        let is_quiet = || daemon.authorities().quiet("db").is_some();
+        for (id, of) in [(1, Some(1)), (2, Some(1))] {
+            daemon.begin_quiet("db", id).expect("written");
+            let hold = Hold::take("db", &[], Duration::ZERO).expect("nothing to claim");
+            daemon.authorities().lock().get_mut("db").expect("known").hold = Some(hold);
+            daemon.resume("db", of, "refused").await;
+            assert_eq!((is_quiet(), daemon.authorities().is_held("db")), (id == 2, id == 2));
+        }
+        // Nor does the welcome of a session before.
+        daemon.welcomed("db", None).await;
+        assert!(is_quiet());
+        daemon.resume("db", Some(2), "refused").await;
+        assert!(!is_quiet() && !daemon.authorities().is_held("db"));
+        assert!(daemon.store().load_authorities(&["db".to_owned()]).is_empty());
+    }
+
+    /// What an agent before us made quiet is ended by the next welcome, and not by what is meant for another one.
+    #[tokio::test]
+    async fn the_quiet_of_an_agent_before_has_no_number() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        daemon(&dir).begin_quiet("db", 1).expect("written");
+        let daemon = daemon(&dir);
+        daemon.authorities().load(daemon.store().load_authorities(&["db".to_owned()]));
+        daemon.resume("db", Some(2), "refused").await;
+        assert!(daemon.authorities().quiet("db").is_some());
+        let number = daemon.authorities().number("db");
+        daemon.welcomed("db", number).await;
+        assert!(daemon.authorities().quiet("db").is_none());
+    }
+
+    /// Two commands at once: the second one is refused, and its end does not reopen what the first one relies on.
+    #[tokio::test]
+    async fn a_quiet_that_holds_is_not_disturbed_by_another() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let daemon = daemon(&dir);
+        daemon.begin_quiet("db", 1).expect("written");
+        let hold = Hold::take("db", &[], Duration::ZERO).expect("nothing to claim");
+        daemon.authorities().lock().get_mut("db").expect("known").hold = Some(hold);
+        assert!(daemon.begin_quiet("db", 2).expect_err("refused").why.contains("another planned switch-over"));
+        daemon.resume("db", Some(2), "refused").await;
+        assert!(daemon.authorities().is_held("db") && daemon.authorities().quiet("db").is_some());
+        daemon.resume("db", Some(1), "refused").await;
+        assert!(!daemon.authorities().is_held("db"));
+        daemon.begin_quiet("db", 2).expect("nobody relies on it any more");
     }
 }

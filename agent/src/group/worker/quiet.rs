@@ -27,15 +27,23 @@ impl Worker {
             let (text, next) = (reason.explain().to_owned(), "wait until it is protected".to_owned());
             return state.replies.push(AskReply::NotQuiesced { id, text, next });
         }
+        tracing::info!(group = %self.shared.name, "it is to be made quiet for a planned switch-over");
         state.quiescing = Some(id);
         self.order(Order::Quiesce(self.shared.name.clone(), id, limit));
+    }
+
+    /// It is not taken over. What is asked for under another number stays asked for.
+    pub(super) fn end_quiet(&self, state: &mut State, id: u64) {
+        tracing::info!(group = %self.shared.name, "the planned switch-over was given up");
+        state.quiescing.take_if(|wanted| *wanted == id);
+        self.order(Order::Resume(self.shared.name.clone(), id, "refused"));
     }
 
     /// Nobody can write any more: what is in the stream now is all that there will be.
     pub(super) fn quiet(&self, state: &mut State, id: u64, outcome: Result<Quiet, Problem>) {
         if state.quiescing != Some(id) {
             // Whoever wanted it has gone, and nobody heard that it was done.
-            return self.order(Order::Resume(self.shared.name.clone(), "refused"));
+            return self.order(Order::Resume(self.shared.name.clone(), id, "refused"));
         }
         let reply = match outcome {
             Ok(Quiet { read_only, hook }) => {
@@ -52,9 +60,9 @@ impl Worker {
 
     pub(super) async fn send_replies(&mut self, state: &mut State, session: &mut Session) -> Result<(), Ended> {
         while let Some(reply) = state.replies.pop() {
-            if matches!(reply, AskReply::Quiesced { .. }) {
+            if let AskReply::Quiesced { id, .. } = reply {
                 // From here on the receiver may take the group over without another word.
-                state.quiescing = None;
+                state.quiescing.take_if(|wanted| *wanted == id);
             }
             self.push_control(state, session, FrameKind::AskReply, messages::encode(&reply)).await?;
         }
@@ -65,8 +73,8 @@ impl Worker {
     /// stays so until the receiver says what became of it.
     pub(super) fn quiet_session_ended(&self, state: &mut State) {
         state.replies.clear();
-        if state.quiescing.take().is_some() {
-            self.order(Order::Resume(self.shared.name.clone(), "refused"));
+        if let Some(id) = state.quiescing.take() {
+            self.order(Order::Resume(self.shared.name.clone(), id, "refused"));
         }
     }
 

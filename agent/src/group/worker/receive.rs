@@ -168,9 +168,8 @@ impl Worker {
                 self.begin_quiet(state, id, Duration::from_millis(limit_ms));
                 Ok(())
             }
-            Event::Ask(Ask::Resume { .. }) => {
-                state.quiescing = None;
-                self.order(Order::Resume(self.shared.name.clone(), "refused"));
+            Event::Ask(Ask::Resume { id }) => {
+                self.end_quiet(state, id);
                 Ok(())
             }
             Event::Ended(ended) => Err(ended),
