@@ -266,6 +266,16 @@ impl Daemon {
         returning.entry(file.name.clone()).or_insert_with(|| Returning::start(self, file)).clone()
     }
 
+    /// One of our groups was called home. Not if it was unprotected meanwhile: its volumes would be overwritten.
+    pub async fn called_home(self: &Arc<Self>, handle: &Arc<GroupHandle>) {
+        let _changes = self.changes.lock().await;
+        if self.group(&handle.file.name).is_ok_and(|there| Arc::ptr_eq(&there, handle)) {
+            let mut file = handle.file.clone();
+            file.synced_once |= handle.shared.facts().ever_consistent;
+            self.remember_return(file);
+        }
+    }
+
     /// It does not come home any more, or is there.
     pub fn returned(&self, done: &Arc<Returning>) {
         let mut returning = lock(&self.returning);
@@ -490,14 +500,14 @@ impl Daemon {
 
     /// `varve unprotect`: capture ends; the receiver keeps what it has.
     pub async fn unprotect(&self, name: &str) -> Result<(), Problem> {
-        let returning = lock(&self.returning).remove(name);
-        if let Some(returning) = &returning {
-            returning.stop().await;
-        }
+        // It may take its time to end, and others need not wait for that.
+        let returning = self.stop_return(name).await;
         let _changes = self.changes.lock().await;
         let handle = self.groups.write().unwrap_or_else(PoisonError::into_inner).remove(name);
         let failed = lock(&self.failed).remove(name);
-        if handle.is_none() && failed.is_none() && returning.is_none() {
+        // As long as the group was there it may have been found called once more; from here on it cannot be.
+        let returning = self.stop_return(name).await || returning;
+        if handle.is_none() && failed.is_none() && !returning {
             return Err(no_group(name));
         }
         if let Some(handle) = handle {
@@ -510,6 +520,16 @@ impl Daemon {
         self.remove_journal(name).await;
         tracing::info!(group = %name, "no longer protected");
         Ok(())
+    }
+
+    /// Ends its coming home, if it does that. The caller may hold `changes`: what comes home does not wait for it any more when
+    /// it is to stop.
+    async fn stop_return(&self, name: &str) -> bool {
+        let returning = lock(&self.returning).remove(name);
+        if let Some(returning) = &returning {
+            returning.stop().await;
+        }
+        returning.is_some()
     }
 
     /// Nothing of a group that was unprotected stays pinned; after the last one nothing at all.
@@ -823,5 +843,27 @@ mod tests {
         assert!(!status.groups[0].data.is_consistent());
         daemon.unprotect("db").await.expect("let go of");
         assert!(daemon.status(Some("db")).is_err() && !groups.join("db.json").exists());
+    }
+
+    /// The group was called home. Its return is stopped, and the tick finds it called once more before it is gone.
+    #[tokio::test]
+    async fn what_is_unprotected_does_not_begin_to_come_home_again() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let daemon = Daemon::open(Paths::new(dir.path().to_owned())).expect("opens");
+        let file = GroupFile::new("db".into(), vec!["/dev/none".into()], vec![1 << 20], Vec::new());
+        daemon.store.save(&file).expect("saved");
+        let first = daemon.remember_return(file.clone());
+        let changes = daemon.changes.lock().await;
+        let (unprotecting, name) = (daemon.clone(), file.name.clone());
+        let unprotect = tokio::spawn(async move { unprotecting.unprotect(&name).await });
+        while daemon.is_returning("db") {
+            tokio::task::yield_now().await;
+        }
+        let again = daemon.remember_return(file);
+        assert!(!Arc::ptr_eq(&first, &again));
+        drop(changes);
+        unprotect.await.expect("ends").expect("unprotected");
+        assert!(!daemon.is_returning("db"), "its volumes would be overwritten");
+        assert!(daemon.store.load().expect("list").is_empty());
     }
 }

@@ -141,9 +141,7 @@ impl Daemon {
     pub async fn look_for_calls(self: &Arc<Self>) {
         for handle in self.handles().into_iter().filter(|handle| handle.shared.is_called_home()) {
             if !self.is_returning(&handle.file.name) {
-                let mut file = handle.file.clone();
-                file.synced_once |= handle.shared.facts().ever_consistent;
-                self.remember_return(file);
+                self.called_home(&handle).await;
             }
         }
     }
