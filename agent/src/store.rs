@@ -30,7 +30,8 @@ pub struct GroupFile {
     /// What the volumes hold is being overwritten by the receiver: nothing is captured.
     #[serde(default)]
     pub returning: bool,
-    /// The proof of the last step of that, if it was begun: 32 hex digits.
+    /// The proof of the last step of that, if it was begun: 32 hex digits. The newest one that the receiver gave; whether it
+    /// gave the group back with it is known there.
     #[serde(default)]
     pub armed: Option<String>,
 }

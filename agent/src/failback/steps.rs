@@ -43,8 +43,10 @@ impl Daemon {
 
     /// From here on what the volumes hold is the receiver's: nothing of them is captured, and whatever was is forgotten.
     pub(super) async fn begin_return(&self, file: &mut GroupFile) -> Result<(), Problem> {
-        if !file.returning || file.armed.is_some() {
-            (file.returning, file.armed) = (true, None);
+        if !file.returning {
+            // The token of a stream before stays until another one takes its place: with it the group may be given back at this
+            // moment. If it never is, the token fits nothing there.
+            file.returning = true;
             self.store().save(file)?;
             tracing::warn!(group = file.name, "its volumes are going to be overwritten with what the receiver has");
         }
@@ -168,4 +170,28 @@ fn at_home(mut file: GroupFile, epoch: u64) -> GroupFile {
     (file.returning, file.armed, file.synced_once) = (false, None, true);
     file.epoch = epoch;
     file
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use varve_common::paths::Paths;
+
+    /// The agent began again after its last word before the group was given back, and its next stream was agreed to a moment
+    /// before that was durable: only the token of the stream before tells the receiver that the group is given back to us.
+    #[tokio::test]
+    async fn another_stream_keeps_the_token_of_the_one_before() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let daemon = Daemon::open(Paths::new(dir.path().to_owned())).expect("opens");
+        let mut file = GroupFile::new("db".into(), vec!["/dev/none".into()], vec![1 << 20], Vec::new());
+        let stored = || daemon.store().load().expect("list").pop().and_then(|(_, file)| file.ok()).expect("stored");
+        // What goes beyond the file needs the volume.
+        daemon.begin_return(&mut file).await.expect_err("no such volume");
+        assert!(stored().returning && stored().armed.is_none());
+        file.set_token([7; 16]);
+        daemon.store().save(&file).expect("saved, as it is when it captures again");
+        let mut file = stored();
+        daemon.begin_return(&mut file).await.expect_err("no such volume");
+        assert_eq!((file.token(), stored()), ([7; 16], file));
+    }
 }
