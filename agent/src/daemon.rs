@@ -576,13 +576,15 @@ impl Daemon {
         let claimed: Vec<GroupStatus> = claimed.map(|returning| returning.status()).collect();
         groups.retain(|(group, _)| claimed.iter().all(|claimed| claimed.name != group.name));
         groups.extend(claimed.into_iter().map(|status| (status, true)));
+        groups.extend(lock(&self.failed).values().map(|failed| (failed.status(), false)));
         for called in returning.iter().filter(|returning| !returning.shown().claimed) {
-            let known = groups.iter_mut().find(|(group, _)| group.name == called.name);
-            if let (Some((group, _)), Some(reason)) = (known, called.shown().reason) {
-                group.reason = Some(reason);
+            match (groups.iter_mut().find(|(group, _)| group.name == called.name), called.shown().reason) {
+                (Some((group, _)), Some(reason)) => group.reason = Some(reason),
+                (Some(_), None) => {}
+                // Its capture has ended a moment ago.
+                (None, _) => groups.push((called.status(), true)),
             }
         }
-        groups.extend(lock(&self.failed).values().map(|failed| (failed.status(), false)));
         groups
     }
 
