@@ -89,9 +89,14 @@ impl Catalogue {
     }
 
     /// Adds a layer, or tells what it has become.
-    pub fn set_layer(&mut self, layer: LayerInfo) -> Result<(), HistoryError> {
+    pub fn set_layer(&mut self, mut layer: LayerInfo) -> Result<(), HistoryError> {
         if self.layers.len() >= LAYERS_MAX && !self.layers.contains_key(&layer.number) {
             return Err(HistoryError::Limit { what: "a group's layers", limit: LAYERS_MAX as u64 });
+        }
+        // A layer may be begun in the middle of a change whose first pieces closed the one before: what its stamps begin with is
+        // not complete then. Highest stamps never fall: `first_needed` rests on that.
+        if let Some((_, before)) = self.layers.range(..layer.number).next_back() {
+            layer.last_height = layer.last_height.max(before.last_height);
         }
         self.layers.insert(layer.number, layer);
         Ok(())

@@ -113,6 +113,8 @@ impl Timeline {
         let file = match self.layer_anew(info) {
             Ok(file) => file,
             Err(HistoryError::Io(error)) if !error.is_not_found() => return Err(error.into()),
+            // It expired meanwhile: that is no damage.
+            Err(_) if self.layer_info(info.number).is_none() => return Ok(false),
             Err(error) => {
                 found.lost.push(self.whole_layer(info, error.to_string()));
                 return Ok(false);

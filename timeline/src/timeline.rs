@@ -194,7 +194,8 @@ impl Timeline {
             let Ok(to) = begins else { continue };
             let what = format!("layer {number} is missing or cannot be read");
             tracing::error!(layer = number, "a layer is missing or cannot be read: points that need it are lost");
-            self.tell(&[Event::damaged(self.begin().unwrap_or(0), to, &what)])?;
+            // Before the oldest that is left there is nothing to lose.
+            self.tell_damage(self.begin().unwrap_or(0), to, &what)?;
         }
         Ok(())
     }

@@ -38,6 +38,21 @@ fn names(plan: &[RunKey]) -> Vec<(u8, u32)> {
     plan.iter().map(|key| (key.level, key.first)).collect()
 }
 
+/// A long change closes a layer with its stamp, and the next one is begun before the change is complete.
+#[test]
+fn the_layer_with_the_highest_stamp_is_found_behind_one_that_begins_below_it() {
+    for before in 1..9 {
+        let mut catalogue = catalogue(before);
+        let closed = LayerInfo { last_height: 5000, open: false, ..layer(before + 1) };
+        let begun = LayerInfo { first_height: 950, last_height: 950, ..layer(before + 2) };
+        catalogue.set_layer(closed).expect("room");
+        catalogue.set_layer(begun).expect("room");
+        let found = catalogue.first_needed(4000).map(|layer| layer.number);
+        assert_eq!(found, Some(before + 1), "behind {before}");
+        assert!(catalogue.first_needed(5000).is_none());
+    }
+}
+
 #[test]
 fn a_plan_has_few_runs_and_all_layers() {
     for count in [0, 1, 7, 8, 9, 63, 64, 65, 600, 5000] {
