@@ -2,6 +2,7 @@
 
 use crate::group::registry::{Registry, Slot};
 use crate::limits::{DISK_FREE_BYTES_MIN, FREE_BYTES_FLOOR, KEEPER_INTERVAL};
+use crate::promote::is_rolled;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -93,22 +94,24 @@ fn last_time_ns(layers: &[LayerInfo]) -> u64 {
     layers.first().map_or(0, |layer| layer.last_time_ns.min(began))
 }
 
-/// What an abort of the takeover goes back to. When one begins that is the newest point, which is kept anyhow.
-pub fn undone_to(slot: &Slot) -> Option<u64> {
-    let board = slot.board();
-    let takeover = board.meta.as_ref()?.takeover.as_ref()?;
-    (!takeover.committed).then_some(takeover.before_height)
+/// What a takeover needs: the point that it was begun at until the replicas are there, and what an abort goes back to. When one
+/// begins the latter is the newest point, which is kept anyhow.
+pub fn taken_over_at(slot: &Slot, timeline: &Timeline) -> Option<u64> {
+    let takeover = slot.board().meta.as_ref()?.takeover.clone()?;
+    let back = (!takeover.committed).then_some(takeover.before_height);
+    let to = takeover.target().1.map(|(height, _)| height).filter(|_| !is_rolled(timeline, &takeover));
+    back.into_iter().chain(to).min()
 }
 
 /// Lets the oldest layer go; whether it did. What is lost is said before it is gone.
 fn expire(slot: &Slot, timeline: &Timeline, why: &str) -> Result<bool, HistoryError> {
-    let undone_to = undone_to(slot);
+    let taken_over_at = taken_over_at(slot, timeline);
     // Nobody hears that a bookmark is kept between the question and the answer.
     let _deciding = slot.keeping.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let chronicle = timeline.chronicle();
     // In a gap it is the last point before: until the gap ends it is all there is to go back to. Else it needs no layer.
     let newest = chronicle.point_at_or_below(timeline.applied().height);
-    let kept = chronicle.kept().map(|bookmark| bookmark.height).chain(newest).chain(undone_to).min();
+    let kept = chronicle.kept().map(|bookmark| bookmark.height).chain(newest).chain(taken_over_at).min();
     let Some(oldest) = timeline.droppable(kept) else { return Ok(false) };
     let height = oldest.last_height.next_multiple_of(HEIGHT_STEP);
     let time_ns = last_time_ns(&timeline.layers()).min(oldest.last_time_ns);

@@ -20,7 +20,7 @@ use support::nbd::Nbd;
 use support::past::Past;
 use support::stream::{Source, record, wire};
 use tokio::task::block_in_place;
-use varve_common::control::{ExportKind, ReceiverRequest, RetentionReply, ViewReply};
+use varve_common::control::{ExportKind, FailoverReply, ReceiverRequest, RetentionReply, ViewReply};
 use varve_common::format::{Mark, MarkKind};
 use varve_common::point::PointSpec;
 use varve_common::record::{RING_HEADER_BYTES, RecordHeader, RecordKind};
@@ -919,6 +919,77 @@ async fn a_time_means_what_has_landed_also_after_a_rollback() {
     let position = world.source.position;
     world.agent.as_mut().unwrap().wait_durable(position, false).await;
     assert_eq!(world.byte_at(&PointSpec::Time(world.time_ns), 0), 4, "acknowledged before it was asked for");
+}
+
+/// The source counts an image that was acknowledged as done. A takeover in the middle of the gap that is undone leaves it there,
+/// and what the replica holds until the gap ends is no point.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_undone_takeover_keeps_the_images_of_the_gap() {
+    let mut world = World::new(&[16 << 20], "", None).await;
+    world.write(0, &payload(1, 4096)).await;
+    world.write(8192, &payload(1, 4096)).await;
+    world.settle().await;
+    world.mark(MarkKind::GapBegin, Some(GapReason::RingFull)).await;
+    let content = payload(2, 4096);
+    let frame = world.image_frame(&[(0, 4096, Some(&content))]);
+    world.raw(&frame).await;
+    while !matches!(world.agent.as_mut().unwrap().next().await, Got::ImageDone(_)) {}
+    world.disconnect();
+    let failover = ReceiverRequest::Failover {
+        group: GROUP.into(),
+        at: PointSpec::Latest,
+        test: false,
+        dry_run: false,
+        planned: None,
+        abort_after_seconds: None,
+    };
+    let abort = ReceiverRequest::FailoverAbort { group: GROUP.into(), force: false, only_test: false };
+    for request in [failover, abort] {
+        let reply: FailoverReply = block_in_place(|| world.looker.done(&request));
+        eprintln!("{reply:?}");
+    }
+    let replica = world.receiver.replica(GROUP, 0);
+    assert_eq!((replica[0], replica[8192]), (2, 1), "the image is there");
+    assert!(!world.connect().await, "its gap is open");
+    assert_eq!(world.byte_at(&PointSpec::Latest, 0), 1, "a point of before the gap");
+    // As its agent does, which has a gap open of the same stream: no mark is sent, records go on.
+    world.write(8192, &payload(3, 4096)).await;
+    let position = world.source.position;
+    world.agent.as_mut().unwrap().wait_durable(position, false).await;
+    assert_eq!(world.byte_at(&PointSpec::Latest, 8192), 1, "still before the gap");
+    world.mark(MarkKind::GapEnd, None).await;
+    world.write(16384, &payload(4, 4096)).await;
+    world.settle().await;
+    for (offset, wanted) in [(0, 2), (8192, 3), (16384, 4)] {
+        assert_eq!(world.byte_at(&PointSpec::Latest, offset), wanted, "at {offset}");
+    }
+}
+
+/// The oldest layer rots together with its index: points that need it are past, and everything else goes on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_oldest_layer_and_its_index_rot() {
+    let mut world = World::new(&[16 << 20], "", None).await;
+    let times = many_layers(&mut world, 6).await;
+    world.disconnect();
+    world.receiver.stop();
+    let history = world.group_dir().join("history");
+    let (layers, runs) = (files(&history.join("layers")), files(&history.join("runs")));
+    eprintln!("{layers:?}\n{runs:?}");
+    std::fs::remove_file(&runs[0]).unwrap();
+    let mut bytes = std::fs::read(&layers[0]).unwrap();
+    bytes[..4096].fill(0x5a);
+    std::fs::write(&layers[0], bytes).unwrap();
+    world.receiver.start(None);
+    world.connect().await;
+    world.write(0, &payload(7, 4096)).await;
+    world.settle().await;
+    assert_eq!(world.byte_at(&PointSpec::Latest, 0), 7);
+    assert_eq!(world.byte_at(&PointSpec::Time(*times.last().unwrap() + 5), 0), 15);
+    // It may need nothing of that layer any more.
+    if let Ok(view) = block_in_place(|| world.looker.open(&PointSpec::Time(times[0] + 5))).unwrap() {
+        block_in_place(|| world.looker.close(&view));
+        assert_eq!(world.byte_at(&PointSpec::Time(times[0] + 5), 0), 10);
+    }
 }
 
 /// A layer's file is lost.

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::oneshot;
 use varve_common::format::BLOCK_BYTES;
+use varve_common::format::chronicle::NO_END;
 use varve_io::{AlignedBuf, DirectFile, IoQueue};
 use varve_timeline::chronicle::Event;
 use varve_timeline::entry::{Entry, Stored};
@@ -223,7 +224,11 @@ impl Applier {
         let (height, time_ns) = (self.cursor.state.height + MARK_HEIGHT, self.cursor.state.at.time_ns);
         let (to_height, to_time_ns) = (wish.pin.height(), wish.time_ns);
         // Below the first record's end: no point of the stream is in between.
-        self.history.events(&[Event::RolledBack { height, time_ns, to_height, to_time_ns }])?;
+        let rolled = Event::RolledBack { height, time_ns, to_height, to_time_ns };
+        // A rollback ends the gap for the chronicle; this lasts until the stream's own gap ends.
+        let no_point = || Event::damaged(height, NO_END, "a takeover was undone that began in a gap");
+        let events: Vec<Event> = std::iter::once(rolled).chain(wish.in_gap.then(no_point)).collect();
+        self.history.events(&events)?;
         failpoint::hit(failpoint::PROMOTE_SAID);
         // Before anything else of the stream is applied and so leaves the memory of what is pending.
         wish.rolled.store(true, Ordering::SeqCst);

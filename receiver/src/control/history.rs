@@ -3,7 +3,7 @@
 use super::{ProgressOut, no_group};
 use crate::daemon::Daemon;
 use crate::group::registry::Slot;
-use crate::keeper::{bytes_from, bytes_held_by, doomed, newest_ns, undone_to};
+use crate::keeper::{bytes_from, bytes_held_by, doomed, newest_ns, taken_over_at};
 use crate::limits::{DAMAGES_TRACED_MAX, DENSITY_PARTS, SCRUB_RATE};
 use crate::restore::Target;
 use crate::view::views::{Wish, find, history_problem, volumes_at};
@@ -46,7 +46,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Problem> +
 fn held(daemon: &Daemon, slot: &Slot, timeline: &Timeline, but: Option<u64>) -> Vec<u64> {
     let views = daemon.views.heights(&slot.name).into_iter().map(|(_, height)| height);
     let kept: Vec<u64> = timeline.chronicle().kept().map(|bookmark| bookmark.height).collect();
-    let mut all: Vec<u64> = views.chain(kept).chain(undone_to(slot)).collect();
+    let mut all: Vec<u64> = views.chain(kept).chain(taken_over_at(slot, timeline)).collect();
     if let Some(at) = but.and_then(|but| all.iter().position(|height| *height == but)) {
         all.swap_remove(at);
     }

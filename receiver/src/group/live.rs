@@ -138,6 +138,8 @@ pub struct RollbackWish {
     pub pin: Pin,
     /// Its time.
     pub time_ns: u64,
+    /// It lies in a gap: what the replicas hold then is no point.
+    pub in_gap: bool,
     /// They are.
     pub rolled: Arc<AtomicBool>,
 }

@@ -149,7 +149,7 @@ pub struct Takeover {
     #[serde(default)]
     pub abort_at_ns: Option<u64>,
     /// Hosts whose volumes were begun to be overwritten: what they had for themselves is not whole any more.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub overwritten: Vec<String>,
 }
 

@@ -38,7 +38,7 @@ use crate::group::live::RollbackWish;
 use crate::group::meta::{GroupMeta, Takeover, hex, unhex};
 use crate::group::open::OpenGroup;
 use crate::group::registry::{Registry, Slot};
-use crate::group::stream::StreamState;
+use crate::group::stream::{IMAGE_HEIGHT, StreamState};
 use crate::rollback::land;
 use crate::view::views::Views;
 use again::Missing;
@@ -197,6 +197,8 @@ impl Promotions {
         let slot = context.slot.clone();
         let (point, newest) =
             blocking(move || Ok((locate(&slot, &at)?.1, locate(&slot, &PointSpec::Latest)?.1))).await?;
+        // What was found must be there until the wish holds it itself.
+        let _kept = open.timeline.pin(point.height).map_err(|e| context.failed(e.to_string()))?;
         let newest_age = age_seconds(newest.time_ns);
         let rollback = point.height < landed.height;
         if source.is_some() && rollback {
@@ -207,7 +209,8 @@ impl Promotions {
             height: point.height,
             time_ns: point.time_ns,
             rollback,
-            before_height: landed.height,
+            // Images of a gap stand above the stream's end, and the source counts them as done.
+            before_height: landed.height + if landed.is_consistent() { 0 } else { IMAGE_HEIGHT },
             before_time_ns: landed.at.time_ns,
             source_incarnation: hex(&landed.at.incarnation),
             source_position: landed.at.position,
@@ -600,7 +603,8 @@ pub fn wish(
     let (incarnation, to) = takeover.target();
     let Some((height, time_ns)) = to.filter(|_| !done) else { return Ok(None) };
     let (pin, above) = (timeline.pin(height)?, takeover.before_height);
-    Ok(Some(RollbackWish { incarnation, above, pin, time_ns, rolled: rolled.clone() }))
+    let in_gap = takeover.aborting && !takeover.source_consistent;
+    Ok(Some(RollbackWish { incarnation, above, pin, time_ns, in_gap, rolled: rolled.clone() }))
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Problem> + Send + 'static) -> Result<T, Problem> {
