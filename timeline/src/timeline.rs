@@ -194,8 +194,14 @@ impl Timeline {
             let Ok(to) = begins else { continue };
             let what = format!("layer {number} is missing or cannot be read");
             tracing::error!(layer = number, "a layer is missing or cannot be read: points that need it are lost");
-            // Before the oldest that is left there is nothing to lose.
-            self.tell_damage(self.begin().unwrap_or(0), to, &what)?;
+            let begin = self.begin().unwrap_or(0);
+            match self.after_height(to.saturating_sub(1))? {
+                // It was the oldest. When what it held was written nobody knows any more: the window begins with what is known.
+                Some(first) if begin >= to => {
+                    self.tell(&[Event::Expired { height: first.height, time_ns: first.time_ns }])?;
+                }
+                _ => self.tell_damage(begin, to, &what)?,
+            }
         }
         Ok(())
     }
