@@ -302,6 +302,15 @@ impl Daemon {
         volumes: &[Checked],
         link: Option<watch::Receiver<LinkView>>,
     ) -> Result<GroupHandle, Problem> {
+        // Two of one name would share a journal, and nobody would look after the ring of the one that is replaced. One that
+        // was told to end is started over itself.
+        if self.group(&file.name).is_ok_and(|there| !there.is_told_to_end()) {
+            return Err(Problem::refused(
+                format!("group '{}' cannot be started", file.name),
+                "it runs already",
+                "report this as a defect",
+            ));
+        }
         let capture = self.capture(&volumes[0]).await?;
         let config = lock(&self.config).clone();
         let surroundings = Surroundings {
@@ -637,11 +646,20 @@ impl Daemon {
             self.look_for_calls().await;
             self.look_at_volumes(tick.is_multiple_of(LOOK_TICKS)).await;
             if tick.is_multiple_of(RETRY_TICKS) {
-                let again: Vec<GroupFile> = lock(&self.failed).values().map(|failed| failed.file.clone()).collect();
-                let again = again.into_iter().filter(|file| !file.volumes.is_empty() && !self.is_returning(&file.name));
-                for file in again {
-                    self.start_or_remember(file).await;
-                }
+                self.try_failed_again().await;
+            }
+        }
+    }
+
+    /// Tries once more to start what could not be started.
+    async fn try_failed_again(self: &Arc<Self>) {
+        let again: Vec<GroupFile> = lock(&self.failed).values().map(|failed| failed.file.clone()).collect();
+        for file in again.into_iter().filter(|file| !file.volumes.is_empty()) {
+            let _changes = self.changes.lock().await;
+            // While we waited for our turn it may have been unprotected, protected anew with other volumes, or called home.
+            let still = lock(&self.failed).get(&file.name).is_some_and(|failed| failed.file == file);
+            if still && !self.is_returning(&file.name) && self.group(&file.name).is_err() {
+                self.start_or_remember_locked(file).await;
             }
         }
     }
@@ -867,5 +885,66 @@ mod tests {
         unprotect.await.expect("ends").expect("unprotected");
         assert!(!daemon.is_returning("db"), "its volumes would be overwritten");
         assert!(daemon.store.load().expect("list").is_empty());
+    }
+
+    /// What the tick found in the list of failed groups is not what is there when its turn to change something comes: `change` came
+    /// before it.
+    async fn failed_and_changed<F: Future<Output = ()>>(
+        change: impl FnOnce(Arc<Daemon>) -> F,
+    ) -> (tempfile::TempDir, Arc<Daemon>) {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let daemon = Daemon::open(Paths::new(dir.path().to_owned())).expect("opens");
+        let file = GroupFile::new("db".into(), vec!["/dev/none".into()], vec![1 << 20], Vec::new());
+        daemon.store.save(&file).expect("saved");
+        daemon.start_or_remember(file).await;
+        let changes = daemon.changes.lock().await;
+        // Each waits for its turn when the other one has begun to wait.
+        let mut changed = std::pin::pin!(change(daemon.clone()));
+        let ticking = daemon.clone();
+        let mut tried = std::pin::pin!(ticking.try_failed_again());
+        assert!(!begins(&mut changed).await && !begins(&mut tried).await, "both wait");
+        drop(changes);
+        changed.await;
+        tried.await;
+        (dir, daemon)
+    }
+
+    /// Has it go as far as it can; whether that was to its end.
+    async fn begins<F: Future + Unpin>(future: &mut F) -> bool {
+        std::future::poll_fn(|context| {
+            std::task::Poll::Ready(std::pin::Pin::new(&mut *future).poll(context).is_ready())
+        })
+        .await
+    }
+
+    #[tokio::test]
+    async fn what_was_unprotected_is_not_started_by_a_tick_that_waited() {
+        let unprotect = async |daemon: Arc<Daemon>| daemon.unprotect("db").await.expect("unprotected");
+        let (_dir, daemon) = failed_and_changed(unprotect).await;
+        assert!(daemon.status(Some("db")).is_err(), "it would be captured and sent again");
+    }
+
+    #[tokio::test]
+    async fn what_has_other_volumes_now_is_not_started_in_its_old_ones() {
+        let change = async |daemon: Arc<Daemon>| {
+            let _changes = daemon.changes.lock().await;
+            let file = GroupFile::new("db".into(), vec!["/dev/other".into()], vec![1 << 20], Vec::new());
+            lock(&daemon.failed).insert("db".into(), Failed { file, problem: no_group("db") });
+        };
+        let (_dir, daemon) = failed_and_changed(change).await;
+        let status = daemon.status(Some("db")).expect("it is there");
+        assert_eq!(status.groups[0].volumes[0].path, "/dev/other");
+    }
+
+    #[tokio::test]
+    async fn what_was_called_home_is_not_started_by_a_tick_that_waited() {
+        let called = async |daemon: Arc<Daemon>| {
+            let _changes = daemon.changes.lock().await;
+            let file = lock(&daemon.failed)["db"].file.clone();
+            lock(&daemon.failed).insert("db".into(), Failed { file: file.clone(), problem: no_group("db") });
+            daemon.remember_return(file);
+        };
+        let (_dir, daemon) = failed_and_changed(called).await;
+        assert_eq!(lock(&daemon.failed)["db"].problem, no_group("db"), "it was tried");
     }
 }

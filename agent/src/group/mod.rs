@@ -278,6 +278,11 @@ impl GroupHandle {
         true
     }
 
+    /// Whether somebody has told it to end.
+    pub fn is_told_to_end(&self) -> bool {
+        *self.stop.borrow()
+    }
+
     /// Whether the worker ended without being told.
     pub fn has_ended(&self) -> bool {
         let task = self.task.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
