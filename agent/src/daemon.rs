@@ -677,13 +677,15 @@ impl Daemon {
     /// what is wrong.
     async fn look_at_volumes(self: &Arc<Self>, all: bool) {
         for handle in self.handles().into_iter().filter(|handle| all || handle.shared.facts().outgrown) {
-            let held = self.authorities.is_held(&handle.file.name);
+            // A volume is made read-only some time before all are held: from the begin of the quiet on that is our doing. It
+            // may begin or end while we look.
+            let quiet = || self.authorities.quiet(&handle.file.name).is_some();
+            let was_quiet = quiet();
             let mut grew = handle.shared.facts().outgrown;
             let changed = handle.file.volumes.iter().zip(&handle.specs).any(|(path, spec)| {
                 // One that is not there is not written, and its link may come back.
                 BlockFacts::of(path).is_ok_and(|mut facts| {
-                    // We made it so.
-                    facts.read_only &= !held;
+                    facts.read_only &= !(was_quiet || quiet());
                     let now = volume::spec(&facts);
                     grew |= now.bytes > spec.bytes;
                     let same = varve_bpf::VolumeSpec { bytes: now.bytes.max(spec.bytes), ..spec.clone() } == now;
@@ -691,7 +693,7 @@ impl Daemon {
                 })
             });
             let changed = changed || !handle.disks_are_the_same();
-            if grew && held && !changed {
+            if grew && !changed && self.authorities.is_held(&handle.file.name) {
                 // Nobody writes to what is new either; it is followed when writing is allowed again.
                 continue;
             }

@@ -267,6 +267,28 @@ fn who_tries_again_while_the_hook_still_runs_gets_a_quiet_that_lasts() {
     wait_state(&pair.production, "source", "protected");
 }
 
+/// The agent looks at its volumes every three seconds, and they are read-only some time before it has all of them: here the hook
+/// makes one so, and takes longer than that.
+#[test]
+fn a_volume_that_is_read_only_before_it_is_held_is_no_other_one() {
+    require_root();
+    let scratch = Scratch::disk();
+    let device = LoopDevice::new(&scratch, "volume", 16 << 20);
+    let pair = Pair::new();
+    let replicas = pair.protect("g", &[device.path()]);
+    pair.wait_protected("g", LIMIT);
+    let from = pair.production.log(Role::Agent).len();
+    hook(&pair, "quiesce", &format!("blockdev --setro {}; sleep 8", device.path().display()));
+    pair.recovery.varve(&["failover", "g", "--planned", "--yes"]).ok();
+    let log = pair.production.log(Role::Agent)[from..].to_owned();
+    assert!(!log.contains("the group begins anew"), "{log}");
+    wait_until(LIMIT, "fenced", || state(&pair.production).0 == "fenced");
+    pair.recovery.varve(&["failover", "abort", "g", "--yes"]).ok();
+    wait_state(&pair.production, "source", "protected");
+    wait_writable(device.path());
+    assert_no_resync(&pair, from, device.path(), &replicas[0]);
+}
+
 fn view_digest(pair: &Pair, group: &str, at: &str) -> String {
     let view = json(&pair.recovery, &["view", "open", group, "--at", at]);
     let digest = digest_device(Path::new(view["volumes"][0]["device"].as_str().unwrap()));
