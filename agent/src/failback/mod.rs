@@ -60,11 +60,27 @@ pub struct Shown {
     pub ended: Option<Problem>,
 }
 
-/// What the task holds from stream to stream.
+/// What the task holds from stream to stream. A stream is left at any wait when the task is to stop: what must be ended then is in
+/// here before the stream waits for anything.
 #[derive(Default)]
 struct Held {
     claim: Option<Claim>,
     armed: Option<Armed>,
+    /// One of the daemon's, which ends: nobody else has it any more.
+    ending: Option<Arc<GroupHandle>>,
+}
+
+impl Held {
+    /// Ends what captures and is not the daemon's. Whoever is interrupted here may do it again.
+    async fn end_capture(&mut self) {
+        if let Some(ending) = &self.ending {
+            ending.end().await;
+        }
+        if let Some(armed) = &self.armed {
+            armed.handle.end().await;
+        }
+        (self.ending, self.armed) = (None, None);
+    }
 }
 
 /// The group captures again, without a session yet.
@@ -199,9 +215,7 @@ async fn run(daemon: Arc<Daemon>, returning: Arc<Returning>, mut stop: watch::Re
         }
     }
     // Whatever was begun and not given to us ends here.
-    if let Some(armed) = held.armed.take() {
-        armed.handle.end().await;
-    }
+    held.end_capture().await;
     drop(held);
     daemon.returned(&returning);
 }

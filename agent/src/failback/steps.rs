@@ -1,9 +1,8 @@
 //! What coming home does to the daemon's groups. Each step is durable before the next.
 
-use super::Armed;
 use super::disks::{self, Claim};
+use super::{Armed, Held};
 use crate::daemon::Daemon;
-use crate::group::GroupHandle;
 use crate::store::GroupFile;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -42,7 +41,7 @@ impl Daemon {
     }
 
     /// From here on what the volumes hold is the receiver's: nothing of them is captured, and whatever was is forgotten.
-    pub(super) async fn begin_return(&self, file: &mut GroupFile) -> Result<(), Problem> {
+    pub(super) async fn begin_return(&self, file: &mut GroupFile, held: &mut Held) -> Result<(), Problem> {
         if !file.returning {
             // The token of a stream before stays until another one takes its place: with it the group may be given back at this
             // moment. If it never is, the token fits nothing there.
@@ -50,46 +49,49 @@ impl Daemon {
             self.store().save(file)?;
             tracing::warn!(group = file.name, "its volumes are going to be overwritten with what the receiver has");
         }
-        self.end_capture(file).await
+        self.end_capture(file, held).await
     }
 
-    /// Captures again; nobody else can write yet.
-    pub(super) async fn arm(&self, file: &mut GroupFile, epoch: u64, token: [u8; 16]) -> Result<Armed, Problem> {
+    /// Captures again; nobody else can write yet. What captures then is in `held`, and where its stream begins is answered.
+    pub(super) async fn arm(
+        &self,
+        file: &mut GroupFile,
+        epoch: u64,
+        token: [u8; 16],
+        held: &mut Held,
+    ) -> Result<([u8; 16], u64), Problem> {
         file.set_token(token);
         self.store().save(file)?;
-        self.end_capture(file).await?;
+        self.end_capture(file, held).await?;
         let (link, view) = watch::channel(crate::link::LinkView {
             connection: None,
             link: varve_common::state::Link::Disconnected,
             reason: Some("the group comes home".to_owned()),
         });
         let handle = self.make_group(at_home(file.clone(), epoch), Some(view)).await?;
+        let begin_of_stream = (handle.shared.incarnation, handle.began_at);
+        let handle = &held.armed.insert(Armed { handle, link }).handle;
         let begin = Instant::now();
         while !handle.settled() {
             if begin.elapsed() > SETTLE_LIMIT {
-                handle.end().await;
+                held.end_capture().await;
                 let next = "see what writes to it; it is tried again";
                 return Err(Problem::failed("not home yet", "a disk is being written by somebody else", next));
             }
             tokio::time::sleep(LOOK).await;
         }
-        Ok(Armed { handle, link })
+        Ok(begin_of_stream)
     }
 
     /// It is home: durably, then the volumes are free.
-    pub(super) async fn arrive(
-        self: &Arc<Self>,
-        file: GroupFile,
-        epoch: u64,
-        armed: Option<Armed>,
-        claim: Option<Claim>,
-    ) -> Result<(), Problem> {
+    pub(super) async fn arrive(self: &Arc<Self>, file: GroupFile, epoch: u64, held: &mut Held) -> Result<(), Problem> {
         let file = at_home(file, epoch);
         let name = file.name.clone();
         self.store().save(&file)?;
         self.forget_quiet(&name).await;
-        match armed {
+        match held.armed.take() {
             Some(Armed { handle, link }) => {
+                // Nothing is waited for in between: one that is neither held nor the daemon's would be nobody's.
                 self.adopt(handle);
                 let mut view = self.link();
                 tokio::spawn(async move {
@@ -105,7 +107,7 @@ impl Daemon {
             // What captured was an agent before us: it is taken over if it is pinned.
             None => self.start_or_remember(file).await,
         }
-        drop(claim);
+        held.claim = None;
         let daemon = self.clone();
         tokio::spawn(async move { daemon.run_resume_hook(&name, "home").await });
         Ok(())
@@ -148,20 +150,14 @@ impl Daemon {
         }
     }
 
-    async fn end_capture(&self, file: &GroupFile) -> Result<(), Problem> {
-        if let Some(handle) = self.let_go(&file.name).await {
-            handle.end().await;
-        }
+    async fn end_capture(&self, file: &GroupFile, held: &mut Held) -> Result<(), Problem> {
+        // What a try before has begun first: two would share a journal.
+        held.end_capture().await;
+        held.ending = self.let_go(&file.name).await;
+        held.end_capture().await;
         self.end_pinned(file).await?;
         self.remove_journal(&file.name).await;
         Ok(())
-    }
-}
-
-impl GroupHandle {
-    /// Where its stream begins.
-    pub(super) fn begin_of_stream(&self) -> ([u8; 16], u64) {
-        (self.shared.incarnation, self.began_at)
     }
 }
 
@@ -186,12 +182,12 @@ mod tests {
         let mut file = GroupFile::new("db".into(), vec!["/dev/none".into()], vec![1 << 20], Vec::new());
         let stored = || daemon.store().load().expect("list").pop().and_then(|(_, file)| file.ok()).expect("stored");
         // What goes beyond the file needs the volume.
-        daemon.begin_return(&mut file).await.expect_err("no such volume");
+        daemon.begin_return(&mut file, &mut Held::default()).await.expect_err("no such volume");
         assert!(stored().returning && stored().armed.is_none());
         file.set_token([7; 16]);
         daemon.store().save(&file).expect("saved, as it is when it captures again");
         let mut file = stored();
-        daemon.begin_return(&mut file).await.expect_err("no such volume");
+        daemon.begin_return(&mut file, &mut Held::default()).await.expect_err("no such volume");
         assert_eq!((file.token(), stored()), ([7; 16], file));
     }
 }

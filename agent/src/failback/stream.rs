@@ -201,9 +201,7 @@ impl Talk<'_> {
 
     async fn come_home(&mut self, held: &mut Held) -> Result<Ended, Problem> {
         // Whatever was begun at the last try: the group still runs there.
-        if let Some(armed) = held.armed.take() {
-            armed.handle.end().await;
-        }
+        held.end_capture().await;
         if held.claim.is_none() {
             let file = self.returning.shown().file;
             match self.daemon.claim_for_return(&file).await {
@@ -214,7 +212,7 @@ impl Talk<'_> {
         let Some(claim) = &held.claim else { return Err(lost("the volumes are not claimed")) };
         let (id, files) = (claim.id, claim.files.clone());
         let mut file = self.returning.shown().file;
-        if let Err(problem) = self.daemon.begin_return(&mut file).await {
+        if let Err(problem) = self.daemon.begin_return(&mut file, held).await {
             return Err(self.not_ready(problem).await);
         }
         self.returning.show(|shown| (shown.file, shown.claimed) = (file, true));
@@ -298,23 +296,19 @@ impl Talk<'_> {
     /// Captures again, so that whatever is written from here on is known.
     async fn arm(&mut self, held: &mut Held, epoch: u64, token: [u8; 16]) -> Result<(), Problem> {
         let mut file = self.returning.shown().file;
-        let armed = self.daemon.arm(&mut file, epoch, token).await;
+        let armed = self.daemon.arm(&mut file, epoch, token, held).await;
         self.returning.show(|shown| shown.file = file);
-        let armed = match armed {
-            Ok(armed) => armed,
+        let (incarnation, position) = match armed {
+            Ok(begin_of_stream) => begin_of_stream,
             Err(problem) => return Err(self.not_ready(problem).await),
         };
-        let (incarnation, position) = armed.handle.begin_of_stream();
-        if let Some(before) = held.armed.replace(armed) {
-            before.handle.end().await;
-        }
         self.say(&FailbackSay::Armed { incarnation, position }).await
     }
 
     /// The group is ours: durably first, then the claim ends.
     async fn arrive(&mut self, held: &mut Held, epoch: u64) -> Result<Ended, Problem> {
         let file = self.returning.shown().file;
-        self.daemon.arrive(file, epoch, held.armed.take(), held.claim.take()).await?;
+        self.daemon.arrive(file, epoch, held).await?;
         // If it cannot be said, the ordinary session says it.
         let _ = self.say(&FailbackSay::Home).await;
         let _ = self.send.finish();

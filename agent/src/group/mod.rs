@@ -34,7 +34,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::JoinHandle;
 use varve_bpf::{Capture, Group, Origin, VolumeSpec};
 use varve_common::limits::SYNC_REGIONS_MAX;
 use varve_common::problem::Problem;
@@ -91,9 +90,28 @@ pub struct GroupHandle {
     /// Where its ring stood when this worker began.
     pub began_at: u64,
     group: Arc<Group>,
+    /// Closed when the worker has ended, however it did.
     commands: mpsc::Sender<Command>,
-    stop: watch::Sender<bool>,
-    task: std::sync::Mutex<Option<JoinHandle<()>>>,
+    stop: Stop,
+}
+
+/// Tells a worker to end; at the latest when nobody has the group any more: nobody could tell it then.
+struct Stop(watch::Sender<bool>);
+
+impl Stop {
+    fn tell(&self) {
+        self.0.send_replace(true);
+    }
+
+    fn is_told(&self) -> bool {
+        *self.0.borrow()
+    }
+}
+
+impl Drop for Stop {
+    fn drop(&mut self) {
+        self.tell();
+    }
 }
 
 /// Captures volumes that grew in their new size. The gap is noted before: whoever comes after a kill must not take what
@@ -237,8 +255,8 @@ impl GroupHandle {
             orders: surroundings.orders.clone(),
             on_consistent: Box::new(on_consistent),
         };
-        let task = tokio::spawn(worker.run());
-        Ok(Self { file, specs, shared, began_at, group, commands, stop, task: std::sync::Mutex::new(Some(task)) })
+        tokio::spawn(worker.run());
+        Ok(Self { file, specs, shared, began_at, group, commands, stop: Stop(stop) })
     }
 
     /// Ends the group's worker, and its capture for good: nobody goes on with it.
@@ -264,14 +282,11 @@ impl GroupHandle {
         self.group.disks_are_the_same()
     }
 
-    /// Ends the group's worker. Capture goes on if it is pinned. Whether all of it has ended.
+    /// Ends the group's worker. Capture goes on if it is pinned. Whether all of it has ended. Who is interrupted while he waits
+    /// may ask again.
     pub async fn stop(&self) -> bool {
-        // The worker may have ended by itself.
-        let _ = self.stop.send(true);
-        let task = self.task.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-        if let Some(task) = task
-            && tokio::time::timeout(STOP_LIMIT, task).await.is_err()
-        {
+        self.stop.tell();
+        if tokio::time::timeout(STOP_LIMIT, self.commands.closed()).await.is_err() {
             tracing::error!(group = %self.file.name, "did not end within {} s", STOP_LIMIT.as_secs());
             return false;
         }
@@ -280,13 +295,12 @@ impl GroupHandle {
 
     /// Whether somebody has told it to end.
     pub fn is_told_to_end(&self) -> bool {
-        *self.stop.borrow()
+        self.stop.is_told()
     }
 
     /// Whether the worker ended without being told.
     pub fn has_ended(&self) -> bool {
-        let task = self.task.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        !*self.stop.borrow() && task.as_ref().is_some_and(JoinHandle::is_finished)
+        !self.stop.is_told() && self.commands.is_closed()
     }
 
     /// Tells the worker; whether it is there.
@@ -331,5 +345,19 @@ impl GroupHandle {
         let (answer, answered) = oneshot::channel();
         self.commands.send(command(answer)).await.map_err(|_| gone())?;
         answered.await.map_err(|_| gone())?
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_whose_group_nobody_has_any_more_is_told_to_end() {
+        let (stop, stopped) = watch::channel(false);
+        let stop = Stop(stop);
+        assert!(!stop.is_told() && !*stopped.borrow());
+        drop(stop);
+        assert!(*stopped.borrow(), "it would run for ever");
     }
 }
