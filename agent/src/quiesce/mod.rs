@@ -59,6 +59,8 @@ pub struct Quiet {
 #[derive(Debug, Default)]
 pub struct Authorities {
     known: Mutex<BTreeMap<String, Known>>,
+    /// Held while what is remembered is read, changed and written: else one of two changes at once is lost. Before `known`.
+    remembering: Mutex<()>,
     /// Making quiet and ending it come one after the other.
     one_at_a_time: tokio::sync::Mutex<()>,
 }
@@ -160,6 +162,7 @@ impl Authorities {
 
     /// Nothing is known any more.
     pub fn forget(&self, group: &str) {
+        let _remembering = self.remembering.lock().unwrap_or_else(PoisonError::into_inner);
         self.lock().remove(group);
     }
 }
@@ -168,30 +171,36 @@ impl Daemon {
     /// Does what the workers want, one after the other; a hook may take its time.
     pub async fn obey(self: Arc<Self>, mut orders: mpsc::Receiver<Order>) {
         while let Some(order) = orders.recv().await {
-            match order {
-                Order::Quiesce(group, id, limit) => {
-                    let daemon = self.clone();
-                    tokio::spawn(async move {
-                        let outcome = daemon.quiesce(&group, id, limit.min(QUIESCE_LIMIT)).await;
-                        let answered = match daemon.group(&group) {
-                            Ok(handle) => handle.tell(Command::Quiet(id, outcome.clone())).await,
-                            Err(_) => false,
-                        };
-                        if !answered || outcome.is_err() {
-                            daemon.resume(&group, Some(id), "refused").await;
-                        }
-                    });
-                }
-                Order::Resume(group, id, why) => {
-                    let daemon = self.clone();
-                    tokio::spawn(async move { daemon.resume(&group, Some(id), why).await });
-                }
-                Order::Fenced(group, fence) => self.fenced(&group, fence),
-                Order::Welcomed(group) => {
-                    // What is asked for after the welcome is not ended by it, however long its turn takes to come.
-                    let (daemon, number) = (self.clone(), self.authorities().number(&group));
-                    tokio::spawn(async move { daemon.welcomed(&group, number).await });
-                }
+            self.obey_one(order);
+        }
+    }
+
+    fn obey_one(self: &Arc<Self>, order: Order) {
+        match order {
+            Order::Quiesce(group, id, limit) => {
+                let daemon = self.clone();
+                tokio::spawn(async move {
+                    let outcome = daemon.quiesce(&group, id, limit.min(QUIESCE_LIMIT)).await;
+                    let answered = match daemon.group(&group) {
+                        Ok(handle) => handle.tell(Command::Quiet(id, outcome.clone())).await,
+                        Err(_) => false,
+                    };
+                    if !answered || outcome.is_err() {
+                        daemon.resume(&group, Some(id), "refused").await;
+                    }
+                });
+            }
+            Order::Resume(group, id, why) => {
+                let daemon = self.clone();
+                tokio::spawn(async move { daemon.resume(&group, Some(id), why).await });
+            }
+            Order::Fenced(group, fence) => self.fenced(&group, fence),
+            Order::Welcomed(group) => {
+                // What is asked for after the welcome is not ended by it, however long its turn takes to come.
+                let (daemon, number) = (self.clone(), self.authorities().number(&group));
+                // Nor is a refusal that comes after it, so the fence does not wait for that turn.
+                self.unfenced(&group);
+                tokio::spawn(async move { daemon.resume(&group, number, "aborted").await });
             }
         }
     }
@@ -268,22 +277,18 @@ impl Daemon {
     }
 
     fn fenced(&self, group: &str, fence: Fence) {
-        let known = self.authorities().file(group).fenced;
-        // The time is that of the first refusal; the words are the newest.
-        let fence = Fence { since: known.as_ref().map_or(fence.since, |known| known.since.clone()), ..fence };
-        if known.as_ref() == Some(&fence) {
-            return;
-        }
-        if let Err(problem) = self.remember(group, |file| file.fenced = Some(fence.clone())) {
+        let change = |file: &mut Authority| {
+            // The time is that of the first refusal; the words are the newest.
+            let since = file.fenced.take().map_or(fence.since, |known| known.since);
+            file.fenced = Some(Fence { since, ..fence });
+        };
+        if let Err(problem) = self.remember(group, change) {
             tracing::error!(group, "{problem}; {}", problem.next);
         }
     }
 
-    async fn welcomed(&self, group: &str, number: Option<u64>) {
-        self.resume(group, number, "aborted").await;
-        if self.authorities().file(group).fenced.is_some()
-            && let Err(problem) = self.remember(group, |file| file.fenced = None)
-        {
+    fn unfenced(&self, group: &str) {
+        if let Err(problem) = self.remember(group, |file| file.fenced = None) {
             tracing::error!(group, "{problem}; {}", problem.next);
         }
     }
@@ -329,8 +334,13 @@ impl Daemon {
 
     /// Changes what is remembered, durably.
     fn remember(&self, group: &str, change: impl FnOnce(&mut Authority)) -> Result<(), Problem> {
-        let mut file = self.authorities().file(group);
+        let _remembering = self.authorities().remembering.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = self.authorities().file(group);
+        let mut file = before.clone();
         change(&mut file);
+        if file == before {
+            return Ok(());
+        }
         self.store().save_authority(group, &file)?;
         self.authorities().lock().entry(group.to_owned()).or_default().file = file;
         Ok(())
@@ -361,7 +371,7 @@ mod tests {
             assert_eq!((is_quiet(), daemon.authorities().is_held("db")), (id == 2, id == 2));
         }
         // Nor does the welcome of a session before.
-        daemon.welcomed("db", None).await;
+        daemon.resume("db", None, "aborted").await;
         assert!(is_quiet());
         daemon.resume("db", Some(2), "refused").await;
         assert!(!is_quiet() && !daemon.authorities().is_held("db"));
@@ -378,7 +388,7 @@ mod tests {
         daemon.resume("db", Some(2), "refused").await;
         assert!(daemon.authorities().quiet("db").is_some());
         let number = daemon.authorities().number("db");
-        daemon.welcomed("db", number).await;
+        daemon.resume("db", number, "aborted").await;
         assert!(daemon.authorities().quiet("db").is_none());
     }
 
@@ -396,5 +406,56 @@ mod tests {
         daemon.resume("db", Some(1), "refused").await;
         assert!(!daemon.authorities().is_held("db"));
         daemon.begin_quiet("db", 2).expect("nobody relies on it any more");
+    }
+    fn fence(text: &str) -> Fence {
+        Fence { epoch: 1, since: String::new(), text: text.to_owned(), next: String::new() }
+    }
+
+    /// The welcome ends a quiet, and waits for its turn behind a hook. The receiver says no again before it comes.
+    #[tokio::test]
+    async fn a_welcome_does_not_end_the_fence_that_came_after_it() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let daemon = daemon(&dir);
+        let is_fenced = || daemon.authorities().file("db").fenced.is_some();
+        let hook = daemon.authorities().one_at_a_time.lock().await;
+        daemon.begin_quiet("db", 1).expect("written");
+        daemon.obey_one(Order::Fenced("db".into(), fence("it runs here")));
+        assert!(is_fenced());
+        daemon.obey_one(Order::Welcomed("db".into()));
+        daemon.obey_one(Order::Fenced("db".into(), fence("it runs here")));
+        drop(hook);
+        while daemon.authorities().quiet("db").is_some() {
+            tokio::task::yield_now().await;
+        }
+        assert!(is_fenced(), "this host would write");
+        daemon.obey_one(Order::Welcomed("db".into()));
+        assert!(!is_fenced());
+        assert!(daemon.store().load_authorities(&["db".to_owned()]).is_empty());
+    }
+
+    /// One change comes while another one has read what was before and not written yet.
+    #[tokio::test]
+    async fn two_changes_at_once_are_both_remembered() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let daemon = daemon(&dir);
+        let (done, is_done) = std::sync::mpsc::channel();
+        let other = daemon.clone();
+        let mut thread = None;
+        let change = |file: &mut Authority| {
+            thread = Some(std::thread::spawn(move || {
+                other.fenced("db", fence("it runs here"));
+                // Nobody may wait for it any more.
+                let _ = done.send(());
+            }));
+            // It cannot come to its end before this one has.
+            is_done.recv_timeout(Duration::from_millis(500)).expect_err("it does not wait");
+            file.quiet_since = Some("now".to_owned());
+        };
+        daemon.remember("db", change).expect("written");
+        thread.expect("begun").join().expect("ends");
+        let file = daemon.authorities().file("db");
+        assert!(file.quiet_since.is_some() && file.fenced.is_some(), "{file:?}");
+        let stored = daemon.store().load_authorities(&["db".to_owned()]).pop().expect("stored").1;
+        assert_eq!((stored.quiet_since, stored.fenced), (file.quiet_since, file.fenced));
     }
 }
