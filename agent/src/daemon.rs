@@ -412,6 +412,14 @@ impl Daemon {
         })
     }
 
+    /// The volumes of a group, also of one that could not be started.
+    pub fn volumes_of(&self, name: &str) -> Vec<String> {
+        match self.group(name) {
+            Ok(handle) => handle.file.volumes.clone(),
+            Err(_) => lock(&self.failed).get(name).map(|failed| failed.file.volumes.clone()).unwrap_or_default(),
+        }
+    }
+
     /// `varve protect`.
     pub async fn protect(
         self: &Arc<Self>,

@@ -266,7 +266,7 @@ impl Daemon {
 
     /// Whatever uses the volumes may start.
     pub async fn run_resume_hook(&self, group: &str, why: &'static str) {
-        let volumes = self.group(group).map(|handle| handle.file.volumes.clone()).unwrap_or_default();
+        let volumes = self.volumes_of(group);
         let (dir, name) = (self.hooks(), group.to_owned());
         let run = move || hook::run(&dir, hook::RESUME, &name, &volumes, why, RESUME_LIMIT);
         match tokio::task::spawn_blocking(run).await {
@@ -304,17 +304,22 @@ impl Daemon {
 
     /// `varve failover abort` on this host: the operator ends the quiet.
     pub async fn resume_by_hand(&self, group: &str, force: bool) -> Result<(), Problem> {
-        let handle = self.group(group)?;
         let what = format!("the volumes of '{group}' stay as they are");
         let number = self.authorities().number(group);
-        if self.authorities().quiet(group).is_none() {
+        let quiet = self.authorities().quiet(group).is_some();
+        let (link, fenced) = match self.group(group) {
+            Ok(handle) => {
+                let facts = handle.shared.facts();
+                (facts.link, facts.fenced.clone())
+            }
+            // It could not be started, and its volumes are held all the same. What comes home holds them for another reason.
+            Err(_) if quiet && !self.is_returning(group) => (Link::Disconnected, self.authorities().file(group).fenced),
+            Err(problem) => return Err(problem),
+        };
+        if !quiet {
             let next = format!("'varve status {group}' shows what it does");
             return Err(Problem::refused(what, "no planned switch-over has made them quiet", next));
         }
-        let (link, fenced) = {
-            let facts = handle.shared.facts();
-            (facts.link, facts.fenced.clone())
-        };
         if link == Link::Streaming {
             let next = "stop the command on the recovery host; they are writable again by themselves then";
             return Err(Problem::refused(what, "a planned switch-over is under way", next));
@@ -350,6 +355,8 @@ impl Daemon {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::GroupFile;
+    use std::os::unix::fs::PermissionsExt as _;
     use varve_common::paths::Paths;
 
     fn daemon(dir: &tempfile::TempDir) -> Arc<Daemon> {
@@ -407,6 +414,33 @@ mod tests {
         assert!(!daemon.authorities().is_held("db"));
         daemon.begin_quiet("db", 2).expect("nobody relies on it any more");
     }
+    /// It was quiet and could not be started again.
+    #[tokio::test]
+    async fn what_is_quiet_and_could_not_be_started_can_be_freed_by_hand() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let daemon = daemon(&dir);
+        let file = GroupFile::new("db".into(), vec!["/dev/none".into()], vec![1 << 20], Vec::new());
+        daemon.start_or_remember(file.clone()).await;
+        assert!(daemon.resume_by_hand("db", true).await.expect_err("it is not quiet").why.contains("/dev/none"));
+        daemon.begin_quiet("db", 1).expect("written");
+        let hold = Hold::take("db", &[], Duration::ZERO).expect("nothing to claim");
+        daemon.authorities().lock().get_mut("db").expect("known").hold = Some(hold);
+        let hooks = daemon.hooks();
+        std::fs::create_dir_all(&hooks).expect("made");
+        let (hook, said) = (hooks.join(hook::RESUME), dir.path().join("said"));
+        std::fs::write(&hook, format!("#!/bin/sh\necho \"$VARVE_VOLUMES\" >{}\n", said.display())).expect("written");
+        std::fs::set_permissions(&hook, std::fs::Permissions::from_mode(0o700)).expect("may be run");
+        let refused = daemon.resume_by_hand("db", false).await.expect_err("it may have been taken over");
+        assert!(refused.next.contains("--force") && daemon.authorities().is_held("db"), "{refused:?}");
+        let returning = daemon.remember_return(file);
+        daemon.resume_by_hand("db", true).await.expect_err("it comes home");
+        returning.stop().await;
+        assert!(daemon.authorities().is_held("db") && !said.exists());
+        daemon.resume_by_hand("db", true).await.expect("free");
+        assert!(!daemon.authorities().is_held("db") && daemon.authorities().quiet("db").is_none());
+        assert_eq!(std::fs::read_to_string(&said).expect("the hook ran").trim(), "/dev/none");
+    }
+
     fn fence(text: &str) -> Fence {
         Fence { epoch: 1, since: String::new(), text: text.to_owned(), next: String::new() }
     }
