@@ -8,7 +8,7 @@ use super::worker::{Command, Worker};
 use crate::clock;
 use crate::journal::Settings;
 use crate::link::LinkView;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
@@ -17,7 +17,7 @@ use varve_common::format::Mark;
 use varve_common::limits::{REGION_BYTES, SYNC_REGIONS_MAX};
 use varve_common::problem::Problem;
 use varve_common::record::{RING_DISCARD_BIT, RecordHeader, RecordKind, Records, append_record};
-use varve_common::state::Link;
+use varve_common::state::{GapReason, Link};
 use varve_common::wire::messages::{self, Ack, ImageDone, Probe, ProbeReply, VolumeHello, Welcome};
 use varve_common::wire::{FRAME_HEADER_BYTES, Frame, FrameKind, Image, Preamble};
 use varve_io::aligned::BufPool;
@@ -220,8 +220,8 @@ pub enum Told {
 pub struct Script {
     /// Reads nothing while set.
     pub stalled: AtomicBool,
-    /// Every block differs from what is probed.
-    pub differs: AtomicBool,
+    /// The blocks of every region that differ from what is probed.
+    pub differs: AtomicU16,
     pub told: Mutex<Vec<Told>>,
     /// Sessions that it ended because of an image outside a gap, as the real one does.
     pub refused: AtomicU64,
@@ -402,7 +402,7 @@ async fn play(
             FrameKind::Probe => {
                 let probe: Probe = messages::decode(frame.kind, &plain).expect("a probe");
                 tell(Told::Probe(probe.offset));
-                let differs = if script.differs.load(Ordering::SeqCst) { 0xffff } else { 0 };
+                let differs = script.differs.load(Ordering::SeqCst);
                 (FrameKind::ProbeReply, messages::encode(&ProbeReply { id: probe.id, differs }))
             }
             FrameKind::Image => {
@@ -468,12 +468,38 @@ async fn a_drop_does_not_move_the_begin_of_another_trouble() {
 async fn a_dirty_region_without_a_reason_opens_a_gap() {
     let stage = Stage::set().await;
     stage.protected().await;
-    stage.script.differs.store(true, Ordering::SeqCst);
+    stage.script.differs.store(0xffff, Ordering::SeqCst);
     stage.source.track.set_dirty(3);
     let image = |stage: &Stage| stage.told().iter().any(|told| matches!(told, Told::Image(_)));
     stage.until("the region is sent", image).await;
     assert_eq!(stage.script.refused.load(Ordering::SeqCst), 0, "no image outside a gap");
     stage.until("protected again", |stage| stage.marks().len() == 4 && stage.shared.facts().gap.is_none()).await;
+}
+
+/// As before, while a sector of the only block that differs is written without a pause: that it was written to explains the
+/// difference only perhaps, so the region is not forgotten.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_dirty_region_that_is_written_to_is_not_forgotten() {
+    let stage = Stage::set().await;
+    stage.protected().await;
+    let (source, end) = (stage.source.clone(), Arc::new(AtomicBool::new(false)));
+    let ended = end.clone();
+    let writer = std::thread::spawn(move || {
+        while !ended.load(Ordering::SeqCst) {
+            // Never more than the worker can take.
+            if source.stream.producer().saturating_sub(source.stream.consumer()) < 256 << 10 {
+                source.write(3 * REGION_BYTES, 1);
+            }
+        }
+    });
+    stage.script.differs.store(1, Ordering::SeqCst);
+    stage.source.track.set_dirty(3);
+    // The image leaves out what is written to; what counts is that there was a gap in which it was sent.
+    stage.until("protected again", |stage| stage.marks().len() == 4 && stage.shared.facts().gap.is_none()).await;
+    end.store(true, Ordering::SeqCst);
+    writer.join().expect("ends");
+    assert_eq!(stage.marks()[2].reason, Some(GapReason::LateWrite));
+    assert_eq!(stage.script.refused.load(Ordering::SeqCst), 0, "no image outside a gap");
 }
 
 /// A completion that nobody saw is no loss if the region is equal: no gap, no image, no alarm.

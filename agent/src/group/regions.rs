@@ -13,6 +13,12 @@ use varve_common::geometry::{Extent, ExtentSet};
 use varve_common::limits::DIGEST_BLOCK_BYTES;
 use varve_common::wire::messages::{Probe, ZERO_DIGEST};
 
+/// How often a region is compared outside a gap before what is written to it all the time counts as a difference. In the gap
+/// that begins then it is compared by the sector.
+const LOOKS_MAX: u32 = 5;
+/// Regions whose looks are counted; one more is not looked at again.
+const RESTLESS_MAX: usize = 64;
+
 /// One bit per digest block of a region.
 pub type Blocks = u16;
 
@@ -25,6 +31,10 @@ pub enum Next {
     Image(RegionId, Blocks),
     /// Nothing is left to do for it.
     Done(RegionId),
+    /// What differs there may be what was written meanwhile, or more: it is dirty still.
+    Again(RegionId),
+    /// The replica lacks something there, and no gap says so: it is dirty still, and a gap begins.
+    Lacking(RegionId),
 }
 
 /// Regions by what they wait for.
@@ -34,8 +44,10 @@ pub struct Regions {
     waiting: VecDeque<RegionRead>,
     /// Probe sent, or image sent.
     under_way: BTreeMap<RegionId, RegionRead>,
-    /// Of regions to compare: blocks written between the read and the probe's position.
+    /// Of probes under way: blocks written between the read and the probe's position.
     touched: BTreeMap<RegionId, Blocks>,
+    /// Looks at regions, by volume and number, outside a gap that said nothing: all that differed was also written to.
+    restless: BTreeMap<(u16, u64), u32>,
 }
 
 /// Blocks of `read` that `overtaken` touches.
@@ -91,15 +103,39 @@ impl Regions {
         Some(next)
     }
 
-    /// The receiver answered a probe: what to do with that region. `None`: not one of ours.
-    pub fn probed(&mut self, id: RegionId, differs: Blocks) -> Option<(Purpose, Next)> {
+    /// The receiver answered a probe: what to do with that region. `consistent`: it knows of no gap. `None`: not one of ours.
+    pub fn probed(&mut self, id: RegionId, differs: Blocks, consistent: bool) -> Option<(Purpose, Next)> {
         let read = self.under_way.get(&id)?;
         let differs = differs & all_blocks(read.digests.len());
-        let next = match read.purpose {
-            Purpose::Send if differs != 0 => Next::Image(id, differs),
-            Purpose::Send | Purpose::Compare => Next::Done(id),
+        let place = (read.volume, read.region);
+        let purpose = read.purpose;
+        let next = match purpose {
+            Purpose::Compare => Next::Done(id),
+            Purpose::Send if consistent => self.compared(id, place, differs),
+            Purpose::Send => {
+                self.restless.remove(&place);
+                if differs != 0 { Next::Image(id, differs) } else { Next::Done(id) }
+            }
         };
-        Some((read.purpose, next))
+        Some((purpose, next))
+    }
+
+    /// Some bits are set without a loss that is known: a completion that nobody saw may have been that of a failed write.
+    /// If the region is equal nothing was lost, and nobody need be told. If not it is sent, in a gap: the receiver takes
+    /// no image outside one, and rightly so.
+    ///
+    /// A block that was written to meanwhile differs in any case, and nothing is known of the rest of it. Its region is looked
+    /// at until it holds still, but not for ever.
+    fn compared(&mut self, id: RegionId, place: (u16, u64), differs: Blocks) -> Next {
+        let looks = self.restless.remove(&place).unwrap_or(0) + 1;
+        if differs == 0 {
+            return Next::Done(id);
+        }
+        if differs & !self.touched(id) != 0 || looks >= LOOKS_MAX || self.restless.len() >= RESTLESS_MAX {
+            return Next::Lacking(id);
+        }
+        self.restless.insert(place, looks);
+        Next::Again(id)
     }
 
     /// The region with this number, if it is under way.
@@ -112,7 +148,7 @@ impl Regions {
         self.under_way.get_mut(&id).map(|read| std::mem::take(&mut read.bytes)).unwrap_or_default()
     }
 
-    /// A probe to compare was sent: these blocks were written between the read and its position.
+    /// A probe was sent: these blocks were written between the read and its position.
     pub fn set_touched(&mut self, id: RegionId, blocks: Blocks) {
         self.touched.insert(id, blocks);
     }
@@ -191,9 +227,31 @@ mod tests {
         regions.push(read(1, 500, &[]));
         assert_eq!(regions.next(499, |_| false), None);
         assert!(matches!(regions.next(500, |_| false), Some(Next::Probe(probe)) if probe.id == 1));
-        assert_eq!(regions.probed(1, 0b101), Some((Purpose::Send, Next::Image(1, 0b101))));
-        assert_eq!(regions.probed(1, 0), Some((Purpose::Send, Next::Done(1))));
-        assert_eq!(regions.probed(7, 0), None, "a number that was never sent");
+        assert_eq!(regions.probed(1, 0b101, false), Some((Purpose::Send, Next::Image(1, 0b101))));
+        assert_eq!(regions.probed(1, 0, false), Some((Purpose::Send, Next::Done(1))));
+        assert_eq!(regions.probed(7, 0, false), None, "a number that was never sent");
+    }
+
+    /// Outside a gap: what differs and was written to meanwhile says nothing, neither at the first look nor for ever.
+    #[test]
+    fn a_block_that_is_written_to_is_no_proof() {
+        let mut regions = Regions::default();
+        let mut look = |id: u64, differs, touched| {
+            regions.push(read(id, 0, &[]));
+            assert!(matches!(regions.next(0, |_| false), Some(Next::Probe(_))));
+            regions.set_touched(id, touched);
+            let next = regions.probed(id, differs, true).expect("under way").1;
+            regions.remove(id);
+            next
+        };
+        assert_eq!(look(1, 0, 0b11), Next::Done(1), "equal is equal");
+        assert_eq!(look(2, 0b11, 0b01), Next::Lacking(2));
+        for id in 3..3 + u64::from(LOOKS_MAX) - 1 {
+            assert_eq!(look(id, 0b01, 0b01), Next::Again(id));
+        }
+        assert_eq!(look(8, 0b01, 0b01), Next::Lacking(8), "often enough");
+        assert_eq!(look(9, 0b01, 0b01), Next::Again(9), "counted anew");
+        assert_eq!(look(10, 0, 0b01), Next::Done(10));
     }
 
     #[test]

@@ -36,7 +36,7 @@ use varve_common::problem::Problem;
 use varve_common::record::{RING_HEADER_BYTES, RecordHeader, RecordKind};
 use varve_common::state::{GapReason, Link};
 use varve_common::wire::messages::{
-    self, Ask, AskReply, Hello, Incarnation, ProbeReply, Refused, RefusedReason, Report, Verify, VolumeHello, Welcome,
+    self, Ask, AskReply, Hello, Incarnation, Refused, RefusedReason, Report, Verify, VolumeHello, Welcome,
 };
 use varve_common::wire::{Codec, Frame, FrameKind, Image, ImageExtent, ImageHeader, WireError};
 use varve_io::aligned::{BufPool, PooledBuf};

@@ -113,7 +113,24 @@ impl Worker {
                 self.region_done(session, id);
                 Ok(())
             }
+            Next::Again(id) => {
+                self.region_again(session, id);
+                Ok(())
+            }
+            Next::Lacking(id) => {
+                self.gap_begins(state, GapReason::LateWrite, session.sent);
+                self.region_again(session, id);
+                Ok(())
+            }
         }
+    }
+
+    /// The region's bit first: at no moment does it look as if nothing were left.
+    fn region_again(&self, session: &mut Session, id: u64) {
+        if let Some(read) = session.regions.get(id) {
+            self.source.track(usize::from(read.volume)).set_dirty(read.region);
+        }
+        self.region_done(session, id);
     }
 
     pub(super) fn region_done(&self, session: &mut Session, id: u64) {
@@ -129,17 +146,16 @@ impl Worker {
     pub(super) async fn event(&mut self, state: &mut State, session: &mut Session, event: Event) -> Result<(), Ended> {
         match event {
             Event::Probed(reply) => {
-                let Some((purpose, next)) = session.regions.probed(reply.id, reply.differs) else { return Ok(()) };
+                // What counts is what the receiver was told: a gap that has just begun may have its mark still to come.
+                let consistent = session.remote_consistent;
+                let Some((purpose, next)) = session.regions.probed(reply.id, reply.differs, consistent) else {
+                    return Ok(());
+                };
                 if purpose == Purpose::Compare
                     && let (Some(run), Some(read)) = (state.verify.as_mut(), session.regions.get(reply.id))
                 {
                     let touched = session.regions.touched(reply.id);
                     run.looked(read.volume, read.region, Some((reply.differs, touched)), session.sent, Instant::now());
-                }
-                // What counts is what the receiver was told: a gap that has just begun may have its mark still to come.
-                if purpose == Purpose::Send && session.remote_consistent {
-                    self.compared_outside_a_gap(state, session, reply);
-                    return Ok(());
                 }
                 self.region(state, session, next).await
             }
@@ -174,20 +190,6 @@ impl Worker {
             }
             Event::Ended(ended) => Err(ended),
         }
-    }
-
-    /// Some bits are set without a loss that is known: a completion that nobody saw may have been that of a failed write.
-    /// If the region is equal nothing was lost, and nobody need be told. If not it is sent, in a gap: the receiver takes
-    /// no image outside one, and rightly so.
-    fn compared_outside_a_gap(&self, state: &mut State, session: &mut Session, reply: ProbeReply) {
-        let different = reply.differs & !session.regions.touched(reply.id);
-        if different != 0 {
-            if let Some(read) = session.regions.get(reply.id) {
-                self.source.track(usize::from(read.volume)).set_dirty(read.region);
-            }
-            self.gap_begins(state, GapReason::LateWrite, session.sent);
-        }
-        self.region_done(session, reply.id);
     }
 
     /// Orders the next looks of a running verify, and ends it.
