@@ -4,6 +4,7 @@ use crate::failback::Returning;
 use crate::group::{FRAME_BYTES, GroupHandle, Surroundings};
 use crate::journal;
 use crate::link::{self, LinkView, Target};
+use crate::misses::Misses;
 use crate::quiesce::{self, Authorities, Order};
 use crate::store::{GroupFile, Store};
 use crate::volume::{self, Checked};
@@ -29,9 +30,9 @@ use varve_io::watcher::Watcher;
 const FRAMES_MAX: usize = 20;
 /// Regions in memory, over all groups.
 const REGIONS_MAX: usize = 16;
-/// Between two looks at the kernel's counter of skipped events, and two tries to start a group that could not be started.
+/// Between two looks at what needs looking after.
 const TICK: Duration = Duration::from_secs(1);
-/// Ticks between two such tries.
+/// Ticks between two tries to start a group that could not be started.
 const RETRY_TICKS: u64 = 10;
 /// Ticks between two looks at whether the volumes are still what they were. (A volume that is written says so itself.)
 const LOOK_TICKS: u64 = 3;
@@ -63,7 +64,7 @@ pub struct Daemon {
     view: watch::Receiver<LinkView>,
     frames: BufPool,
     regions: BufPool,
-    misses: Arc<AtomicU64>,
+    misses: Arc<Misses>,
     /// What is wrong, told once.
     pub watcher: Watcher,
 }
@@ -83,6 +84,9 @@ impl Daemon {
         tokio::spawn(link::run(targets, view_sender));
         // A frame holds the largest record, and LZ4 may make what does not shrink a little longer.
         let (order, ordered) = mpsc::channel(quiesce::ORDERS_MAX);
+        let misses = Misses::start().map_err(|error| {
+            Problem::failed("a thread cannot be started", error.to_string(), "look at the host's limits")
+        })?;
         let frame_bytes = lz4_flex::block::get_maximum_output_size(FRAME_BYTES.max(RECORD_BYTES_MAX) as usize);
         Ok(Arc::new(Self {
             paths,
@@ -99,7 +103,7 @@ impl Daemon {
             view,
             frames: BufPool::new(FRAMES_MAX, frame_bytes.next_multiple_of(4096)),
             regions: BufPool::new(REGIONS_MAX, REGION_BYTES as usize),
-            misses: Arc::new(AtomicU64::new(0)),
+            misses,
             watcher: Watcher::new("agent"),
         }))
     }
@@ -369,12 +373,10 @@ impl Daemon {
                 let source = std::error::Error::source(&error).map_or(String::new(), |source| format!(": {source}"));
                 Problem::failed("the capture programs cannot be loaded", format!("{error}{source}"), error.hint())
             })?;
-        // Before a worker looks: what it compares this with may be from an agent before.
-        match capture.misses() {
-            Ok(misses) => self.misses.store(misses, Ordering::Release),
-            Err(error) => tracing::error!(%error, "cannot read how many events the kernel skipped"),
-        }
         let capture = Arc::new(capture);
+        // Not held by it: capture ends with the last group.
+        let watched = Arc::downgrade(&capture);
+        self.misses.watch(move || watched.upgrade().map(|capture| capture.misses()));
         *loaded = Some(capture.clone());
         Ok(capture)
     }
@@ -639,10 +641,6 @@ impl Daemon {
         for tick in 1u64.. {
             tokio::time::sleep(TICK).await;
             if let Some(capture) = self.capture.lock().await.clone() {
-                match capture.misses() {
-                    Ok(misses) => self.misses.store(misses, Ordering::Release),
-                    Err(error) => tracing::error!(%error, "cannot read how many events the kernel skipped"),
-                }
                 // It may wait for the kernel. What it makes dirty is found by the groups' sync threads.
                 match tokio::task::spawn_blocking(move || capture.tend()).await {
                     Ok(Ok(0)) | Err(_) => {}
@@ -873,6 +871,26 @@ mod tests {
         assert!(!status.groups[0].data.is_consistent());
         daemon.unprotect("db").await.expect("let go of");
         assert!(daemon.status(Some("db")).is_err() && !groups.join("db.json").exists());
+    }
+
+    /// Whether events were skipped is looked at although a group takes its time to start, or to end.
+    #[tokio::test]
+    async fn skipped_events_are_seen_while_the_daemon_is_busy() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let daemon = Daemon::open(Paths::new(dir.path().to_owned())).expect("opens");
+        let tick = tokio::spawn(daemon.clone().tick());
+        let (_capture, _changes) = (daemon.capture.lock().await, daemon.changes.lock().await);
+        let skipped = Arc::new(AtomicU64::new(0));
+        let counter = skipped.clone();
+        daemon.misses.watch(move || Some(Ok(counter.load(Ordering::SeqCst))));
+        skipped.store(5, Ordering::SeqCst);
+        let seen = async {
+            while daemon.misses.count() != 5 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), seen).await.expect("seen");
+        tick.abort();
     }
 
     /// The group was called home. Its return is stopped, and the tick finds it called once more before it is gone.

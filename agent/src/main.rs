@@ -7,6 +7,7 @@ mod failback;
 mod group;
 mod journal;
 mod link;
+mod misses;
 mod quiesce;
 mod store;
 mod volume;

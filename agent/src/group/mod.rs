@@ -26,12 +26,13 @@ pub use worker::{Command, FRAME_BYTES};
 
 use crate::clock;
 use crate::link::LinkView;
+use crate::misses::Misses;
 use crate::quiesce::{Order, Shown};
 use crate::store::{Fence, GroupFile};
 use crate::volume::Checked;
 use source::Source as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use varve_bpf::{Capture, Group, Origin, VolumeSpec};
@@ -62,7 +63,7 @@ pub struct Surroundings {
     /// Buffers for regions.
     pub regions: BufPool,
     /// See [`worker::Worker::misses`].
-    pub misses: Arc<AtomicU64>,
+    pub misses: Arc<Misses>,
     /// Size of the ring.
     pub ring_bytes: u32,
     /// See [`varve_common::config::AgentConfig::lagging_after`].
@@ -186,7 +187,7 @@ fn begin_capture(
     })?;
     group.set_time_offset(clock::Offset::new(clock::wall_ns(), clock::boot_ns()).ns());
     if surroundings.equal {
-        let misses = surroundings.misses.load(std::sync::atomic::Ordering::Acquire);
+        let misses = surroundings.misses.count();
         group.set_note(&kept::Kept::equal(&group, misses).encode());
     }
     Ok((group, origin))

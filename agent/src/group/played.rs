@@ -8,6 +8,7 @@ use super::worker::{Command, Worker};
 use crate::clock;
 use crate::journal::Settings;
 use crate::link::LinkView;
+use crate::misses::Misses;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -17,7 +18,7 @@ use varve_common::format::Mark;
 use varve_common::limits::{REGION_BYTES, SYNC_REGIONS_MAX};
 use varve_common::problem::Problem;
 use varve_common::record::{RING_DISCARD_BIT, RecordHeader, RecordKind, Records, append_record};
-use varve_common::state::{GapReason, Link};
+use varve_common::state::{Data, GapReason, Link};
 use varve_common::wire::messages::{self, Ack, ImageDone, Probe, ProbeReply, VolumeHello, Welcome};
 use varve_common::wire::{FRAME_HEADER_BYTES, Frame, FrameKind, Image, Preamble};
 use varve_io::aligned::BufPool;
@@ -103,6 +104,13 @@ pub struct PlayedTrack {
     bits: AtomicU64,
     taken: AtomicU64,
     pub in_flight: AtomicBool,
+}
+
+impl PlayedTrack {
+    /// Nothing is to be sent, and nothing is on its way.
+    fn is_at_rest(&self) -> bool {
+        self.bits.load(Ordering::SeqCst) == 0 && self.taken.load(Ordering::SeqCst) == 0
+    }
 }
 
 impl Track for PlayedTrack {
@@ -234,6 +242,7 @@ pub struct Stage {
     pub shared: Arc<GroupShared>,
     pub commands: mpsc::Sender<Command>,
     pub stop: watch::Sender<bool>,
+    pub misses: Arc<Misses>,
     pub task: tokio::task::JoinHandle<()>,
     _dir: tempfile::TempDir,
     _link: watch::Sender<LinkView>,
@@ -294,6 +303,8 @@ impl Stage {
         let (stop, stopped) = watch::channel(false);
         let (link, view) =
             watch::channel(LinkView { connection: Some(connection), link: Link::Handshaking, reason: None });
+        let misses = Arc::new(Misses::default());
+        misses.note(u64::MAX, 0);
         let worker = Worker {
             shared: shared.clone(),
             source: dynamic,
@@ -302,7 +313,7 @@ impl Stage {
             commands: command_queue,
             link: view,
             stop: stopped,
-            misses: Arc::default(),
+            misses: misses.clone(),
             frames: BufPool::new(4, 2 << 20),
             volumes: vec![VolumeHello { path: "/dev/played".into(), bytes, replica: None }],
             compression: false,
@@ -311,7 +322,19 @@ impl Stage {
             on_consistent: Box::new(|| ()),
         };
         let task = tokio::spawn(worker.run());
-        Self { source, script, shared, commands, stop, task, _dir: dir, _link: link, _volume: volume, _server: server }
+        Self {
+            source,
+            script,
+            shared,
+            commands,
+            stop,
+            misses,
+            task,
+            _dir: dir,
+            _link: link,
+            _volume: volume,
+            _server: server,
+        }
     }
 
     pub async fn until(&self, what: &str, condition: impl Fn(&Self) -> bool) {
@@ -568,6 +591,33 @@ async fn there_is_no_bookmark_in_a_gap() {
     stage.source.drop_write(1);
     stage.until("the gap is seen", |stage| stage.shared.facts().gap.is_some()).await;
     assert!(ask("late").await.is_err());
+}
+
+/// Nobody has looked for some seconds whether the kernel skipped writes: until somebody does, no gap ends, no point gets a
+/// name, and status does not say that all is well.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_good_while_it_is_not_known_whether_writes_were_skipped() {
+    let stage = Stage::set().await;
+    stage.protected().await;
+    stage.until("good", |stage| stage.shared.data() == Data::Protected).await;
+    stage.misses.note(1, 0);
+    stage.until("not protected", |stage| stage.shared.data() == Data::Lagging).await;
+    let status = stage.shared.status();
+    assert!(status.rpo_seconds.is_none() && status.window.to.is_none() && status.reason.is_some(), "{status:?}");
+    let (answer, answered) = tokio::sync::oneshot::channel();
+    stage.commands.send(Command::Bookmark("now".into(), answer)).await.expect("taken");
+    assert!(answered.await.expect("answered").is_err());
+
+    stage.source.drop_write(1);
+    stage.until("the gap is marked", |stage| stage.marks().len() == 3).await;
+    stage.until("the region is done", |stage| stage.source.track.is_at_rest()).await;
+    // Everything but the look is there, and the worker has turned often since.
+    let frames = stage.shared.counters.frames.load(Ordering::SeqCst);
+    stage.until("two canaries", |stage| stage.shared.counters.frames.load(Ordering::SeqCst) > frames + 1).await;
+    assert_eq!(stage.marks().len(), 3, "the gap does not end");
+    stage.misses.note(u64::MAX, 0);
+    stage.protected().await;
+    stage.until("good", |stage| stage.shared.data() == Data::Protected).await;
 }
 
 /// The receiver reads nothing: the group ends all the same, at once.

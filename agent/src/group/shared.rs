@@ -22,6 +22,10 @@ const SETBACKS_MAX: usize = 64;
 /// Gaps that are remembered for status.
 const GAPS_MAX: usize = 32;
 
+/// Why nothing is called good although nothing is known to be wrong.
+pub const MISSES_UNKNOWN: &str =
+    "whether the kernel has skipped writes is not known at the moment: it was not looked for some seconds";
+
 /// Facts that the worker writes and status reads.
 #[derive(Clone, Debug)]
 pub struct Facts {
@@ -61,6 +65,8 @@ pub struct Facts {
     pub quiet: Option<Shown>,
     /// A volume has another size than it is captured in.
     pub outgrown: bool,
+    /// See [`crate::misses::Misses::are_unknown`].
+    pub misses_unknown: bool,
 }
 
 /// See the module's text.
@@ -128,6 +134,7 @@ impl GroupShared {
         let (gap, gap_since_ns) = kept.map_or((Some(gap), None), |kept| (kept.shown, kept.shown_since_ns));
         let facts = Facts {
             outgrown: false,
+            misses_unknown: false,
             link: Link::Disconnected,
             link_reason: None,
             refused: None,
@@ -243,10 +250,11 @@ impl GroupShared {
     }
 
     /// RPO: age of the oldest captured write that is not durable; within a gap at least the gap's age; `None` before the
-    /// first sync, when there is nothing to recover, and while it is not known (a gap from before this process).
+    /// first sync, when there is nothing to recover, and while it is not known (a gap from before this process; events that may
+    /// have been skipped).
     pub fn rpo(&self) -> Option<Duration> {
         let facts = self.facts();
-        if !facts.ever_consistent {
+        if !facts.ever_consistent || facts.misses_unknown {
             return None;
         }
         let gap_since = match facts.gap {
@@ -309,13 +317,15 @@ impl GroupShared {
         let facts = self.facts().clone();
         let data = self.word(&facts, rpo);
         let position = |offset| Some(show_position(&self.incarnation, offset));
-        let newest =
-            data.is_consistent().then(|| show_time(now.saturating_sub(rpo.map_or(0, |rpo| rpo.as_nanos() as u64))));
+        // Of what is not known there is no newest point.
+        let known = rpo.filter(|_| data.is_consistent());
+        let newest = known.map(|rpo| show_time(now.saturating_sub(rpo.as_nanos() as u64)));
         // What was said before a restart still holds.
         let fenced = facts.fenced.as_ref().map(|fence| format!("the receiver refuses: {}. {}", fence.text, fence.next));
         let link_reason =
             facts.link_reason.filter(|_| facts.fenced.is_none() || facts.link == Link::Refused).or(fenced);
-        let reason = [facts.read_error, link_reason, facts.gap.map(|gap| gap.explain().to_owned())];
+        let unknown = facts.misses_unknown.then(|| MISSES_UNKNOWN.to_owned());
+        let reason = [facts.read_error, link_reason, facts.gap.map(|gap| gap.explain().to_owned()), unknown];
         GroupStatus {
             name: self.name.clone(),
             role: match (facts.refused, &facts.fenced) {

@@ -13,13 +13,14 @@ use super::gap::GapState;
 use super::kept::Kept;
 use super::regions::{Next, Regions, image_extents, touched_blocks};
 use super::session::{self, Ended, Event};
-use super::shared::{Counters, GroupShared};
+use super::shared::{Counters, GroupShared, MISSES_UNKNOWN};
 use super::source::{Source, Troubles, dirty_regions, set_all_dirty};
 use super::sync::{FromSync, Purpose, RegionRead, SyncThread};
 use super::verify::VerifyRun;
 use crate::clock;
 use crate::journal::{Settings, Tape as _};
 use crate::link::LinkView;
+use crate::misses::Misses;
 use crate::quiesce::{Order, Quiet};
 use crate::store::Fence;
 use backlog::Backlog;
@@ -102,8 +103,8 @@ pub struct Worker {
     pub link: watch::Receiver<LinkView>,
     /// `true`: the group ends.
     pub stop: watch::Receiver<bool>,
-    /// `recursion_misses` of the capture programs, kept up to date by the daemon.
-    pub misses: Arc<AtomicU64>,
+    /// Events that the kernel skipped.
+    pub misses: Arc<Misses>,
     /// Buffers for frames, shared by all groups.
     pub frames: BufPool,
     /// What is said in every Hello.
@@ -292,7 +293,7 @@ impl Worker {
             shown_since_ns: None,
             known_there: false,
             troubles: self.source.troubles(),
-            misses: self.misses.load(Ordering::Acquire),
+            misses: self.misses.count(),
         }
     }
 

@@ -27,6 +27,10 @@ impl Worker {
             let (text, next) = (reason.explain().to_owned(), "wait until it is protected".to_owned());
             return state.replies.push(AskReply::NotQuiesced { id, text, next });
         }
+        if self.misses.are_unknown() {
+            let (text, next) = (MISSES_UNKNOWN.to_owned(), "wait until it is protected".to_owned());
+            return state.replies.push(AskReply::NotQuiesced { id, text, next });
+        }
         tracing::info!(group = %self.shared.name, "it is to be made quiet for a planned switch-over");
         state.quiescing = Some(id);
         self.order(Order::Quiesce(self.shared.name.clone(), id, limit));

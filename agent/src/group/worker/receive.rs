@@ -18,6 +18,14 @@ impl Worker {
                     let _ = answer.send(Err(no_bookmark(&self.shared.name, &name, reason)));
                     return;
                 }
+                if self.misses.are_unknown() {
+                    let _ = answer.send(Err(Problem::failed(
+                        format!("bookmark '{name}' cannot be set now"),
+                        MISSES_UNKNOWN,
+                        "try again; if that lasts, look at the log of varve-agent",
+                    )));
+                    return;
+                }
                 if let Err(problem) = self.source.mark(RecordKind::Bookmark, name.as_bytes()) {
                     let _ = answer.send(Err(problem));
                     return;

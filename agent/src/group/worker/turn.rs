@@ -25,6 +25,7 @@ impl Worker {
         }
         self.walk(state);
         self.look_for_trouble(state, sent);
+        self.note_unknown();
         if state.closing.is_some_and(|position| self.shared.durable.load(Ordering::Acquire) > position) {
             self.gap_is_closed(state);
         }
@@ -56,7 +57,7 @@ impl Worker {
     /// Whatever put something outside the stream opens a gap; its regions are dirty already.
     pub(super) fn look_for_trouble(&mut self, state: &mut State, sent: Option<u64>) {
         let troubles = self.source.troubles();
-        let misses = self.misses.load(Ordering::Acquire);
+        let misses = self.misses.count();
         if troubles == state.troubles && misses == state.misses {
             return;
         }
@@ -102,6 +103,15 @@ impl Worker {
         }
         self.gap_begins(state, reason, position);
         self.sync.shared().nudge();
+    }
+
+    /// Where nobody has looked whether events were skipped, nobody may be told that all is well.
+    fn note_unknown(&self) {
+        let unknown = self.misses.are_unknown();
+        let before = std::mem::replace(&mut self.shared.facts().misses_unknown, unknown);
+        if unknown && !before {
+            tracing::warn!(group = %self.shared.name, "{MISSES_UNKNOWN}");
+        }
     }
 
     /// A volume has another size than it is captured in: what is written to its new part is in no bitmap, so this worker
@@ -190,7 +200,7 @@ impl Worker {
 
     /// Ends the gap if nothing is missing any more.
     pub(super) fn finish_gap(&mut self, state: &mut State, session: &Session) {
-        if state.gap.open().is_none() || state.outgrown {
+        if state.gap.open().is_none() || state.outgrown || self.misses.are_unknown() {
             return;
         }
         // Asked first, whatever is left: what came from before capture can make regions dirty only until this says true, and

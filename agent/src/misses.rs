@@ -1,0 +1,113 @@
+//! How many events the kernel has skipped, and when that was last looked at.
+//!
+//! A skipped event is a write that is not in the stream, and this counter alone says so. So the look has a thread of its own,
+//! which waits for nothing that can take long: no start or end of a group, no disk. And it has a date: where the last look is
+//! too long ago, nobody knows whether the stream is whole, and nothing may be said that depends on it.
+//!
+//! A look is a handful of system calls of about a microsecond, four times a second.
+
+use crate::clock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+use varve_bpf::CaptureError;
+
+/// Between two looks.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// From this age on the last look says nothing.
+const AGE_NS_MAX: u64 = 3_000_000_000;
+
+/// Gives the count; `None`: nothing is captured any more.
+type Look = Box<dyn Fn() -> Option<Result<u64, CaptureError>> + Send>;
+
+/// See the module's text.
+#[derive(Default)]
+pub struct Misses {
+    count: AtomicU64,
+    /// When the last look began, by the boot-time clock; 0: never.
+    looked_ns: AtomicU64,
+    /// Held while it is looked: nothing of an earlier capture comes after what a later one said.
+    look: Mutex<Option<Look>>,
+}
+
+impl Misses {
+    /// Looks from now on, until nobody has it any more.
+    pub fn start() -> std::io::Result<Arc<Self>> {
+        let misses = Arc::new(Self::default());
+        let watched = Arc::downgrade(&misses);
+        std::thread::Builder::new().name("misses".to_owned()).spawn(move || watch(&watched))?;
+        Ok(misses)
+    }
+
+    /// Has `look` looked with; the first time before this returns: what a worker compares the count with may be from an agent
+    /// before.
+    pub fn watch(&self, look: impl Fn() -> Option<Result<u64, CaptureError>> + Send + 'static) {
+        *self.look.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(look));
+        if let Some(Err(error)) = self.look() {
+            tell(&error);
+        }
+    }
+
+    fn look(&self) -> Option<Result<(), CaptureError>> {
+        let mut look = self.look.lock().unwrap_or_else(PoisonError::into_inner);
+        let began_ns = clock::boot_ns();
+        match look.as_ref()?() {
+            Some(outcome) => Some(outcome.map(|count| self.note(began_ns, count))),
+            None => {
+                *look = None;
+                None
+            }
+        }
+    }
+
+    /// So many there were when a look that began then ended.
+    pub fn note(&self, began_ns: u64, count: u64) {
+        // The count first: whoever sees the date sees it, too.
+        self.count.store(count, Ordering::Release);
+        self.looked_ns.store(began_ns, Ordering::Release);
+    }
+
+    /// How many there were at the last look.
+    pub fn count(&self) -> u64 {
+        self.count.load(Ordering::Acquire)
+    }
+
+    /// Whether it is not known any more how many there are.
+    pub fn are_unknown(&self) -> bool {
+        clock::boot_ns().saturating_sub(self.looked_ns.load(Ordering::Acquire)) > AGE_NS_MAX
+    }
+}
+
+fn tell(error: &CaptureError) {
+    tracing::error!(%error, "cannot read how many events the kernel skipped");
+}
+
+fn watch(misses: &Weak<Misses>) {
+    let mut failed = false;
+    loop {
+        std::thread::sleep(LOOK_EVERY);
+        let Some(misses) = misses.upgrade() else { return };
+        match misses.look() {
+            Some(Err(error)) if !std::mem::replace(&mut failed, true) => tell(&error),
+            Some(Err(_)) => {}
+            _ => failed = false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_old_look_says_nothing() {
+        let misses = Misses::default();
+        assert!(misses.are_unknown(), "never looked");
+        misses.watch(|| Some(Ok(7)));
+        assert!(misses.count() == 7 && !misses.are_unknown(), "at once");
+        misses.note(clock::boot_ns() - AGE_NS_MAX - 1, 7);
+        assert!(misses.are_unknown());
+        misses.watch(|| None);
+        assert!(misses.are_unknown() && misses.look().is_none(), "nothing is captured");
+    }
+}
