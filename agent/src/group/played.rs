@@ -243,6 +243,7 @@ pub struct Stage {
     pub commands: mpsc::Sender<Command>,
     pub stop: watch::Sender<bool>,
     pub misses: Arc<Misses>,
+    pub regions: BufPool,
     pub task: tokio::task::JoinHandle<()>,
     _dir: tempfile::TempDir,
     _link: watch::Sender<LinkView>,
@@ -297,8 +298,8 @@ impl Stage {
         ));
         let (to_worker, from_sync) = mpsc::channel(SYNC_REGIONS_MAX);
         let files = vec![DirectFile::open_read(volume.path()).expect("opens")];
-        let pool = BufPool::new(8, REGION_BYTES as usize);
-        let sync = SyncThread::start("played", dynamic.clone(), files, pool, to_worker).expect("a thread");
+        let regions = BufPool::new(REGIONS as usize, REGION_BYTES as usize);
+        let sync = SyncThread::start("played", dynamic.clone(), files, regions.clone(), to_worker).expect("a thread");
         let (commands, command_queue) = mpsc::channel(8);
         let (stop, stopped) = watch::channel(false);
         let (link, view) =
@@ -329,6 +330,7 @@ impl Stage {
             commands,
             stop,
             misses,
+            regions,
             task,
             _dir: dir,
             _link: link,
@@ -618,6 +620,25 @@ async fn nothing_is_good_while_it_is_not_known_whether_writes_were_skipped() {
     stage.misses.note(u64::MAX, 0);
     stage.protected().await;
     stage.until("good", |stage| stage.shared.data() == Data::Protected).await;
+}
+
+/// The receiver reads nothing, and regions are dirty: half of the buffers for regions stay for other groups.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_that_is_stuck_keeps_half_of_the_buffers() {
+    let stage = Stage::set().await;
+    stage.protected().await;
+    stage.script.stalled.store(true, Ordering::SeqCst);
+    for region in 0..REGIONS {
+        stage.source.drop_write(region);
+    }
+    let half = stage.regions.count() / 2;
+    stage.until("regions are read", |stage| stage.regions.available() <= half).await;
+    stage.until("the gap is shown", |stage| stage.shared.facts().gap.is_some()).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(stage.regions.available(), half);
+    stage.script.stalled.store(false, Ordering::SeqCst);
+    stage.protected().await;
+    stage.until("all are back", |stage| stage.regions.available() == stage.regions.count()).await;
 }
 
 /// The receiver reads nothing: the group ends all the same, at once.

@@ -113,6 +113,23 @@ async fn a_gap_begins_in_its_place_behind_the_journal() {
     assert_all_came(&stage, &written);
 }
 
+/// What is read while most of what came before it is in the journal would wait for all of that, in buffers that other groups
+/// want: nothing is read before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_read_while_the_journal_is_to_be_sent() {
+    let (_dir, settings) = journals();
+    let stage = stalled(settings).await;
+    spill(&stage, 20 << 20).await;
+    let probes = stage.shared.counters.probes.load(Ordering::SeqCst);
+    stage.source.drop_write(1);
+    stage.until("the gap is seen", |stage| stage.shared.facts().gap.is_some()).await;
+    spill(&stage, 5 << 20).await;
+    assert_eq!(stage.regions.available(), stage.regions.count(), "no buffer is taken");
+    stage.script.stalled.store(false, Ordering::SeqCst);
+    stage.protected().await;
+    assert!(stage.shared.counters.probes.load(Ordering::SeqCst) > probes, "it was read in the end");
+}
+
 /// A disk that gives back something else than it was given: nothing of it is sent, the volume is compared.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_journal_that_cannot_be_read_is_a_gap_with_its_reason() {

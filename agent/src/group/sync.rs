@@ -10,7 +10,7 @@ use super::source::Source;
 use super::tracker::{RegionId, Tracker};
 use bytes::Bytes;
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -105,6 +105,8 @@ pub struct SyncShared {
     in_hand: AtomicU64,
     /// Regions ever taken: see [`SyncShared::nothing_left`].
     takes: AtomicU64,
+    /// See [`SyncShared::hold`].
+    held: AtomicBool,
     /// See [`Tracker`].
     pub tracker: Mutex<Tracker>,
 }
@@ -120,6 +122,7 @@ impl SyncShared {
             wake: Condvar::new(),
             in_hand: AtomicU64::new(0),
             takes: AtomicU64::new(0),
+            held: AtomicBool::new(false),
             tracker: Mutex::default(),
         }
     }
@@ -144,6 +147,14 @@ impl SyncShared {
         let mut orders = lock(&self.orders);
         orders.active = false;
         orders.compare.clear();
+    }
+
+    /// Nothing is taken while this is set: what is read waits until all that came before it was sent, in a buffer that other
+    /// groups want, and of a journal that may be hours.
+    pub fn hold(&self, hold: bool) {
+        if self.held.swap(hold, Ordering::AcqRel) && !hold {
+            self.nudge();
+        }
     }
 
     /// Dirty bits were set.
@@ -202,7 +213,17 @@ impl SyncThread {
         let shared = Arc::new(SyncShared::new());
         let queue = IoQueue::new(READ_REGIONS_MAX as u32)?;
         let cursors = vec![0; volumes.len()];
-        let mut reader = Reader { source, volumes, pool, out, queue, shared: shared.clone(), cursors, failed: false };
+        let mut reader = Reader {
+            source,
+            volumes,
+            pool,
+            out,
+            queue,
+            shared: shared.clone(),
+            cursors,
+            failed: false,
+            ours: Arc::default(),
+        };
         let thread = std::thread::Builder::new()
             .name(format!("sync-{name}"))
             .spawn(move || reader.run())
@@ -226,12 +247,18 @@ impl Drop for SyncThread {
     }
 }
 
+/// A buffer of the pool that all groups share, counted as this group's until it is dropped.
+struct GroupBuf {
+    buf: PooledBuf,
+    _ours: Arc<()>,
+}
+
 /// The used part of a buffer.
-struct RegionBytes(PooledBuf, usize);
+struct RegionBytes(GroupBuf, usize);
 
 impl AsRef<[u8]> for RegionBytes {
     fn as_ref(&self) -> &[u8] {
-        &self.0[..self.1]
+        &self.0.buf[..self.1]
     }
 }
 
@@ -241,7 +268,7 @@ struct Taken {
     volume: u16,
     region: u64,
     extent: Extent,
-    buf: PooledBuf,
+    buf: GroupBuf,
 }
 
 struct Reader {
@@ -253,6 +280,8 @@ struct Reader {
     shared: Arc<SyncShared>,
     cursors: Vec<u64>,
     failed: bool,
+    /// As many as the group has buffers, and one.
+    ours: Arc<()>,
 }
 
 impl Reader {
@@ -295,7 +324,7 @@ impl Reader {
                 return None;
             }
             let dirty = (0..self.source.volumes()).any(|number| self.source.track(number).next_dirty(0).is_some());
-            if orders.active && (dirty || !orders.compare.is_empty()) {
+            if orders.active && !self.shared.held.load(Ordering::Acquire) && (dirty || !orders.compare.is_empty()) {
                 return Some(orders.session);
             }
             // The kernel sets bits without telling: the worker sees its counters and nudges; this is the second look.
@@ -316,7 +345,7 @@ impl Reader {
             if in_hand >= SYNC_REGIONS_MAX {
                 break;
             }
-            let Some(buf) = self.pool.take() else { break };
+            let Some(buf) = self.take_buffer() else { break };
             let Some((purpose, volume, region)) = self.take_region(session) else { break };
             let extent = region_extent(region, self.volumes[usize::from(volume)].len());
             let id = {
@@ -328,10 +357,18 @@ impl Reader {
         taken
     }
 
+    /// At most half of all: a group whose receiver does not listen keeps what it has, and the others go on.
+    fn take_buffer(&self) -> Option<GroupBuf> {
+        if Arc::strong_count(&self.ours) > (self.pool.count() / 2).max(1) {
+            return None;
+        }
+        self.pool.take().map(|buf| GroupBuf { buf, _ours: self.ours.clone() })
+    }
+
     /// A dirty region (its bit is cleared, `in_hand` counts it) or one to compare.
     fn take_region(&mut self, session: u64) -> Option<(Purpose, u16, u64)> {
         let mut orders = lock(&self.shared.orders);
-        if !orders.active || orders.session != session {
+        if !orders.active || orders.session != session || self.shared.held.load(Ordering::Acquire) {
             return None;
         }
         for number in 0..self.source.volumes() {
@@ -402,7 +439,7 @@ impl Reader {
             .iter_mut()
             .map(|region| {
                 let bytes = region.extent.len() as usize;
-                (usize::from(region.volume), region.extent.start, &mut region.buf[..bytes])
+                (usize::from(region.volume), region.extent.start, &mut region.buf.buf[..bytes])
             })
             .collect();
         let outcome = queue.read_batch_while(&files, &mut reads, || {
@@ -448,7 +485,7 @@ impl Batch {
         for region in regions {
             let fresh = lock(&shared.orders).fresh.get(usize::from(region.volume)).copied().unwrap_or(false);
             let wanted = region.purpose == Purpose::Compare || !fresh;
-            let digests = digests(&region.buf[..region.extent.len() as usize], wanted);
+            let digests = digests(&region.buf.buf[..region.extent.len() as usize], wanted);
             let Taken { id, purpose, volume, region, extent, buf } = region;
             let bytes = Bytes::from_owner(RegionBytes(buf, extent.len() as usize));
             let read = RegionRead { id, session, purpose, volume, region, extent, bytes, digests, read_end };

@@ -24,6 +24,10 @@ impl Worker {
             }
         }
         self.walk(state);
+        if let Some(sent) = sent {
+            // What the ring does not have any more is in the journal.
+            self.sync.shared().hold(sent < self.source.stream().consumer());
+        }
         self.look_for_trouble(state, sent);
         self.note_unknown();
         if state.closing.is_some_and(|position| self.shared.durable.load(Ordering::Acquire) > position) {
