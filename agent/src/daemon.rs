@@ -522,10 +522,10 @@ impl Daemon {
         // It may take its time to end, and others need not wait for that.
         let returning = self.stop_return(name).await;
         let _changes = self.changes.lock().await;
+        // It may have been found called once more, and may have come home, until the lock was had; from here on it cannot.
+        let returning = self.stop_return(name).await || returning;
         let handle = self.groups.write().unwrap_or_else(PoisonError::into_inner).remove(name);
         let failed = lock(&self.failed).remove(name);
-        // As long as the group was there it may have been found called once more; from here on it cannot be.
-        let returning = self.stop_return(name).await || returning;
         if handle.is_none() && failed.is_none() && !returning {
             return Err(no_group(name));
         }

@@ -622,20 +622,20 @@ async fn nothing_is_good_while_it_is_not_known_whether_writes_were_skipped() {
     stage.until("good", |stage| stage.shared.data() == Data::Protected).await;
 }
 
-/// The receiver reads nothing, and regions are dirty: half of the buffers for regions stay for other groups.
+/// The receiver reads nothing, and regions are dirty: some of the buffers for regions stay for other groups.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_group_that_is_stuck_keeps_half_of_the_buffers() {
+async fn a_group_that_is_stuck_leaves_others_some_of_the_buffers() {
     let stage = Stage::set().await;
     stage.protected().await;
     stage.script.stalled.store(true, Ordering::SeqCst);
     for region in 0..REGIONS {
         stage.source.drop_write(region);
     }
-    let half = stage.regions.count() / 2;
-    stage.until("regions are read", |stage| stage.regions.available() <= half).await;
+    let left = stage.regions.count() / 4;
+    stage.until("regions are read", |stage| stage.regions.available() <= left).await;
     stage.until("the gap is shown", |stage| stage.shared.facts().gap.is_some()).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
-    assert_eq!(stage.regions.available(), half);
+    assert_eq!(stage.regions.available(), left);
     stage.script.stalled.store(false, Ordering::SeqCst);
     stage.protected().await;
     stage.until("all are back", |stage| stage.regions.available() == stage.regions.count()).await;

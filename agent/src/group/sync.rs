@@ -357,9 +357,10 @@ impl Reader {
         taken
     }
 
-    /// At most half of all: a group whose receiver does not listen keeps what it has, and the others go on.
+    /// Not all: a group whose receiver does not listen keeps what it has, and the others go on. (What is read, digested and asked
+    /// about at once takes most of them.)
     fn take_buffer(&self) -> Option<GroupBuf> {
-        if Arc::strong_count(&self.ours) > (self.pool.count() / 2).max(1) {
+        if Arc::strong_count(&self.ours) > (self.pool.count() * 3 / 4).max(1) {
             return None;
         }
         self.pool.take().map(|buf| GroupBuf { buf, _ours: self.ours.clone() })
