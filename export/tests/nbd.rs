@@ -9,6 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::libc;
@@ -20,7 +21,7 @@ use rustls::server::WebPkiClientVerifier;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::runtime::Runtime;
 use varve_export::disks::{FileDisk, MemoryDisk};
-use varve_export::nbd::{Exports, NbdServer};
+use varve_export::nbd::{Clients, Exports, NbdServer};
 use varve_export::{Disk, ExportErrorKind, Stretch};
 
 const MIB: usize = 1 << 20;
@@ -402,12 +403,53 @@ fn certificates(dir: &Path) -> Arc<ServerConfig> {
     Arc::new(config.unwrap())
 }
 
+fn over_tcp(dir: &Path, exports: Arc<Exports>, may_stay: Arc<AtomicBool>) -> NbdServer {
+    let may_stay = Arc::new(move |_: &CertificateDer<'_>| may_stay.load(Ordering::SeqCst));
+    let clients = Clients { tls: certificates(dir), may_stay };
+    NbdServer::tcp("127.0.0.1:0".parse().unwrap(), clients, exports).unwrap()
+}
+
+/// Whoever is not wanted any more is sent away in the middle of his session.
+#[test]
+fn a_client_that_may_not_stay_goes() {
+    let may_stay = Arc::new(AtomicBool::new(true));
+    let served = Served::new(|dir, exports| over_tcp(dir, exports, may_stay.clone())).with("one", sparse_disk());
+    let port = served.server.as_ref().unwrap().address().unwrap().port();
+    let uri = format!("nbds://localhost:{port}/one?tls-certificates={}", served.dir.path().display());
+    let began = served.file("began");
+    let code = format!(
+        "import nbd, time\nh = nbd.NBD()\nh.set_uri_allow_local_file(True)\nh.connect_uri('{uri}')\nh.pread(512, 0)\n\
+         open('{}', 'w').close()\nwhile True: h.pread(512, 0); time.sleep(0.02)",
+        began.display()
+    );
+    // The system's own: libnbd's module is Debian's.
+    let mut client = Command::new("/usr/bin/python3").args(["-c", &code]).spawn().unwrap();
+    let start = Instant::now();
+    while !began.exists() {
+        assert!(start.elapsed() < Duration::from_secs(30), "it does not begin");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    may_stay.store(false, Ordering::SeqCst);
+    let start = Instant::now();
+    let ended = loop {
+        match client.try_wait().unwrap() {
+            Some(ended) => break ended,
+            None if start.elapsed() > Duration::from_secs(30) => {
+                client.kill().unwrap();
+                panic!("it stays");
+            }
+            None => std::thread::sleep(Duration::from_millis(10)),
+        }
+    };
+    assert!(!ended.success());
+    served.stop();
+}
+
 #[test]
 fn over_tcp_nothing_goes_without_tls() {
     let disk = sparse_disk();
     let served =
-        Served::new(|dir, exports| NbdServer::tcp("127.0.0.1:0".parse().unwrap(), certificates(dir), exports).unwrap())
-            .with("one", disk.clone());
+        Served::new(|dir, exports| over_tcp(dir, exports, Arc::new(AtomicBool::new(true)))).with("one", disk.clone());
     let port = served.server.as_ref().unwrap().address().unwrap().port();
     let dir = served.dir.path().to_str().unwrap().to_owned();
     let uri = format!("nbds://localhost:{port}/one?tls-certificates={dir}");

@@ -44,9 +44,7 @@ pub fn server_config(authority: &Authority, hosts: Arc<Hosts>) -> Result<QuicSer
         .with_single_cert(chain, key)
         .map_err(|e| tls("the server certificate and its key cannot be used", e))?;
     config.alpn_protocols = vec![ALPN_SESSION.to_vec(), ALPN_JOIN.to_vec()];
-    config.send_tls13_tickets = 0;
-    config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
-    config.max_early_data_size = 0;
+    resume_nothing(&mut config);
     QuicServerConfig::try_from(config)
         .map_err(|e| Error::new(ErrorKind::Crypto, "the TLS library lacks what QUIC needs").because(e))
 }
@@ -56,12 +54,21 @@ pub fn nbd_config(authority: &Authority, hosts: Arc<Hosts>) -> Result<rustls::Se
     let provider = provider();
     let verifier = ClientVerifier::new(authority, hosts, false, &provider)?;
     let (chain, key) = authority.server_chain();
-    rustls::ServerConfig::builder_with_provider(provider)
+    let mut config = rustls::ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|e| tls("cannot set up TLS", e))?
         .with_client_cert_verifier(Arc::new(verifier))
         .with_single_cert(chain, key)
-        .map_err(|e| tls("the server certificate and its key cannot be used", e))
+        .map_err(|e| tls("the server certificate and its key cannot be used", e))?;
+    resume_nothing(&mut config);
+    Ok(config)
+}
+
+/// See the module's text.
+fn resume_nothing(config: &mut rustls::ServerConfig) {
+    config.send_tls13_tickets = 0;
+    config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+    config.max_early_data_size = 0;
 }
 
 /// An enrolled host's side: the CA pinned by its certificate.

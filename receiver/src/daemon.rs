@@ -12,10 +12,12 @@ use tokio::signal::unix::{SignalKind, signal};
 use varve_common::config::ReceiverConfig;
 use varve_common::paths::Paths;
 use varve_common::problem::Problem;
+use varve_export::nbd::Clients;
 use varve_io::{DirLock, IoError, crashsafe, notify};
+
 use varve_net::endpoint::{Accepted, CloseCode, Peer, Server, serve_join};
-use varve_net::hosts::Hosts;
-use varve_net::identity::Authority;
+use varve_net::hosts::{Hosts, Standing};
+use varve_net::identity::{Authority, fingerprint};
 use varve_net::local::LocalServer;
 use varve_net::tls::nbd_config;
 
@@ -142,7 +144,11 @@ async fn serve(
         tracing::warn!(wanted, got, "small socket buffers: give CAP_NET_ADMIN, or raise net.core.rmem_max");
     }
     let tls = nbd_config(&authority, hosts.clone()).map_err(|e| net_problem("NBD cannot be served", &e))?;
-    let views = Views::new(run_dir(paths), Arc::new(tls));
+    let known = hosts.clone();
+    let may_stay = Arc::new(move |certificate: &rustls::pki_types::CertificateDer<'_>| {
+        matches!(known.standing(&fingerprint(certificate)), Standing::Enrolled(_))
+    });
+    let views = Views::new(run_dir(paths), Clients { tls: Arc::new(tls), may_stay });
     let promotions = Arc::new(Promotions::new(run_dir(paths), paths));
     let watching = Watching::new(config.watch);
     let daemon =

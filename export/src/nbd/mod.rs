@@ -17,4 +17,4 @@ mod session;
 pub mod wire;
 
 pub use exports::Exports;
-pub use server::NbdServer;
+pub use server::{Clients, NbdServer};

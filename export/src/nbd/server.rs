@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::ServerConfig;
+use rustls::pki_types::CertificateDer;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
@@ -22,6 +23,24 @@ use super::negotiation::{Agreed, Negotiation, OPTION_HEADER_BYTES, OptionHeader,
 use super::session;
 use crate::error::{ExportError, ExportErrorKind};
 use crate::limits::{NBD_CONNECTIONS_MAX, NBD_HANDSHAKE_TIMEOUT, NBD_OPTIONS_MAX};
+
+/// Between two looks at whether a client may stay.
+const STAY_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Who is served over TCP.
+#[derive(Clone)]
+pub struct Clients {
+    /// Decides in the handshake.
+    pub tls: Arc<ServerConfig>,
+    /// Whether one that was let in may stay, by its certificate. Asked every second.
+    pub may_stay: Arc<dyn Fn(&CertificateDer<'_>) -> bool + Send + Sync>,
+}
+
+impl std::fmt::Debug for Clients {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Clients").finish_non_exhaustive()
+    }
+}
 
 /// A listener with its connections. Dropping it ends them soon; [`NbdServer::stop`] waits for that.
 #[derive(Debug)]
@@ -60,12 +79,11 @@ impl NbdServer {
         Ok(Self { address: None, socket: Some(path.to_owned()), stop, acceptor })
     }
 
-    /// Serves on TCP, with TLS before everything else. Who may connect is `tls`'s matter. Must be called within a tokio
-    /// runtime.
+    /// Serves on TCP, with TLS before everything else. Must be called within a tokio runtime.
     ///
     /// # Errors
     /// The address is taken or not this machine's.
-    pub fn tcp(address: SocketAddr, tls: Arc<ServerConfig>, exports: Arc<Exports>) -> Result<Self, ExportError> {
+    pub fn tcp(address: SocketAddr, clients: Clients, exports: Arc<Exports>) -> Result<Self, ExportError> {
         let bind = || {
             let listener = std::net::TcpListener::bind(address)?;
             listener.set_nonblocking(true)?;
@@ -79,7 +97,7 @@ impl NbdServer {
             )
         })?;
         let (stop, stopped) = watch::channel(false);
-        let acceptor = task::spawn(accept_tcp(listener, TlsAcceptor::from(tls), exports, stopped));
+        let acceptor = task::spawn(accept_tcp(listener, clients, exports, stopped));
         Ok(Self { address: Some(address), socket: None, stop, acceptor })
     }
 
@@ -125,7 +143,7 @@ async fn accept_unix(listener: UnixListener, exports: Arc<Exports>, mut stop: wa
     }
 }
 
-async fn accept_tcp(listener: TcpListener, tls: TlsAcceptor, exports: Arc<Exports>, mut stop: watch::Receiver<bool>) {
+async fn accept_tcp(listener: TcpListener, clients: Clients, exports: Arc<Exports>, mut stop: watch::Receiver<bool>) {
     let places = Arc::new(Semaphore::new(NBD_CONNECTIONS_MAX));
     loop {
         let accepted = tokio::select! {
@@ -137,9 +155,9 @@ async fn accept_tcp(listener: TcpListener, tls: TlsAcceptor, exports: Arc<Export
             tracing::warn!(%peer, "an NBD client was turned away: {NBD_CONNECTIONS_MAX} are here");
             continue;
         };
-        let (tls, exports, stop) = (tls.clone(), exports.clone(), stop.clone());
+        let (clients, exports, stop) = (clients.clone(), exports.clone(), stop.clone());
         task::spawn(async move {
-            report(tcp_client(stream, &tls, &exports, stop).await, &peer.to_string());
+            report(tcp_client(stream, &clients, &exports, stop).await, &peer.to_string());
             drop(place);
         });
     }
@@ -182,7 +200,7 @@ async fn unix_client(
 
 async fn tcp_client(
     mut stream: TcpStream,
-    tls: &TlsAcceptor,
+    clients: &Clients,
     exports: &Exports,
     mut stop: watch::Receiver<bool>,
 ) -> io::Result<()> {
@@ -196,7 +214,7 @@ async fn tcp_client(
         let Outcome::StartTls(negotiation) = begin(&mut stream, Tls::Required, exports).await? else {
             return Ok(None);
         };
-        let mut stream = tls.accept(stream).await?;
+        let mut stream = TlsAcceptor::from(clients.tls.clone()).accept(stream).await?;
         let outcome = options(&mut stream, negotiation.behind_tls(), exports).await?;
         io::Result::Ok(Some((stream, outcome)))
     };
@@ -205,9 +223,27 @@ async fn tcp_client(
         _ = stop.wait_for(|stopped| *stopped) => return Ok(()),
     };
     if let Some((stream, Outcome::Begin(agreed, export))) = negotiated {
-        session::serve(stream, export, &agreed, stop).await;
+        let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first()).cloned();
+        let (end, ended) = watch::channel(false);
+        let session = session::serve(stream, export, &agreed, ended);
+        tokio::pin!(session);
+        tokio::select! {
+            () = &mut session => return Ok(()),
+            _ = stop.wait_for(|stopped| *stopped) => {}
+            () = not_wanted(clients, certificate) => {}
+        }
+        end.send_replace(true);
+        session.await;
     }
     Ok(())
+}
+
+/// Returns once this client may not stay.
+async fn not_wanted(clients: &Clients, certificate: Option<CertificateDer<'static>>) {
+    while certificate.as_ref().is_some_and(|certificate| (clients.may_stay)(certificate)) {
+        sleep(STAY_INTERVAL).await;
+    }
+    tracing::warn!("an NBD client is sent away: its host is not enrolled any more");
 }
 
 enum Outcome {

@@ -17,7 +17,7 @@ use varve_common::problem::{Problem, ProblemKind};
 use varve_export::device::{self, Attached};
 use varve_export::disk::Disk;
 use varve_export::error::{ExportError, ExportErrorKind};
-use varve_export::nbd::{Exports, NbdServer};
+use varve_export::nbd::{Clients, Exports, NbdServer};
 use varve_io::{DirectFile, IoError, crashsafe};
 use varve_timeline::error::HistoryError;
 use varve_timeline::timeline::{Pin, Timeline};
@@ -28,7 +28,7 @@ pub struct Views {
     /// Mounts and sockets.
     run_dir: PathBuf,
     /// For NBD over TCP.
-    tls: Arc<rustls::ServerConfig>,
+    clients: Clients,
     next: AtomicU64,
     open: Mutex<BTreeMap<u64, View>>,
 }
@@ -64,7 +64,7 @@ pub struct Wish {
 
 impl Views {
     /// None yet. Removes what an earlier life of the daemon left below `run_dir`.
-    pub fn new(run_dir: PathBuf, tls: Arc<rustls::ServerConfig>) -> Self {
+    pub fn new(run_dir: PathBuf, clients: Clients) -> Self {
         match device::clean(&run_dir) {
             Ok(cleaned) => {
                 for left in &cleaned.left {
@@ -73,7 +73,7 @@ impl Views {
             }
             Err(error) => tracing::warn!(%error, "devices of an earlier life were not looked for"),
         }
-        Self { run_dir, tls, next: AtomicU64::new(1), open: Mutex::default() }
+        Self { run_dir, clients, next: AtomicU64::new(1), open: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, View>> {
@@ -166,7 +166,7 @@ impl Views {
                     let why = format!("'{}' is no address with a port", listen.escape_debug());
                     Problem::usage("no view was opened", why, "for example --listen 192.0.2.7:10809")
                 })?;
-                let server = NbdServer::tcp(address, self.tls.clone(), exports.clone());
+                let server = NbdServer::tcp(address, self.clients.clone(), exports.clone());
                 let server = server.map_err(|e| export_problem(&e))?;
                 let address = server.address().unwrap_or(address);
                 (server, Base::Tls(address))
