@@ -63,6 +63,9 @@ impl Meter {
 }
 
 fn line(what: &str, step: &Progress) -> String {
+    if step.total_bytes == 0 {
+        return format!("{what}  …");
+    }
     let mut text = format!(
         "{what}  {} of {} ({} %)  {}",
         words::bytes(step.done_bytes),

@@ -282,8 +282,11 @@ fn abort(context: &Context, args: &Args, group: &str) -> Outcome {
     confirm(args.yes, &question, &again)?;
     undo_plan(context, args, group)?;
     let request = ReceiverRequest::FailoverAbort { group: group.to_owned(), force: args.force, only_test: false };
-    let reply: FailoverReply = ask_receiver(context, &request, PATIENT)?;
-    context.answer(&reply, |reply| match reply.test {
+    let mut meter = Meter::new(format!("undoing the takeover of {group}"), context.json);
+    let reply: Result<FailoverReply, Problem> =
+        ask(context, Daemon::Receiver, &request, PATIENT, &mut |step| meter.show(&step));
+    meter.end();
+    context.answer(&reply?, |reply| match reply.test {
         true => format!("the test of group '{}' is over, what was written to it is gone\n", reply.group),
         false => format!(
             "the takeover of group '{}' is undone: the replica is what it was at {}, the source may go on\nnext: {}\n",

@@ -106,7 +106,9 @@ async fn answer_history(daemon: &Arc<Daemon>, peer: &mut LocalPeer, request: Rec
         }
         ReceiverRequest::FailoverCommit { group } => send(peer, takeover::commit(daemon, &group).await).await,
         ReceiverRequest::FailoverAbort { group, force, only_test } => {
-            send(peer, takeover::abort(daemon, &group, force, only_test).await).await
+            let mut progress = ProgressOut::new(peer);
+            let outcome = takeover::abort(daemon, &group, force, only_test, &mut progress).await;
+            send(peer, outcome).await
         }
         ReceiverRequest::Failback { group, host, keep_branch, dry_run } => {
             let mut progress = ProgressOut::new(peer);

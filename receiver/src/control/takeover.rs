@@ -3,11 +3,15 @@
 use super::{ProgressOut, no_group};
 use crate::daemon::Daemon;
 use crate::promote::{Context, plan, plan_planned};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use varve_common::control::{FailoverReply, PlannedWish};
 use varve_common::point::PointSpec;
 use varve_common::problem::Problem;
+
+/// Between two lines of a command whose length is not known.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 
 pub fn context(daemon: &Daemon, group: &str) -> Result<Context, Problem> {
     let slot = daemon.registry.group(group).ok_or_else(|| no_group(daemon, group))?;
@@ -48,6 +52,20 @@ pub async fn commit(daemon: &Arc<Daemon>, group: &str) -> Result<FailoverReply, 
     daemon.promotions.commit(&context(daemon, group)?).await
 }
 
-pub async fn abort(daemon: &Arc<Daemon>, group: &str, force: bool, only_test: bool) -> Result<FailoverReply, Problem> {
-    daemon.promotions.abort(&context(daemon, group)?, &daemon.views, force, only_test).await
+pub async fn abort(
+    daemon: &Arc<Daemon>,
+    group: &str,
+    force: bool,
+    only_test: bool,
+    progress: &mut ProgressOut<'_>,
+) -> Result<FailoverReply, Problem> {
+    let context = context(daemon, group)?;
+    let mut work = pin!(daemon.promotions.abort(&context, &daemon.views, force, only_test));
+    loop {
+        tokio::select! {
+            outcome = &mut work => return outcome,
+            // A rollback may take minutes, and silence looks like a daemon that hangs.
+            () = tokio::time::sleep(SIGN_OF_LIFE) => progress.tell(0, 0).await,
+        }
+    }
 }
