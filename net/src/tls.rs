@@ -300,3 +300,21 @@ fn system_time(now: UnixTime) -> SystemTime {
 fn tls(context: &str, source: rustls::Error) -> Error {
     Error::new(ErrorKind::Crypto, context).because(source)
 }
+
+#[cfg(test)]
+#[allow(clippy::expect_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+
+    /// What is resumed is not verified again.
+    #[test]
+    fn an_exported_view_resumes_nothing() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let authority = Authority::create(&dir.path().join("pki"), "recovery").expect("authority");
+        let hosts = Arc::new(Hosts::open(dir.path().join("hosts.json")).expect("registry"));
+        let config = nbd_config(&authority, hosts).expect("TLS");
+        let storage = &config.session_storage;
+        assert!(config.send_tls13_tickets == 0 && config.max_early_data_size == 0 && !config.ticketer.enabled());
+        assert!(!storage.can_cache() && !storage.put(vec![1], vec![2]) && storage.get(&[1]).is_none());
+    }
+}
