@@ -108,13 +108,18 @@ pub(crate) fn on_terminal() -> bool {
     std::io::stdout().is_terminal()
 }
 
-/// Writes to standard output. A reader that went away (`varve status | head -1`) ends the program quietly, an output
-/// that cannot be written ends it as failed: an answer that nobody got is not "done".
-pub(crate) fn print(text: &str) {
+fn write(text: &str) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Ok(()) => {}
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
+    out.write_all(text.as_bytes()).and_then(|()| out.flush())
+}
+
+/// Writes the answer to standard output. An output that cannot be written ends the program as failed: an answer that
+/// nobody got is not "done". A reader that went away (`varve status | head -1`) wanted no more of it: nothing is said, and
+/// the exit code is the command's. Gives whether there may still be a reader.
+pub(crate) fn print(text: &str) -> bool {
+    match write(text) {
+        Ok(()) => true,
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => false,
         Err(error) => {
             // Nothing is left to tell if this fails as well.
             let _ = writeln!(std::io::stderr(), "varve: the answer cannot be printed: {}", words::sentence(&error));
@@ -123,12 +128,27 @@ pub(crate) fn print(text: &str) {
     }
 }
 
-/// One JSON object on one line.
-pub(crate) fn print_json<T: Serialize>(value: &T) {
+/// One JSON object on one line, as [`print`].
+pub(crate) fn print_json<T: Serialize>(value: &T) -> bool {
+    print(&json_line(value))
+}
+
+/// Writes what is told while work goes on. That nobody can read it must not end the work half way: a takeover of which
+/// half is done serves nobody. What cannot be written is told of when the answer cannot be either.
+pub(crate) fn print_meanwhile(text: &str) {
+    let _ = write(text);
+}
+
+/// One JSON object on one line, as [`print_meanwhile`].
+pub(crate) fn print_json_meanwhile<T: Serialize>(value: &T) {
+    print_meanwhile(&json_line(value));
+}
+
+fn json_line<T: Serialize>(value: &T) -> String {
     match serde_json::to_string(value) {
-        Ok(text) => print(&format!("{text}\n")),
+        Ok(text) => format!("{text}\n"),
         // Only maps with keys that are no strings cannot be written, and there are none.
-        Err(error) => print(&format!("{{\"problem\":{{\"kind\":\"failed\",\"what\":\"{error}\"}}}}\n")),
+        Err(error) => format!("{{\"problem\":{{\"kind\":\"failed\",\"what\":\"{error}\"}}}}\n"),
     }
 }
 

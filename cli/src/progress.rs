@@ -1,7 +1,7 @@
 //! How far long work is: a line that is redrawn on a terminal, JSON lines with `--json`, now and then a plain line
 //! otherwise. Nothing in the first two seconds: most work is done by then.
 
-use crate::context::{on_terminal, print, print_json};
+use crate::context::{on_terminal, print_json_meanwhile, print_meanwhile};
 use crate::words;
 use std::time::{Duration, Instant};
 use varve_common::control::Progress;
@@ -47,17 +47,17 @@ impl Meter {
         }
         self.shown = Some(now);
         match self.kind {
-            Kind::Json => print_json(&serde_json::json!({ "progress": step })),
-            Kind::Plain => print(&format!("{}\n", line(&self.what, step))),
+            Kind::Json => print_json_meanwhile(&serde_json::json!({ "progress": step })),
+            Kind::Plain => print_meanwhile(&format!("{}\n", line(&self.what, step))),
             // Back to the line's begin, the text, and away with what is left of a longer one.
-            Kind::Terminal => print(&format!("\r{}\x1b[K", line(&self.what, step))),
+            Kind::Terminal => print_meanwhile(&format!("\r{}\x1b[K", line(&self.what, step))),
         }
     }
 
     /// Removes the line from a terminal, so that the answer takes its place.
     pub(crate) fn end(&self) {
         if self.kind == Kind::Terminal && self.shown.is_some() {
-            print("\r\x1b[K");
+            print_meanwhile("\r\x1b[K");
         }
     }
 }

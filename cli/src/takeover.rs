@@ -1,7 +1,7 @@
 //! The takeover plan of a group as the commands run it that take over, test and drill.
 
 use crate::client::Daemon;
-use crate::context::{Context, note, print_json};
+use crate::context::{Context, note, print_json_meanwhile};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 use varve_common::control::{PointReply, ViewVolume};
@@ -71,7 +71,7 @@ pub(crate) fn abort_command(context: &Context, group: &str) -> String {
 /// Shows each step when it has ended: on standard error for people, as a line of JSON for scripts.
 pub(crate) fn show(json: bool) -> impl FnMut(&Progress) {
     move |progress| match progress {
-        _ if json => print_json(&serde_json::json!({ "step": progress })),
+        _ if json => print_json_meanwhile(&serde_json::json!({ "step": progress })),
         Progress::Ended(step) => note(&format!("  {step}")),
         Progress::Begins { .. } => {}
     }

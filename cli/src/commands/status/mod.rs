@@ -49,10 +49,11 @@ pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
     Ok(DONE)
 }
 
-fn show(context: &Context, picture: &Picture) {
+/// As [`print`].
+fn show(context: &Context, picture: &Picture) -> bool {
     if context.json {
-        print_json(picture);
+        print_json(picture)
     } else {
-        print(&words::visible(&table::render(picture, &context.suggest(""))));
+        print(&words::visible(&table::render(picture, &context.suggest(""))))
     }
 }

@@ -1,9 +1,10 @@
 //! `--watch`: the picture every second. A terminal is redrawn; with `--json` there is one line per second; else the
-//! picture is printed again when its words change. A daemon that goes away is shown, and watched on.
+//! picture is printed again when its words change. A daemon that goes away is shown, and watched on. It ends when its
+//! reader does.
 
 use super::picture::{Picture, key};
 use super::{show, table};
-use crate::context::{Context, Outcome, on_terminal, print, print_json};
+use crate::context::{Context, DONE, Outcome, on_terminal, print, print_json};
 use crate::words;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -21,16 +22,18 @@ pub(crate) fn run(context: &Context, group: Option<&str>, first: Picture) -> Out
     loop {
         picture.rates = rates.of(&picture, Instant::now());
         picture.watched = true;
-        if context.json {
-            print_json(&picture);
+        let read = if context.json {
+            print_json(&picture)
         } else if on_terminal() {
-            redraw(context, &picture);
+            redraw(context, &picture)
         } else {
             let words = words_of(&picture);
-            if words != last_words {
-                show(context, &picture);
-                last_words = words;
-            }
+            let read = words == last_words || show(context, &picture);
+            last_words = words;
+            read
+        };
+        if !read {
+            return Ok(DONE);
         }
         next = (next + EVERY).max(Instant::now());
         std::thread::sleep(next - Instant::now());
@@ -47,7 +50,7 @@ pub(crate) fn run(context: &Context, group: Option<&str>, first: Picture) -> Out
 }
 
 /// Home, then line over line: no flicker, nothing left of a longer line or a longer screen.
-fn redraw(context: &Context, picture: &Picture) {
+fn redraw(context: &Context, picture: &Picture) -> bool {
     let now = jiff::Timestamp::now().strftime("%Y-%m-%d %H:%M:%SZ").to_string();
     let mut screen = format!("\x1b[H{now}  (Ctrl-C ends)\x1b[K\n\x1b[K\n");
     for line in table::render(picture, &context.suggest("")).lines() {
@@ -55,7 +58,7 @@ fn redraw(context: &Context, picture: &Picture) {
         screen.push_str("\x1b[K\n");
     }
     screen.push_str("\x1b[J");
-    print(&screen);
+    print(&screen)
 }
 
 /// What is worth a new line in a log: not the numbers.
