@@ -55,7 +55,11 @@ pub(crate) fn runner(
     devices: Vec<Device>,
     began: SystemTime,
 ) -> Result<Runner, Problem> {
-    let commands = Commands { resume: resume_command(context, group), undo: abort_command(context, group) };
+    let commands = Commands {
+        resume: resume_command(context, group),
+        undo: abort_command(context, group),
+        undo_plan: undo_plan_command(context, group),
+    };
     let (group, paths, tools) = (group.to_owned(), context.paths.clone(), Tools::default());
     Runner::new(plan, PlanContext { group, point, devices, mode, paths, began, tools, commands })
 }
@@ -66,6 +70,36 @@ pub(crate) fn resume_command(context: &Context, group: &str) -> String {
 
 pub(crate) fn abort_command(context: &Context, group: &str) -> String {
     context.suggest(&format!("failover abort {group}"))
+}
+
+pub(crate) fn undo_plan_command(context: &Context, group: &str) -> String {
+    context.suggest(&format!("plan undo {group}"))
+}
+
+/// Refuses to begin while something of an earlier run of the plan is in place: the run would refuse as well, but only when
+/// the takeover is made and the source fenced off.
+pub(crate) fn none_left(context: &Context, group: &str, mode: Mode) -> Result<(), Problem> {
+    let Some(run) = standing(&context.paths, group, mode)? else { return Ok(()) };
+    let takeover = Daemon::Receiver.group(context, group)?.history.and_then(|history| history.takeover);
+    let its_own = takeover.filter(|takeover| takeover.test == (mode == Mode::Test));
+    let (resume, abort) = (resume_command(context, group), abort_command(context, group));
+    let undo_plan = undo_plan_command(context, group);
+    let (why, next) = match (mode, its_own) {
+        (Mode::Test, _) => {
+            let why = format!("a test of it, of {}, is in place", run.began);
+            (why, format!("'{abort}' ends it; then try again"))
+        }
+        (Mode::Live, Some(takeover)) => {
+            let why = format!("one that began at {} is in place", run.began);
+            let back = if takeover.committed { undo_plan } else { abort };
+            (why, format!("'{resume}' goes on with its plan, '{back}' takes it back"))
+        }
+        (Mode::Live, None) => {
+            let why = format!("what the plan did for an earlier one, of {}, is not taken back", run.began);
+            (why, format!("'{undo_plan}' takes it back; then try again"))
+        }
+    };
+    Err(Problem::refused(format!("the takeover of group '{group}' was not begun"), why, next))
 }
 
 /// Shows each step when it has ended: on standard error for people, as a line of JSON for scripts.

@@ -39,7 +39,7 @@ fn run_plan(root: &Root) {
         paths: paths(root),
         began: SystemTime::now(),
         tools: Tools::default(),
-        commands: Commands { resume: "resume".into(), undo: "undo".into() },
+        commands: Commands { resume: "resume".into(), undo: "undo".into(), undo_plan: "undo plan".into() },
     };
     let plan = Plan::load(paths(root).takeover_plan("db")).expect("a plan");
     let report = Runner::new(plan, context).expect("it fits").run(&mut |_| {}).expect("begun");
@@ -100,4 +100,64 @@ fn the_exit_code_is_told_without_a_reader() {
     assert_eq!(unread(&root, &["failback", "db", "--cut-over", "--yes", "--json"]), Some(3));
     assert_eq!(unread(&root, &["status", "nothing", "--json"]), Some(5));
     assert_eq!(unread(&root, &["status", "db"]), Some(0));
+}
+
+/// Its plan is in place as a test's, as far as the state on disk tells.
+fn run_as_test(root: &Root) {
+    run_plan(root);
+    let live = paths(root).takeover_state("db").join("live/state.json");
+    let text = std::fs::read_to_string(&live).expect("a state");
+    std::fs::remove_file(&live).expect("removed");
+    root.write("var/lib/varve/takeover/db/test/state.json", &text.replace("\"live\"", "\"test\""));
+}
+
+fn was_asked(asked: &std::sync::Mutex<Vec<Value>>, command: &str) -> bool {
+    asked.lock().expect("fine").iter().any(|request| request["command"] == command)
+}
+
+/// What 'failover abort --force' left is found while the source is still the source.
+#[test]
+fn what_an_earlier_takeover_left_is_found_before_anything_moves() {
+    let root = planned();
+    run_plan(&root);
+    let asked = root.daemon("receiver", knows("receiver", vec![group("db", "replica")]));
+    std::fs::remove_file(root.at("first")).expect("removed");
+    assert_eq!(root.varve(&["plan", "undo", "db", "--yes"]).code, 1, "its undo does not work");
+    let what = "the takeover of group 'db' was not begun";
+    for args in [&["failover", "db", "--yes"][..], &["failover", "db", "--dry-run"]] {
+        root.varve(args).problem(3, what, "is not taken back", "plan undo db");
+    }
+    assert!(!was_asked(&asked, "failover"), "the source was not fenced");
+    // A test meets nothing of it, and to make only the devices needs no plan.
+    for args in [&["failover", "db", "--test"][..], &["failover", "db", "--no-plan", "--yes"]] {
+        root.varve(args);
+        assert!(was_asked(&asked, "failover"), "{args:?}");
+        asked.lock().expect("fine").clear();
+    }
+    root.write("first", "");
+    assert_eq!(root.varve(&["plan", "undo", "db", "--yes"]).code, 0);
+    root.varve(&["failover", "db", "--yes"]);
+    assert!(was_asked(&asked, "failover"));
+    asked.lock().expect("fine").clear();
+
+    run_as_test(&root);
+    root.varve(&["failover", "db", "--test"]).problem(3, what, "a test of it", "failover abort db");
+    assert!(!was_asked(&asked, "failover"));
+}
+
+/// A takeover that is in place is gone on with, not begun again.
+#[test]
+fn a_takeover_that_is_in_place_is_not_begun_again() {
+    let root = planned();
+    run_plan(&root);
+    let mut taken = group("db", "promoted");
+    taken["history"] = json!({ "layers": 0, "bytes": 0, "records": 0, "views": 0, "bookmarks": 0, "kept": 0,
+        "avoided_reads": null, "damaged": 0, "retention": { "age_seconds": null, "bytes": null }, "notice": null,
+        "takeover": { "since": "2026-11-20T14:03:22Z", "point": "2026-11-20T14:03:22Z", "committed": false, "test": false,
+            "devices": ["/dev/null"], "next": "" } });
+    let asked = root.daemon("receiver", knows("receiver", vec![taken]));
+    root.varve(&["failover", "db", "--yes"]).problem(3, "not begun", "in place", "failover db --resume");
+    assert!(!was_asked(&asked, "failover"));
+    let resumed = root.varve(&["failover", "db", "--resume"]);
+    assert_eq!(resumed.code, 0, "{resumed:?}");
 }

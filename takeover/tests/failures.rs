@@ -220,6 +220,11 @@ fn what_cannot_be_taken_back_is_named_and_the_rest_is() {
         assert_eq!(report.left.len(), 2, "{report}");
         let page = report.steps.iter().find(|step| step.name == "page").unwrap();
         assert_eq!(page.output.as_deref(), Some("not now"));
+        // A newer takeover is not to be undone for it.
+        let runner = host.runner(&plan, Mode::Live);
+        for problem in [runner.run(&mut quiet).expect_err("left"), runner.resume(&mut quiet).expect_err("left")] {
+            assert!(problem.next.contains("plan undo") && !problem.next.contains("abort"), "{problem:?}");
+        }
 
         holder.kill().unwrap();
         holder.wait().unwrap();

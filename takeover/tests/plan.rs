@@ -36,7 +36,7 @@ fn context(mode: Mode) -> Context {
         paths: Paths::new("/"),
         began: SystemTime::now(),
         tools: Tools::default(),
-        commands: Commands { resume: "resume".to_owned(), undo: "undo".to_owned() },
+        commands: Commands { resume: "resume".to_owned(), undo: "undo".to_owned(), undo_plan: "undo plan".to_owned() },
     }
 }
 

@@ -113,12 +113,13 @@ fn begin(context: &Context, args: &Args, group: &str) -> Outcome {
         meter.end();
         reply
     };
+    let mode = if args.test { Mode::Test } else { Mode::Live };
     // A plan that cannot be run is found before anything is changed.
     let plan = if args.no_plan { None } else { takeover::plan(context, group)? };
     if let Some(plan) = &plan {
         takeover::fits(context, group, plan)?;
+        takeover::none_left(context, group, mode)?;
     }
-    let mode = if args.test { Mode::Test } else { Mode::Live };
     let dry_run = |reply: &FailoverReply, plan: Plan| -> Result<DryRun, Problem> {
         let devices = takeover::to_be(context, group)?;
         let point = reply.point.clone();

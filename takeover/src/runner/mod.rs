@@ -62,6 +62,8 @@ pub struct Commands {
     pub resume: String,
     /// Takes everything back.
     pub undo: String,
+    /// Takes back what a plan did, and leaves the takeover.
+    pub undo_plan: String,
 }
 
 /// Runs one plan for one group.
@@ -135,15 +137,7 @@ impl Runner {
         if let Some(state) = store.load()? {
             let test = if mode == Mode::Test { "a test of the " } else { "a " };
             let why = format!("{test}takeover that began at {} is still in place", state.began);
-            let next = match state.phase {
-                Phase::Running | Phase::Stopped => {
-                    format!(
-                        "'{}' goes on with it, '{}' takes it back",
-                        self.context.commands.resume, self.context.commands.undo
-                    )
-                }
-                Phase::Done | Phase::Undoing => format!("'{}' takes it back", self.context.commands.undo),
-            };
+            let next = self.anew();
             return Err(Problem::refused(format!("the takeover plan of group '{group}' was not begun"), why, next));
         }
         let state = self.new_state();
@@ -169,8 +163,7 @@ impl Runner {
             return Err(Problem::not_found(what, "nothing of it is in place on this host", next));
         };
         if old.phase == Phase::Undoing {
-            let next = format!("'{}' finishes that", self.context.commands.undo);
-            return Err(Problem::refused(what, "it is being taken back", next));
+            return Err(Problem::refused(what, "it is being taken back", self.anew()));
         }
         let state = self.merge(old).map_err(|why| {
             let next = format!("put the plan back as it was, or take it back first: '{}'", self.context.commands.undo);
@@ -206,6 +199,16 @@ impl Runner {
         // A run that the operator stopped can be taken back.
         self.cancel.store(false, Ordering::Relaxed);
         undo_with(&undoing, self.cancel.clone(), self.trap.as_ref(), progress)
+    }
+
+    /// How to begin anew when an earlier run is in the way. The takeover itself may be newer than that run: taking
+    /// everything back would undo it as well.
+    fn anew(&self) -> String {
+        let Commands { resume, undo, undo_plan } = &self.context.commands;
+        match self.context.mode {
+            Mode::Live => format!("'{undo_plan}' takes that back, then '{resume}' runs the plan"),
+            Mode::Test => format!("'{undo}' takes that back"),
+        }
     }
 
     fn dir(&self) -> PathBuf {

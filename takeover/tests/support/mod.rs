@@ -162,7 +162,11 @@ pub fn runner(dir: &Path, group: &str, device: &Path, plan: &str, mode: Mode) ->
         asked: "latest".to_owned(),
         ..PointReply::default()
     };
-    let commands = Commands { resume: "varve failover --resume".to_owned(), undo: "varve failover abort".to_owned() };
+    let commands = Commands {
+        resume: "varve failover --resume".to_owned(),
+        undo: "varve failover abort".to_owned(),
+        undo_plan: "varve plan undo".to_owned(),
+    };
     let context = Context {
         group: group.to_owned(),
         point,
