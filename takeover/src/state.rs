@@ -75,6 +75,10 @@ pub(crate) struct StepState {
     pub(crate) wanted: Option<Action>,
     pub(crate) timeout_ms: u64,
     pub(crate) status: Status,
+    /// The kernel's name of the boot in which it was done; empty in the files of versions that noted it for all steps
+    /// together, when every step was done: see [`State::boot`].
+    #[serde(default)]
+    pub(crate) boot: String,
     /// It was there before: not ours to take back.
     pub(crate) found: bool,
     /// Directories that were made for it.
@@ -102,7 +106,7 @@ pub(crate) struct State {
     pub(crate) mode: Mode,
     /// Marks what this run started.
     pub(crate) run: String,
-    /// The kernel's name of the boot in which steps were last done.
+    /// The kernel's name of the boot in which every step was last done, or the run began. For steps without one of their own.
     pub(crate) boot: String,
     pub(crate) phase: Phase,
     pub(crate) point: PointReply,
@@ -223,4 +227,10 @@ pub(crate) fn load(file: &Path) -> Result<Option<State>, Problem> {
 
 impl State {
     pub(crate) const VERSION: u32 = VERSION;
+
+    /// The boot in which a step was done.
+    pub(crate) fn boot_of(&self, place: usize) -> &str {
+        let own = &self.steps[place].boot;
+        if own.is_empty() { &self.boot } else { own }
+    }
 }

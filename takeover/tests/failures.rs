@@ -342,3 +342,96 @@ fn an_undo_needs_neither_plan_nor_devices() {
         std::fs::remove_file(&state).unwrap();
     });
 }
+
+/// The state of a live run, to be changed as another boot or an older version would have it.
+fn change_state(host: &Host, change: impl Fn(&mut serde_json::Value)) {
+    let file = host.paths.takeover_state(&host.group).join("live/state.json");
+    let mut state = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    change(&mut state);
+    std::fs::write(&file, state.to_string()).unwrap();
+}
+
+fn reboot(host: &Host) {
+    change_state(host, |state| {
+        state["boot"] = "another".into();
+        for step in state["steps"].as_array_mut().unwrap() {
+            step["boot"] = "another".into();
+        }
+    });
+}
+
+#[test]
+fn a_command_is_run_once_in_a_boot() {
+    on_a_host_of_its_own(|| {
+        let host = Host::new("once");
+        let plan = r#"
+version = 1
+[[step]]
+name = "count"
+kind = "command"
+run = "echo once >>@DIR@/count"
+undo = []
+[[step]]
+name = "never"
+kind = "check"
+run = "false"
+every = "50ms"
+timeout = "0.1s"
+"#;
+        let runner = host.runner(plan, Mode::Live);
+        let stops = |first: bool, count: usize| {
+            let report = if first { runner.run(&mut quiet) } else { runner.resume(&mut quiet) }.unwrap();
+            assert_eq!(report.outcome, Outcome::Stopped, "{report}");
+            let text = std::fs::read_to_string(host.scratch.join("count")).unwrap();
+            assert_eq!(text.lines().count(), count, "{report}");
+        };
+        stops(true, 1);
+        stops(false, 1);
+        // What it did is gone with the boot; doing it again once is enough, though the run does not come to its end.
+        reboot(&host);
+        stops(false, 2);
+        stops(false, 2);
+
+        // A version before noted the boot for all steps together.
+        let forget = |state: &mut serde_json::Value| {
+            for step in state["steps"].as_array_mut().unwrap() {
+                step.as_object_mut().unwrap().remove("boot");
+            }
+        };
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+        change_state(&host, |state| {
+            forget(state);
+            state["boot"] = boot.trim().into();
+        });
+        stops(false, 2);
+        change_state(&host, |state| {
+            forget(state);
+            state["boot"] = "another".into();
+        });
+        stops(false, 3);
+        stops(false, 3);
+        host.undo(Mode::Live);
+    });
+}
+
+#[test]
+fn what_was_there_before_a_reboot_and_is_ours_since_is_taken_back() {
+    on_a_host_of_its_own(|| {
+        let host = Host::new("found-gone");
+        let before = host.seen();
+        let add = || run_ok("ip", &["address", "add", "192.0.2.10/24", "dev", "v0"]);
+        add();
+        let runner = host.runner(PLAN, Mode::Live);
+        let report = runner.run(&mut quiet).unwrap();
+        assert_eq!(outcomes(&report)[3], "address in-place", "{report}");
+        run_ok(&host.scratch.join("bin/systemctl").to_string_lossy(), &["stop", "web.service"]);
+        run_ok("ip", &["address", "delete", "192.0.2.10/24", "dev", "v0"]);
+        reboot(&host);
+        let report = runner.resume(&mut quiet).unwrap();
+        assert_eq!(outcomes(&report)[3], "address done", "{report}");
+        assert!(report.left.iter().any(|left| left.contains("192.0.2.10")), "{report}");
+        let undone = host.undo(Mode::Live);
+        assert!(outcomes(&undone).contains(&"address undone".to_owned()), "{undone}");
+        host.assert_as(&before);
+    });
+}

@@ -138,24 +138,32 @@ impl Engine<'_> {
         self.moment(place, Moment::Before);
         let wanted = self.wanted(place).clone();
         if let Action::Nothing { why } = &wanted {
-            self.state.steps[place].status = Status::Done;
+            self.done(place);
             return Ok((StepOutcome::Skipped, why.clone()));
         }
         if let Some(in_place) = self.already(place, &wanted)? {
-            self.state.steps[place].status = Status::Done;
+            self.done(place);
             return Ok((StepOutcome::InPlace, in_place));
         }
         let made = wanted.to_make();
         let step = &mut self.state.steps[place];
         (step.action, step.wanted, step.status) = (wanted.clone(), None, Status::Begun);
+        // It may have been there once and be gone since: what is made now is ours to take back.
+        step.found = false;
         // What an earlier try made stays ours.
         step.made.extend(made);
         self.save().map_err(|problem| StepError::new(format!("{problem}")))?;
         self.moment(place, Moment::Noted);
         let detail = self.at(&wanted, place, |work| wanted.apply(work))?;
         self.moment(place, Moment::Acted);
-        self.state.steps[place].status = Status::Done;
+        self.done(place);
         Ok((StepOutcome::Done, detail))
+    }
+
+    /// With the boot of its own: a later step may fail, and this one is not to be done again in the same boot.
+    fn done(&mut self, place: usize) {
+        let step = &mut self.state.steps[place];
+        (step.status, step.boot) = (Status::Done, proc::boot_id());
     }
 
     /// Whether the step need not be done; if it must, nothing of an earlier try is in its way any more.
@@ -181,7 +189,7 @@ impl Engine<'_> {
                 self.state.steps[place].found = true;
                 Ok(Some("it was there before".to_owned()))
             }
-            (Found::Unknown, Status::Done) if old == *wanted && self.state.boot == proc::boot_id() => {
+            (Found::Unknown, Status::Done) if old == *wanted && self.state.boot_of(place) == proc::boot_id() => {
                 Ok(Some("it was run".to_owned()))
             }
             (Found::Unknown, Status::Begun) if old == *wanted => {

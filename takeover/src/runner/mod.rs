@@ -275,7 +275,8 @@ impl Runner {
             match state.steps.get_mut(place) {
                 // A step that failed may be corrected: what was begun of it is taken back as it was.
                 Some(new) if new.written == old.written || (old.status == Status::Begun && new.kind == old.kind) => {
-                    (new.status, new.found, new.made) = (old.status, old.found, old.made);
+                    (new.status, new.boot) = (old.status, old.boot);
+                    (new.found, new.made) = (old.found, old.made);
                     (new.outcome, new.seconds) = (old.outcome, old.seconds);
                     // Until it is done anew, what is there is what was done then.
                     new.wanted = Some(std::mem::replace(&mut new.action, old.action));
@@ -296,6 +297,7 @@ fn new_step(step: &Step, action: &Action) -> StepState {
         wanted: None,
         timeout_ms: u64::try_from(step.timeout.as_millis()).unwrap_or(u64::MAX),
         status: Status::Pending,
+        boot: String::new(),
         found: false,
         made: Vec::new(),
         outcome: None,
