@@ -7,7 +7,8 @@ use std::time::SystemTime;
 use varve_common::control::{PointReply, ViewVolume};
 use varve_common::problem::{Problem, ProblemKind};
 use varve_takeover::{
-    Commands, Context as PlanContext, Device, Mode, Outcome, Plan, Progress, Report, Runner, Tools, Undo, standing,
+    Commands, Context as PlanContext, Device, DrillMark, Mode, Outcome, Plan, Progress, Report, Runner, Tools, Undo,
+    standing,
 };
 
 /// The plan of a group, if it has one.
@@ -100,6 +101,16 @@ pub(crate) fn none_left(context: &Context, group: &str, mode: Mode) -> Result<()
         }
     };
     Err(Problem::refused(format!("the takeover of group '{group}' was not begun"), why, next))
+}
+
+/// A test that is begun now is an operator's, whatever a killed drill noted. While one is in place nothing is changed: it
+/// may be that drill's, and the receiver refuses a second one.
+pub(crate) fn claim_test(context: &Context, group: &str) -> Result<(), Problem> {
+    let takeover = Daemon::Receiver.group(context, group)?.history.and_then(|history| history.takeover);
+    match takeover {
+        Some(_) => Ok(()),
+        None => DrillMark::forget(&context.paths, group),
+    }
 }
 
 /// Shows each step when it has ended: on standard error for people, as a line of JSON for scripts.

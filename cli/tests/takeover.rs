@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::SystemTime;
 use varve_common::control::PointReply;
 use varve_common::paths::Paths;
-use varve_takeover::{Commands, Context, Device, Mode, Outcome, Plan, Runner, Tools};
+use varve_takeover::{Commands, Context, Device, DrillMark, Mode, Outcome, Plan, Runner, Tools};
 
 /// A recovery host whose group `db` has a plan of two commands.
 fn planned() -> Root {
@@ -160,4 +160,60 @@ fn a_takeover_that_is_in_place_is_not_begun_again() {
     assert!(!was_asked(&asked, "failover"));
     let resumed = root.varve(&["failover", "db", "--resume"]);
     assert_eq!(resumed.code, 0, "{resumed:?}");
+}
+
+/// A receiver whose group is tested.
+fn tested(root: &Root) -> std::sync::Arc<std::sync::Mutex<Vec<Value>>> {
+    let mut tested = group("db", "replica");
+    tested["history"] = json!({ "layers": 0, "bytes": 0, "records": 0, "views": 0, "bookmarks": 0, "kept": 0,
+        "avoided_reads": null, "damaged": 0, "retention": { "age_seconds": null, "bytes": null }, "notice": null,
+        "takeover": { "since": "2026-11-20T14:03:22Z", "point": "2026-11-20T14:03:22Z", "committed": false, "test": true,
+            "devices": ["/dev/null"], "next": "" } });
+    root.daemon("receiver", knows("receiver", vec![tested]))
+}
+
+/// Somebody works in it.
+#[test]
+fn a_drill_leaves_the_test_of_an_operator_alone() {
+    let what = "the drill of group 'db' was not begun";
+    let root = planned();
+    let asked = tested(&root);
+    root.varve(&["drill", "db"]).problem(3, what, "a test is in place", "failover abort db");
+    assert!(!was_asked(&asked, "failover-abort"));
+    // Its devices are gone (the receiver was started again), its bubble is not.
+    let root = planned();
+    run_as_test(&root);
+    root.daemon("receiver", knows("receiver", vec![group("db", "replica")]));
+    root.varve(&["drill", "db"]).problem(3, what, "a test is in place", "failover abort db");
+    assert!(paths(&root).takeover_state("db").join("test/state.json").exists());
+}
+
+#[test]
+fn a_drill_takes_away_what_a_killed_one_left() {
+    let root = planned();
+    let asked = tested(&root);
+    let mark = DrillMark::open(&paths(&root), "db").expect("the only one");
+    mark.set().expect("noted");
+    root.varve(&["drill", "db"]).problem(3, "was not begun", "another one is being run", "wait for it");
+    assert!(!was_asked(&asked, "failover-abort"), "it is alive");
+    drop(mark);
+    // The receiver of this test understands no more of it.
+    root.varve(&["drill", "db"]);
+    assert!(was_asked(&asked, "failover-abort"), "it was killed");
+}
+
+/// What a killed drill noted does not make a later test its own.
+#[test]
+fn a_test_of_an_operator_is_no_drills() {
+    let root = planned();
+    let is_set = || DrillMark::open(&paths(&root), "db").expect("the only one").is_set();
+    DrillMark::open(&paths(&root), "db").and_then(|mark| mark.set()).expect("noted");
+    assert!(is_set());
+    let refuse = || problem("refused", "it is not tested", "no point", "wait");
+    receiver(&root, "failover", refuse);
+    root.varve(&["failover", "db", "--test"]);
+    assert!(!is_set());
+    // Nothing was made by a drill that was refused.
+    root.varve(&["drill", "db"]).problem(3, "it is not tested", "no point", "wait");
+    assert!(!is_set());
 }

@@ -1,4 +1,5 @@
-//! What the last drill of a group showed: which point came up, and how long it took. Kept for status and metrics.
+//! What the last drill of a group showed: which point came up, and how long it took. Kept for status and metrics. And
+//! whose the test is that is in place: a killed drill's, or an operator's.
 
 use crate::report::{Outcome, Report, StepReport};
 use crate::state::Mode;
@@ -8,7 +9,8 @@ use std::time::Duration;
 use varve_common::control::{DrillStatus, DrillVerified, PointReply};
 use varve_common::paths::Paths;
 use varve_common::problem::Problem;
-use varve_io::crashsafe::{create_dir_all_durable, write_atomic};
+use varve_io::crashsafe::{create_dir_all_durable, remove_durable, write_atomic};
+use varve_io::{DirLock, IoError};
 
 const VERSION: u32 = 1;
 const RECORD_BYTES_MAX: u64 = 16 << 20;
@@ -157,6 +159,76 @@ impl DrillRecord {
         create_dir_all_durable(paths.takeover_state(&self.group)).map_err(|error| failed(error.chain()))?;
         write_atomic(&file, &text, 0o600).map_err(|error| failed(error.chain()))
     }
+}
+
+/// A drill that is under way: a lock, which ends with the process in any way, and a file, which stays until the drill has
+/// cleaned up. So a test that is in place without the file is nobody's but an operator's, and is left alone.
+#[derive(Debug)]
+pub struct DrillMark {
+    file: PathBuf,
+    _lock: DirLock,
+}
+
+fn mark_dir(paths: &Paths, group: &str) -> PathBuf {
+    paths.takeover_state(group).join("drill")
+}
+
+const MARK: &str = "begun";
+
+impl DrillMark {
+    /// Only one drill of a group at a time.
+    ///
+    /// # Errors
+    /// Kind `Refused`: another one is being run. Else the lock cannot be made.
+    pub fn open(paths: &Paths, group: &str) -> Result<Self, Problem> {
+        let what = format!("the drill of group '{group}' was not begun");
+        let failed = |error: IoError| {
+            if error.is_busy() {
+                let why = format!("another one is being run: {}", error.source_io());
+                return Problem::refused(what.clone(), why, "wait for it, or end it, then try again");
+            }
+            Problem::failed(what.clone(), error.chain(), "see to that, then try again")
+        };
+        let dir = mark_dir(paths, group);
+        create_dir_all_durable(&dir).map_err(failed)?;
+        let lock = DirLock::acquire(&dir).map_err(failed)?;
+        Ok(Self { file: dir.join(MARK), _lock: lock })
+    }
+
+    /// Whether an earlier drill did not clean up: what is in place may be its own.
+    pub fn is_set(&self) -> bool {
+        // What cannot be looked at is taken for an operator's.
+        self.file.try_exists().unwrap_or(false)
+    }
+
+    /// Durably, before the drill makes anything.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn set(&self) -> Result<(), Problem> {
+        write_atomic(&self.file, b"", 0o600).map_err(|error| unmarked(&error))
+    }
+
+    /// Nothing of the drill is left.
+    ///
+    /// # Errors
+    /// It cannot be removed.
+    pub fn clear(&self) -> Result<(), Problem> {
+        remove_durable(&self.file).map_err(|error| unmarked(&error))
+    }
+
+    /// An operator's test begins, and nothing of a drill is in place: what a killed one noted must not make it a drill's.
+    ///
+    /// # Errors
+    /// It cannot be removed.
+    pub fn forget(paths: &Paths, group: &str) -> Result<(), Problem> {
+        remove_durable(mark_dir(paths, group).join(MARK)).map_err(|error| unmarked(&error))
+    }
+}
+
+fn unmarked(error: &IoError) -> Problem {
+    let what = "whose a test is cannot be noted";
+    Problem::failed(what, error.chain(), "see to that, then try again")
 }
 
 /// A drop-in for `varve-drill@GROUP.timer` that runs a drill so often, in place of daily:

@@ -6,7 +6,7 @@
 //! | [`step`] | what a step does: done, recognised, taken back |
 //! | [`runner`] | a plan forwards, onwards after a stop, and back |
 //! | [`report`] | dry run, progress, report |
-//! | [`drill`] | what the last drill showed |
+//! | [`drill`] | what the last drill showed, and that one is under way |
 //! | [`tools`] | where the system's programs are |
 //! | `state` | what was done, on disk before and after every step |
 //! | `bubble` | the namespaces of a test |
@@ -27,7 +27,7 @@ mod state;
 pub mod step;
 pub mod tools;
 
-pub use drill::{Drill, DrillRecord, Verified};
+pub use drill::{Drill, DrillMark, DrillRecord, Verified};
 pub use plan::Plan;
 pub use report::{DryRun, Outcome, Progress, Report, StepOutcome, StepPlan, StepReport};
 pub use runner::{Commands, Context, Runner, Standing, Undo, clean, standing, undo};

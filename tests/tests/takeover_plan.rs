@@ -153,6 +153,9 @@ fn rehearsed_and_remembered() {
     assert_eq!(answer["report"]["outcome"], "done", "{answer:#}");
     assert_eq!(bed.status()["history"]["takeover"]["test"], true);
     assert!(!bed.mounted() && !bed.told.exists(), "a test is not seen from outside");
+    let refused = bed.varve(&["drill", "db"]).expect_code(3);
+    assert!(refused.stderr.contains("a test is in place") && refused.stderr.contains("abort db"), "{refused:?}");
+    assert_eq!(bed.status()["history"]["takeover"]["test"], true, "it is left alone");
     bed.varve(&["failover", "abort", "db", "--yes"]).ok();
     bed.assert_as_before();
 }

@@ -1,15 +1,15 @@
 //! `varve drill`: does the newest point come up by the group's takeover plan? Now, or again and again.
 
 use crate::check;
-use crate::client::{PATIENT, ask_receiver};
+use crate::client::{Daemon, PATIENT, ask_receiver};
 use crate::context::{Context, DONE, FAILED, Outcome, explain, note};
 use crate::takeover;
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 use varve_common::control::{FailoverReply, ReceiverRequest};
-use varve_common::problem::Problem;
+use varve_common::problem::{Problem, ProblemKind};
 use varve_takeover::drill::timer_drop_in;
-use varve_takeover::{DrillRecord, Mode, Outcome as Ended, Plan, Report};
+use varve_takeover::{DrillMark, DrillRecord, Mode, Outcome as Ended, Plan, Report, standing};
 
 const EXAMPLE: &str = "Example:
   varve drill db
@@ -52,11 +52,16 @@ fn begin(context: &Context, args: &Args, group: &str) -> Outcome {
     if let Some(every) = &args.every {
         return schedule(context, group, check::interval(every)?);
     }
-    takeover::fits(context, group, &plan)?;
-    // What a drill left that was killed.
-    take_away(context, group)?;
-    let began = SystemTime::now();
     let at = check::point(&args.at)?;
+    takeover::fits(context, group, &plan)?;
+    let mark = DrillMark::open(&context.paths, group)?;
+    match mark.is_set() {
+        // It was killed.
+        true => take_away(context, group)?,
+        false => no_test(context, group)?,
+    }
+    mark.set()?;
+    let began = SystemTime::now();
     let request = ReceiverRequest::Failover {
         group: group.to_owned(),
         at,
@@ -65,11 +70,17 @@ fn begin(context: &Context, args: &Args, group: &str) -> Outcome {
         planned: None,
         abort_after_seconds: None,
     };
-    let reply: FailoverReply = ask_receiver(context, &request, PATIENT)?;
+    let reply: FailoverReply = ask_receiver(context, &request, PATIENT).or_else(|problem| {
+        // Nothing was made. After another problem something may have been: then the next drill takes it away.
+        if matches!(problem.kind, ProblemKind::Refused | ProblemKind::NotFound) {
+            mark.clear()?;
+        }
+        Err(problem)
+    })?;
     let devices = takeover::served(&reply.volumes);
     let report = takeover::runner(context, plan, group, Mode::Test, reply.point, devices, began)
         .and_then(|runner| runner.run(&mut takeover::show(context.json)));
-    let gone = take_away(context, group);
+    let gone = take_away(context, group).and_then(|()| mark.clear());
     let report = report?;
     let remembered = DrillRecord::remember(&context.paths, &report);
     context.answer(&report, ToString::to_string);
@@ -90,10 +101,24 @@ fn end(report: &Report) -> u8 {
     }
 }
 
+/// An operator who tests the group is not disturbed.
+fn no_test(context: &Context, group: &str) -> Result<(), Problem> {
+    let takeover = Daemon::Receiver.group(context, group)?.history.and_then(|history| history.takeover);
+    let is_tested = takeover.is_some_and(|takeover| takeover.test);
+    if !is_tested && standing(&context.paths, group, Mode::Test)?.is_none() {
+        return Ok(());
+    }
+    Err(Problem::refused(
+        format!("the drill of group '{group}' was not begun"),
+        "a test is in place that no drill made",
+        format!("'{}' ends it", takeover::abort_command(context, group)),
+    ))
+}
+
 /// The bubble and the test's devices.
 fn take_away(context: &Context, group: &str) -> Result<(), Problem> {
     varve_takeover::clean(&context.paths, group, &varve_takeover::Tools::default())?;
-    let status = crate::client::Daemon::Receiver.group(context, group)?;
+    let status = Daemon::Receiver.group(context, group)?;
     if status.history.and_then(|history| history.takeover).is_some_and(|takeover| takeover.test) {
         let request = ReceiverRequest::FailoverAbort { group: group.to_owned(), force: true, only_test: true };
         ask_receiver::<FailoverReply>(context, &request, PATIENT)?;

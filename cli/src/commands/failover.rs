@@ -144,6 +144,9 @@ fn begin(context: &Context, args: &Args, group: &str) -> Outcome {
         };
         confirm(args.yes, &question, &again)?;
     }
+    if args.test {
+        takeover::claim_test(context, group)?;
+    }
     let began = SystemTime::now();
     let reply = go(false)?;
     let Some(plan) = plan else {
