@@ -72,8 +72,6 @@ pub async fn cut_over(
             Ok(FailbackReply { home, phase, epoch, sent_bytes, compared_bytes, pause_seconds, seconds, next, ..reply })
         }
         Err(Failed { why, unsure: true }) => {
-            // Nothing is served any more until a start has read what is on the disk.
-            context.slot.board().unsure = Some(format!("it runs here or at home: {why}"));
             let next = "put the disk of the receiver's state right and restart it: then it runs here or at home, and says which";
             Err(Problem::failed(what, why, next))
         }
@@ -176,6 +174,10 @@ async fn give_back(
         // Whether it is on the disk all the same is not known: what was is written again, before anybody writes here.
         let undone = context.registry.change_meta(&context.slot, |_| {}).await;
         let unsure = undone.is_err();
+        if unsure {
+            // With the desk in hand: whoever waits for it serves nothing any more, until a start has read what is on the disk.
+            context.slot.board().unsure = Some(format!("it runs here or at home: {}", refused.text));
+        }
         return Err(Failed { why: refused.text, unsure });
     }
     if !wanted {

@@ -129,10 +129,12 @@ impl Promotions {
     async fn serve_again(&self, context: &Context, desk: &Desk) -> Result<(), String> {
         let name = &context.slot.name;
         let Some(open) = &desk.open else { return Err("its files are not open".to_owned()) };
-        // Looked at with the desk in hand: it may have been undone, or its undoing begun, or it is served meanwhile.
+        // Looked at with the desk in hand: it may have been undone, or its undoing begun, or it is served meanwhile, or
+        // nobody knows any more who is right.
         let meta = context.meta();
         let Some(takeover) = meta.takeover else { return Ok(()) };
-        if lock(&self.served).contains_key(name) {
+        let unsure = context.slot.board().unsure.is_some();
+        if unsure || lock(&self.served).contains_key(name) {
             return Ok(());
         }
         if takeover.aborting {
