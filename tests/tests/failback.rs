@@ -396,6 +396,56 @@ fn given_up_in_the_cut_over() {
     assert_image(&promoted(&pair, 0), &image, "what runs here");
 }
 
+/// Whether the group was given back is not known, since its file cannot be written: nobody serves it until a start has read it.
+#[test]
+fn a_cut_over_that_cannot_be_written_down_serves_nothing() {
+    require_root();
+    let scratch = Scratch::disk();
+    let device = LoopDevice::new(&scratch, "volume", 16 << 20);
+    let (mut pair, _, held) = held_bed(&scratch, &device, "home-armed");
+    let image = image_of(&promoted(&pair, 0));
+    pair.recovery.varve(&["failback", "g", "--yes"]).ok();
+    std::fs::write(&held, "").unwrap();
+    let order = cut_over_in_the_background(&pair);
+    wait_until(LIMIT, "all but the last word", || pair.recovery.log(Role::Receiver).contains("waits here on request"));
+    let files = pair.recovery.root().join("var/lib/varve/receiver/groups/g");
+    // Longer than the receiver waits between two looks at what is missing: one of them waits for the desk now.
+    std::thread::sleep(Duration::from_secs(2));
+    // No file can be made there any more; those that are there can be written.
+    let immutable = Immutable::new(&files);
+    std::fs::remove_file(&held).unwrap();
+    let failed = order.join().unwrap();
+    let text = String::from_utf8_lossy(&failed.stderr).into_owned();
+    assert!(failed.status.code() == Some(1) && text.contains("restart it"), "{text}");
+    // And longer than the next looks take.
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(3) {
+        assert!(!promoted(&pair, 0).is_symlink(), "it is served");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(pair.recovery.group("g").unwrap()["authority"]["unsure"], true);
+    drop(immutable);
+    pair.recovery.restart(Role::Receiver);
+    wait_until(LIMIT, "served again", || promoted(&pair, 0).is_symlink());
+    assert_image(&promoted(&pair, 0), &image, "what runs here");
+}
+
+/// Nothing can be made or renamed in a directory, as on a disk that takes no more.
+struct Immutable<'a>(&'a Path);
+
+impl<'a> Immutable<'a> {
+    fn new(dir: &'a Path) -> Self {
+        run_ok("chattr", &["+i", dir.to_str().unwrap()]);
+        Self(dir)
+    }
+}
+
+impl Drop for Immutable<'_> {
+    fn drop(&mut self) {
+        run_ok("chattr", &["-i", self.0.to_str().unwrap()]);
+    }
+}
+
 /// The agent that was given the group never heard of it, and a takeover came and went: it comes home all the same.
 #[test]
 fn given_back_and_taken_over_before_it_was_heard() {
