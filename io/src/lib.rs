@@ -7,7 +7,7 @@
 //! |---|---|
 //! | [`aligned`] | memory that O_DIRECT accepts, and a bounded pool of it |
 //! | [`direct`] | one file or block device, read and written past the page cache |
-//! | [`uring`] | many reads or writes at queue depth, waited for as one call |
+//! | [`uring`] | many reads or writes at queue depth, waited for as one call; reads waited for one by one |
 //! | [`sparse`] | holes, zeroes, allocation |
 //! | [`crashsafe`] | file steps that survive power loss; one daemon per directory |
 //! | [`blockdev`] | what a block device is, who uses it, which disks are under a path |
@@ -35,7 +35,7 @@ pub use blockdev::BlockFacts;
 pub use crashsafe::DirLock;
 pub use direct::DirectFile;
 pub use error::IoError;
-pub use uring::IoQueue;
+pub use uring::{IoQueue, ReadAhead};
 
 /// The page size that all buffers and the tail rule of [`DirectFile`] use, in bytes.
 pub const PAGE_BYTES: usize = 4096;

@@ -15,8 +15,8 @@ pub const CUT_COPY_BYTES_MAX: usize = 64 << 10;
 pub const IMAGE_BYTES_WAITING_MAX: usize = 32 << 20;
 /// Probes that wait for the applier.
 pub const PROBES_WAITING_MAX: usize = 64;
-/// Probes that are read at once; as many more are digested meanwhile.
-pub const PROBES_AT_ONCE: usize = 2;
+/// Probes that are read at once; one is digested meanwhile.
+pub const PROBES_AT_ONCE: usize = 4;
 /// Plain bytes that the applier takes at once.
 pub const APPLY_BYTES_MAX: usize = 16 << 20;
 /// Stored bytes that the applier takes at once: half of the arenas, so that landing can go on meanwhile.

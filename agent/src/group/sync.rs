@@ -21,9 +21,9 @@ use varve_common::wire::messages::{Digest, ZERO_DIGEST};
 use varve_io::aligned::{BufPool, PooledBuf};
 use varve_io::direct::DirectFile;
 use varve_io::error::IoError;
-use varve_io::uring::IoQueue;
+use varve_io::uring::ReadAhead;
 
-/// Regions read with one call.
+/// Regions that are waited for or read at once.
 const READ_REGIONS_MAX: usize = 4;
 /// How long a region may have writes in flight before another one is tried first.
 const DRAIN_WAIT: Duration = Duration::from_millis(50);
@@ -211,14 +211,15 @@ impl SyncThread {
         out: mpsc::Sender<FromSync>,
     ) -> Result<Self, IoError> {
         let shared = Arc::new(SyncShared::new());
-        let queue = IoQueue::new(READ_REGIONS_MAX as u32)?;
+        let reads = ReadAhead::new(READ_REGIONS_MAX)?;
         let cursors = vec![0; volumes.len()];
         let mut reader = Reader {
             source,
             volumes,
             pool,
             out,
-            queue,
+            draining: VecDeque::with_capacity(READ_REGIONS_MAX),
+            reads,
             shared: shared.clone(),
             cursors,
             failed: false,
@@ -247,28 +248,35 @@ impl Drop for SyncThread {
     }
 }
 
-/// A buffer of the pool that all groups share, counted as this group's until it is dropped.
-struct GroupBuf {
+/// The used part of a buffer of the pool that all groups share. Counted as this group's until it is dropped.
+struct RegionBytes {
     buf: PooledBuf,
+    used: usize,
     _ours: Arc<()>,
 }
 
-/// The used part of a buffer.
-struct RegionBytes(GroupBuf, usize);
-
 impl AsRef<[u8]> for RegionBytes {
     fn as_ref(&self) -> &[u8] {
-        &self.0.buf[..self.1]
+        &self.buf[..self.used]
     }
 }
 
+/// A region that is registered, with a right to a buffer.
 struct Taken {
+    session: u64,
     id: RegionId,
     purpose: Purpose,
     volume: u16,
     region: u64,
     extent: Extent,
-    buf: GroupBuf,
+    ours: Arc<()>,
+}
+
+/// A region whose writes in flight are waited for, until when, and the buffer that it will be read into.
+struct Draining {
+    region: Taken,
+    until: Instant,
+    buf: PooledBuf,
 }
 
 struct Reader {
@@ -276,7 +284,8 @@ struct Reader {
     volumes: Vec<DirectFile>,
     pool: BufPool,
     out: mpsc::Sender<FromSync>,
-    queue: IoQueue,
+    draining: VecDeque<Draining>,
+    reads: ReadAhead<PooledBuf, Taken>,
     shared: Arc<SyncShared>,
     cursors: Vec<u64>,
     failed: bool,
@@ -287,29 +296,23 @@ struct Reader {
 impl Reader {
     fn run(&mut self) {
         while let Some(session) = self.wait_for_work() {
-            // The next regions are read while the ones before are digested.
-            let mut before = None;
+            let mut worked = false;
             loop {
-                let taken = self.take(session);
-                if taken.is_empty() {
-                    break;
-                }
-                if taken.iter().any(|region| self.source.track(usize::from(region.volume)).in_flight(region.region)) {
-                    // That may take a while.
-                    self.hand_over(before.take());
-                }
-                let drained = self.wait_drained(session, taken);
-                if drained.is_empty() {
-                    self.hand_over(before.take());
-                    std::thread::park_timeout(RETRY_PAUSE);
-                    continue;
-                }
-                match self.read(session, drained, before.take()) {
-                    Some(read) => before = Some(read),
-                    None => std::thread::park_timeout(RETRY_PAUSE),
+                self.take(session);
+                let put_back = self.drain();
+                // While this one is digested the others are read.
+                let read = self.next_read();
+                worked |= put_back > 0 || read.is_some();
+                match read {
+                    Some(Ok(read)) => self.hand_over(read),
+                    Some(Err(())) => std::thread::park_timeout(RETRY_PAUSE),
+                    None if !self.draining.is_empty() => std::thread::park_timeout(DRAIN_POLL),
+                    None if put_back > 0 => std::thread::park_timeout(RETRY_PAUSE),
+                    None => break,
                 }
             }
-            if !self.hand_over(before) {
+            if !worked {
+                // There is something to read, and no buffer for it, or it is in somebody's hands.
                 std::thread::park_timeout(DRAIN_POLL);
             }
         }
@@ -338,32 +341,31 @@ impl Reader {
         }
     }
 
-    fn take(&mut self, session: u64) -> Vec<Taken> {
-        let mut taken = Vec::with_capacity(READ_REGIONS_MAX);
-        while taken.len() < READ_REGIONS_MAX {
-            let in_hand = self.shared.in_hand() as usize;
-            if in_hand >= SYNC_REGIONS_MAX {
+    /// Takes and registers as many regions as may be read at once.
+    fn take(&mut self, session: u64) {
+        while self.draining.len() + self.reads.len() < READ_REGIONS_MAX {
+            if self.shared.in_hand() as usize >= SYNC_REGIONS_MAX {
                 break;
             }
-            let Some(buf) = self.take_buffer() else { break };
+            let Some((buf, ours)) = self.take_buffer() else { break };
             let Some((purpose, volume, region)) = self.take_region(session) else { break };
             let extent = region_extent(region, self.volumes[usize::from(volume)].len());
             let id = {
                 let mut tracker = lock(&self.shared.tracker);
                 tracker.register(volume, extent, self.source.stream().producer())
             };
-            taken.push(Taken { id, purpose, volume, region, extent, buf });
+            let region = Taken { session, id, purpose, volume, region, extent, ours };
+            self.draining.push_back(Draining { region, until: Instant::now() + DRAIN_WAIT, buf });
         }
-        taken
     }
 
     /// Not all: a group whose receiver does not listen keeps what it has, and the others go on. (What is read, digested and asked
     /// about at once takes most of them.)
-    fn take_buffer(&self) -> Option<GroupBuf> {
+    fn take_buffer(&self) -> Option<(PooledBuf, Arc<()>)> {
         if Arc::strong_count(&self.ours) > (self.pool.count() * 3 / 4).max(1) {
             return None;
         }
-        self.pool.take().map(|buf| GroupBuf { buf, _ours: self.ours.clone() })
+        self.pool.take().map(|buf| (buf, self.ours.clone()))
     }
 
     /// A dirty region (its bit is cleared, `in_hand` counts it) or one to compare.
@@ -397,25 +399,28 @@ impl Reader {
         from(self.cursors[number]).find(free).or_else(|| from(0).find(free))
     }
 
-    /// Waits until none of the regions has a write in flight; those that stay busy go back.
-    fn wait_drained(&mut self, session: u64, taken: Vec<Taken>) -> Vec<Taken> {
-        let deadline = Instant::now() + DRAIN_WAIT;
-        let mut drained = Vec::with_capacity(taken.len());
-        for region in taken {
-            let track = self.source.track(usize::from(region.volume));
-            while track.in_flight(region.region) && Instant::now() < deadline {
-                std::thread::park_timeout(DRAIN_POLL);
-            }
-            if track.in_flight(region.region) {
-                self.put_back(session, region);
+    /// Starts reading the regions that have no write in flight any more; those that stay busy for too long go back. Gives how many
+    /// did.
+    fn drain(&mut self) -> usize {
+        let mut put_back = 0;
+        for _ in 0..self.draining.len() {
+            let Some(Draining { region, until, buf }) = self.draining.pop_front() else { break };
+            let volume = usize::from(region.volume);
+            if !self.source.track(volume).in_flight(region.region) {
+                let read = (volume, region.extent.start, 0..region.extent.len() as usize);
+                let files: Vec<&DirectFile> = self.volumes.iter().collect();
+                self.reads.start(&files, &[read], buf, region);
+            } else if Instant::now() < until {
+                self.draining.push_back(Draining { region, until, buf });
             } else {
-                drained.push(region);
+                self.put_back(region);
+                put_back += 1;
             }
         }
-        drained
+        put_back
     }
 
-    fn put_back(&self, session: u64, taken: Taken) {
+    fn put_back(&self, taken: Taken) {
         lock(&self.shared.tracker).forget(taken.id);
         match taken.purpose {
             Purpose::Send => {
@@ -425,76 +430,51 @@ impl Reader {
                 self.shared.done();
             }
             Purpose::Compare => {
-                let busy = FromSync::Busy { volume: taken.volume, region: taken.region, session };
+                let busy = FromSync::Busy { volume: taken.volume, region: taken.region, session: taken.session };
                 // The worker is gone only when the group ends.
                 let _ = self.out.blocking_send(busy);
             }
         }
     }
 
-    /// Reads the regions, and hands over the ones that were read before. `None`: they could not be read and went back.
-    fn read(&mut self, session: u64, mut taken: Vec<Taken>, before: Option<Batch>) -> Option<Batch> {
-        let Self { queue, volumes, out, shared, .. } = self;
-        let files: Vec<&DirectFile> = volumes.iter().collect();
-        let mut reads: Vec<(usize, u64, &mut [u8])> = taken
-            .iter_mut()
-            .map(|region| {
-                let bytes = region.extent.len() as usize;
-                (usize::from(region.volume), region.extent.start, &mut region.buf.buf[..bytes])
-            })
-            .collect();
-        let outcome = queue.read_batch_while(&files, &mut reads, || {
-            if let Some(before) = before {
-                before.hand_over(shared, out);
+    /// Waits for a region that is being read; `None` if there is none. One that could not be read went back.
+    fn next_read(&mut self) -> Option<Result<Read, ()>> {
+        let files: Vec<&DirectFile> = self.volumes.iter().collect();
+        let (buf, region, result) = self.reads.next(&files)?;
+        match result {
+            Ok(()) => {
+                self.failed = false;
+                Some(Ok(Read { read_end: self.source.stream().producer(), region, buf }))
             }
-        });
-        drop(reads);
-        if let Err(error) = outcome {
-            let volume = taken.first().map_or(0, |region| region.volume);
-            if !std::mem::replace(&mut self.failed, true) {
-                let _ = self.out.blocking_send(FromSync::Failed { volume, error });
+            Err(error) => {
+                if !std::mem::replace(&mut self.failed, true) {
+                    let _ = self.out.blocking_send(FromSync::Failed { volume: region.volume, error });
+                }
+                drop(buf);
+                self.put_back(region);
+                Some(Err(()))
             }
-            for region in taken {
-                self.put_back(session, region);
-            }
-            return None;
         }
-        self.failed = false;
-        Some(Batch { session, regions: taken, read_end: self.source.stream().producer() })
     }
 
-    /// Whether there was something to hand over.
-    fn hand_over(&self, batch: Option<Batch>) -> bool {
-        let Some(batch) = batch else { return false };
-        batch.hand_over(&self.shared, &self.out);
-        true
+    /// Digests a region and gives it to the worker, which is gone only when the group ends.
+    fn hand_over(&self, read: Read) {
+        let Read { region: Taken { session, id, purpose, volume, region, extent, ours }, buf, read_end } = read;
+        let fresh = lock(&self.shared.orders).fresh.get(usize::from(volume)).copied().unwrap_or(false);
+        let used = extent.len() as usize;
+        let digests = digests(&buf[..used], purpose == Purpose::Compare || !fresh);
+        let bytes = Bytes::from_owner(RegionBytes { buf, used, _ours: ours });
+        let read = RegionRead { id, session, purpose, volume, region, extent, bytes, digests, read_end };
+        let _ = self.out.blocking_send(FromSync::Read(read));
     }
 }
 
-/// Regions that were read together, not digested yet.
-struct Batch {
-    session: u64,
-    regions: Vec<Taken>,
+/// A region that was read, not digested yet.
+struct Read {
+    region: Taken,
+    buf: PooledBuf,
     /// See [`RegionRead::read_end`].
     read_end: u64,
-}
-
-impl Batch {
-    /// Digests the regions and gives them to the worker, which is gone only when the group ends.
-    fn hand_over(self, shared: &SyncShared, out: &mpsc::Sender<FromSync>) {
-        let Self { session, regions, read_end } = self;
-        for region in regions {
-            let fresh = lock(&shared.orders).fresh.get(usize::from(region.volume)).copied().unwrap_or(false);
-            let wanted = region.purpose == Purpose::Compare || !fresh;
-            let digests = digests(&region.buf.buf[..region.extent.len() as usize], wanted);
-            let Taken { id, purpose, volume, region, extent, buf } = region;
-            let bytes = Bytes::from_owner(RegionBytes(buf, extent.len() as usize));
-            let read = RegionRead { id, session, purpose, volume, region, extent, bytes, digests, read_end };
-            if out.blocking_send(FromSync::Read(read)).is_err() {
-                return;
-            }
-        }
-    }
 }
 
 /// A digest per block. Without `wanted` only zeroes are told apart.

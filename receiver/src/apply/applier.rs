@@ -5,7 +5,7 @@ use super::collect::{Batch, Cursor, Ended};
 use super::history::{History, Whose, stage_bytes};
 use super::mark::AppliedFile;
 use super::plan::{BatchPlan, Piece, Source, Stamp};
-use super::probe::Round;
+use super::probe::Probes;
 use super::replica::{Reading, Replicas};
 use super::work::{Action, Answer, Answered, Given, Queue};
 use crate::failpoint;
@@ -65,7 +65,7 @@ pub(super) struct Unsynced {
 struct Scratch {
     batch: Batch,
     part: BatchPlan,
-    probes: Option<[Round; 2]>,
+    probes: Option<Probes>,
 }
 
 impl Applier {
@@ -232,24 +232,24 @@ impl Applier {
         unsynced: &Unsynced,
         scratch: &mut Scratch,
     ) -> Result<(), Failure> {
-        let [ahead, before] = scratch.probes.get_or_insert_default();
+        let probes = match &mut scratch.probes {
+            Some(probes) => probes,
+            none => none.insert(Probes::new().map_err(|e| Failure::io("io_uring", &e))?),
+        };
+        let list = self.replicas.all();
         let mut first = Some((probe, answer));
         loop {
             // What is written and not synced does not wait for all of them.
             let next = || (!self.is_sync_due(unsynced)).then(|| self.queue.take_probe()).flatten();
-            while !ahead.is_full()
+            while !probes.is_full()
                 && let Some((probe, answer)) = first.take().or_else(next)
             {
-                let volume = probe.volume;
-                let replica = self.replicas.get(volume).ok_or_else(|| Failure::damaged("a probe of no volume"))?;
-                ahead.add(replica, probe, answer).map_err(|e| Failure::io(&format!("replica {volume}"), &e))?;
+                probes.add(list, probe, answer)?;
             }
-            ahead.read(&mut self.replicas.split().0, || before.answer())?;
-            self.live.answered();
-            if ahead.is_empty() {
+            if !probes.answer(list)? {
                 return Ok(());
             }
-            std::mem::swap(ahead, before);
+            self.live.answered();
         }
     }
 

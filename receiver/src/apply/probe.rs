@@ -1,6 +1,6 @@
 //! Digests of what a replica holds, compared with those of the source.
 
-use super::replica::{Reading, Replica};
+use super::replica::Replica;
 use super::work::{Answer, Answered};
 use crate::failure::Failure;
 use crate::limits::PROBES_AT_ONCE;
@@ -8,7 +8,7 @@ use varve_common::format::BLOCK_BYTES;
 use varve_common::limits::{DIGEST_BLOCK_BYTES, DIGESTS_PER_REGION, REGION_BYTES};
 use varve_common::wire::digest::block_digest;
 use varve_common::wire::messages::{Probe, ProbeReply, ZERO_DIGEST};
-use varve_io::{AlignedBuf, IoError, sparse};
+use varve_io::{AlignedBuf, DirectFile, IoError, ReadAhead, sparse};
 
 /// Why a probe cannot be about these volumes; `None` if it can.
 pub fn objection(probe: &Probe, volumes: &[u64]) -> Option<String> {
@@ -30,10 +30,10 @@ pub fn objection(probe: &Probe, volumes: &[u64]) -> Option<String> {
     None
 }
 
-/// Probes that are compared together: first their regions are read, then they are digested and answered.
-pub struct Round {
-    asked: Vec<Asked>,
-    buf: AlignedBuf,
+/// Probes that are being compared: the regions of some are read while one is digested and answered.
+pub struct Probes {
+    reads: ReadAhead<AlignedBuf, Asked>,
+    free: Vec<AlignedBuf>,
 }
 
 /// A probe that passed [`objection`].
@@ -44,82 +44,85 @@ struct Asked {
     data: u16,
 }
 
-impl Default for Round {
-    fn default() -> Self {
-        let asked = Vec::with_capacity(PROBES_AT_ONCE);
-        Self { asked, buf: AlignedBuf::new(PROBES_AT_ONCE * REGION_BYTES as usize) }
-    }
-}
-
-impl Round {
-    /// Whether nothing is to be compared.
-    pub fn is_empty(&self) -> bool {
-        self.asked.is_empty()
+impl Probes {
+    /// None yet.
+    pub fn new() -> Result<Self, IoError> {
+        let free = (0..PROBES_AT_ONCE).map(|_| AlignedBuf::new(REGION_BYTES as usize)).collect();
+        Ok(Self { reads: ReadAhead::new(PROBES_AT_ONCE)?, free })
     }
 
     /// Whether no more fit.
     pub fn is_full(&self) -> bool {
-        self.asked.len() == PROBES_AT_ONCE
+        self.free.is_empty()
     }
 
-    /// Takes a probe of this replica's volume.
-    pub fn add(&mut self, replica: &Replica, probe: Probe, answer: Answer) -> Result<(), IoError> {
-        debug_assert!(!self.is_full() && probe.digests.len() <= DIGESTS_PER_REGION);
-        let (file, mut data) = (replica.file(), 0);
-        let mut next = sparse::next_data(file, probe.offset)?;
-        for number in 0..probe.digests.len() {
-            let (start, stop) = block(&probe, number);
-            while next.is_some_and(|(_, data_end)| data_end <= start) {
-                next = sparse::next_data(file, start)?;
+    /// Begins to read what a probe is about. No write to it may be under way.
+    pub fn add(&mut self, list: &[Replica], probe: Probe, answer: Answer) -> Result<(), Failure> {
+        debug_assert!(probe.digests.len() <= DIGESTS_PER_REGION);
+        let (Some(replica), Some(buf)) = (list.get(usize::from(probe.volume)), self.free.pop()) else {
+            return Err(Failure::damaged("a probe of no volume, or one too many"));
+        };
+        let data = data_blocks(replica.file(), &probe).map_err(|e| failed(probe.volume, &e))?;
+        let (len, mut reads, mut number) = (replica.file().len(), Vec::new(), 0);
+        while number < probe.digests.len() {
+            let first = number;
+            while number < probe.digests.len() && data & (1 << number) != 0 {
+                number += 1;
             }
-            data |= u16::from(next.is_some_and(|(data_start, _)| data_start < stop)) << number;
+            if number > first {
+                let (start, stop) = (block(&probe, first).0, block(&probe, number - 1).1);
+                // A device may be larger than the volume, in sectors that the volume's end does not fill.
+                let stop = stop.next_multiple_of(BLOCK_BYTES as u64).min(len);
+                let range = (start - probe.offset) as usize..(stop - probe.offset) as usize;
+                reads.push((usize::from(probe.volume), start, range));
+            }
+            number += 1;
         }
-        self.asked.push(Asked { probe, answer, data });
+        self.reads.start(&files(list), &reads, buf, Asked { probe, answer, data });
         Ok(())
     }
 
-    /// Reads what is to be compared; `meanwhile` is done while the disk is at work.
-    pub fn read(&mut self, replicas: &mut Reading<'_>, meanwhile: impl FnOnce()) -> Result<(), Failure> {
-        let mut reads = Vec::with_capacity(self.asked.len() * 2);
-        for (Asked { probe, data, .. }, region) in self.asked.iter().zip(self.buf.chunks_mut(REGION_BYTES as usize)) {
-            let len = replicas.get(probe.volume).map_or(0, |replica| replica.file().len());
-            let (mut rest, mut at, mut number) = (region, probe.offset, 0);
-            while number < probe.digests.len() {
-                let first = number;
-                while number < probe.digests.len() && data & (1 << number) != 0 {
-                    number += 1;
-                }
-                if number > first {
-                    let (start, stop) = (block(probe, first).0, block(probe, number - 1).1);
-                    // A device may be larger than the volume, in sectors that the volume's end does not fill.
-                    let stop = stop.next_multiple_of(BLOCK_BYTES as u64).min(len);
-                    let (here, after) =
-                        rest.split_at_mut((start - at) as usize).1.split_at_mut((stop - start) as usize);
-                    (rest, at) = (after, stop);
-                    reads.push((probe.volume, start, here));
-                }
-                number += 1;
-            }
+    /// Waits for one that is read, digests it and answers: bit *i* is set if digest block *i* differs. Gives whether there was one.
+    pub fn answer(&mut self, list: &[Replica]) -> Result<bool, Failure> {
+        let Some((region, Asked { probe, answer, data }, result)) = self.reads.next(&files(list)) else {
+            return Ok(false);
+        };
+        result.map_err(|e| failed(probe.volume, &e))?;
+        let mut differs = 0;
+        for (number, theirs) in probe.digests.iter().enumerate() {
+            let (start, stop) = block(&probe, number);
+            let ours = match data & (1 << number) {
+                0 => ZERO_DIGEST,
+                _ => block_digest(&region[(start - probe.offset) as usize..(stop - probe.offset) as usize]),
+            };
+            differs |= u16::from(ours != *theirs) << number;
         }
-        replicas.read_while(&mut reads, meanwhile)
+        self.free.push(region);
+        answer.send(Answered::Probe(ProbeReply { id: probe.id, differs }));
+        Ok(true)
     }
+}
 
-    /// Digests what was read and answers: bit *i* is set if digest block *i* differs.
-    pub fn answer(&mut self) {
-        for (Asked { probe, answer, data }, region) in self.asked.drain(..).zip(self.buf.chunks(REGION_BYTES as usize))
-        {
-            let mut differs = 0;
-            for (number, theirs) in probe.digests.iter().enumerate() {
-                let (start, stop) = block(&probe, number);
-                let ours = match data & (1 << number) {
-                    0 => ZERO_DIGEST,
-                    _ => block_digest(&region[(start - probe.offset) as usize..(stop - probe.offset) as usize]),
-                };
-                differs |= u16::from(ours != *theirs) << number;
-            }
-            answer.send(Answered::Probe(ProbeReply { id: probe.id, differs }));
+/// Bit *i*: digest block *i* of the probe is not all hole.
+fn data_blocks(file: &DirectFile, probe: &Probe) -> Result<u16, IoError> {
+    let mut data = 0;
+    let mut next = sparse::next_data(file, probe.offset)?;
+    for number in 0..probe.digests.len() {
+        let (start, stop) = block(probe, number);
+        while next.is_some_and(|(_, data_end)| data_end <= start) {
+            next = sparse::next_data(file, start)?;
         }
+        data |= u16::from(next.is_some_and(|(data_start, _)| data_start < stop)) << number;
     }
+    Ok(data)
+}
+
+fn files(list: &[Replica]) -> Vec<&DirectFile> {
+    list.iter().map(Replica::file).collect()
+}
+
+fn failed(volume: u16, error: &IoError) -> Failure {
+    Failure::io(&format!("replica {volume}"), error)
 }
 
 /// Where a probe's digest block begins and ends.
@@ -134,7 +137,6 @@ const _: () = assert!(DIGESTS_PER_REGION <= u16::BITS as usize);
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
-    use crate::apply::replica::Replicas;
     use crate::apply::work::Waiting;
     use rand::rngs::StdRng;
     use rand::{Rng, SeedableRng};
@@ -142,7 +144,6 @@ mod tests {
     use std::os::unix::fs::FileExt;
     use std::sync::Arc;
     use tokio::sync::mpsc;
-    use varve_io::DirectFile;
 
     const VOLUME_BYTES: u64 = (7 << 20) + 68 * 1024 + 512;
 
@@ -166,10 +167,10 @@ mod tests {
         }
         let bytes = std::fs::read(&path).unwrap();
         let replica = Replica::new(DirectFile::open_rw(&path).unwrap(), VOLUME_BYTES);
-        let mut replicas = Replicas::new(vec![replica]).unwrap();
+        let list = &[replica];
         let (to, mut answers) = mpsc::unbounded_channel();
         let waiting = Arc::new(Waiting::default());
-        let [mut ahead, mut before] = <[Round; 2]>::default();
+        let mut probes = Probes::new().unwrap();
         let mut expected = Vec::new();
         for id in 0..60 {
             let offset = rng.random_range(0..VOLUME_BYTES / REGION_BYTES + 1) * REGION_BYTES;
@@ -187,15 +188,20 @@ mod tests {
             expected.push(Answered::Probe(ProbeReply { id, differs }));
             let probe = Probe { id, volume: 0, offset, length: length as u32, digests };
             assert_eq!(objection(&probe, &[VOLUME_BYTES]), None);
-            ahead.add(replicas.get(0).unwrap(), probe, Answer::for_probe(to.clone(), waiting.clone())).unwrap();
-            if ahead.is_full() || rng.random_bool(0.3) {
-                ahead.read(&mut replicas.split().0, || before.answer()).unwrap();
-                std::mem::swap(&mut ahead, &mut before);
+            while probes.is_full() || rng.random_bool(0.3) {
+                if !probes.answer(list).unwrap() {
+                    break;
+                }
             }
+            probes.add(list, probe, Answer::for_probe(to.clone(), waiting.clone())).unwrap();
         }
-        ahead.read(&mut replicas.split().0, || before.answer()).unwrap();
-        ahead.answer();
-        let answered: Vec<_> = std::iter::from_fn(|| answers.try_recv().ok()).collect();
+        while probes.answer(list).unwrap() {}
+        // In the order in which the disk answers.
+        let mut answered: Vec<_> = std::iter::from_fn(|| answers.try_recv().ok()).collect();
+        answered.sort_by_key(|answered| match answered {
+            Answered::Probe(reply) => reply.id,
+            Answered::Image(done) => done.id,
+        });
         assert_eq!(answered, expected, "seed {seed}");
         assert_eq!(waiting.probes.load(std::sync::atomic::Ordering::Acquire), 0);
     }

@@ -121,6 +121,11 @@ impl Replicas {
         (Reading { list: &self.list, queue: &mut self.queue, joined: &mut self.joined }, &mut self.writer)
     }
 
+    /// All of them, in the order of their volumes.
+    pub fn all(&self) -> &[Replica] {
+        &self.list
+    }
+
     /// The replica of a volume.
     pub fn get(&self, volume: u16) -> Option<&Replica> {
         self.list.get(usize::from(volume))
@@ -207,13 +212,6 @@ impl<'a> Reading<'a> {
             }
         }
         Ok(())
-    }
-
-    /// Fills each buffer with a request of its own, and does `meanwhile` while the disk is at work.
-    pub fn read_while(&mut self, reads: &mut [(u16, u64, &mut [u8])], meanwhile: impl FnOnce()) -> Result<(), Failure> {
-        let files: Vec<&DirectFile> = self.list.iter().map(|replica| &replica.file).collect();
-        let mut batch = numbered(reads);
-        self.queue.read_batch_while(&files, &mut batch, meanwhile).map_err(|e| Failure::io("a replica", &e))
     }
 
     /// The first byte from `at` on that may be something else than zero; `None`: there is none.

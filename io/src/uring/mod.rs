@@ -1,4 +1,4 @@
-//! Many reads or writes at queue depth, waited for as one call.
+//! Many reads or writes at queue depth, waited for as one call; or reads waited for one by one ([`ReadAhead`]).
 //!
 //! Ownership: the slices of a batch are *borrowed* for the call, and the call does not end, neither by
 //! return nor by unwinding, before the kernel has completed every request that names one of them. That is what makes
@@ -6,6 +6,8 @@
 //! `Drop` waits for them; if even waiting is impossible, it aborts the process, since borrowed memory
 //! cannot be leaked in the way that owned memory could.
 #![allow(unsafe_code)]
+
+mod read_ahead;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -17,6 +19,8 @@ use nix::libc;
 use crate::direct::{DirectFile, Route};
 use crate::error::IoError;
 use crate::fallback;
+
+pub use read_ahead::{OwnedBuf, ReadAhead};
 
 /// The most requests that are in flight at once.
 pub const DEPTH_MAX: u32 = 4096;
@@ -69,6 +73,95 @@ impl Verb {
     }
 }
 
+impl Part {
+    /// Books one completion; whether the part is complete.
+    fn settle(&mut self, verb: Verb, file: &DirectFile, result: i32) -> Result<bool, IoError> {
+        let (left, at) = (self.bytes - self.done, self.offset + self.done as u64);
+        match usize::try_from(result) {
+            // As in DirectFile: whole units of progress, or it is the end.
+            Ok(n) if n >= self.unit && n <= left => {
+                self.done += n - n % self.unit;
+                Ok(self.done == self.bytes)
+            }
+            Ok(n) => Err(file.short(verb.text(), left, at, n)),
+            Err(_) if matches!(-result, libc::EAGAIN | libc::EINTR) && self.retries < RETRIES_MAX => {
+                self.retries += 1;
+                Ok(false)
+            }
+            Err(_) => Err(file.failed(verb.text(), left, at, io::Error::from_raw_os_error(-result))),
+        }
+    }
+}
+
+/// Divides a request into parts.
+fn plan(
+    verb: Verb,
+    files: &[&DirectFile],
+    index: usize,
+    offset: u64,
+    address: usize,
+    len: usize,
+    mut push: impl FnMut(Part),
+) -> Result<(), IoError> {
+    let Some(file) = files.get(index) else {
+        let why = format!("the batch names file {index} of {}", files.len());
+        return Err(IoError::refused("issue", "io_uring", io::ErrorKind::InvalidInput, why));
+    };
+    let Route { head } = file.route(verb.text(), address, len, offset)?;
+    for (tail, from, to) in [(false, 0, head), (true, head, len)] {
+        let (fd, unit) = (file.fd(tail).as_raw_fd(), file.unit(tail));
+        for start in (from..to).step_by(PART_BYTES_MAX) {
+            push(Part {
+                file: index,
+                fd,
+                unit,
+                address: address + start,
+                bytes: PART_BYTES_MAX.min(to - start),
+                offset: offset + start as u64,
+                done: 0,
+                retries: 0,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// An io_uring for a thread that only looks at completions when it enters the kernel anyway, so that it need not be interrupted
+/// for each of them. Kernels before 5.19 do not know the flag. `None`: this host has no io_uring, or forbids it.
+fn ring(depth: u32) -> Result<Option<IoUring>, IoError> {
+    let ring = match IoUring::builder().setup_coop_taskrun().build(depth) {
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => IoUring::new(depth),
+        other => other,
+    };
+    match ring {
+        Ok(ring) => Ok(Some(ring)),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EACCES)) => {
+            tracing::warn!(error = %e, "no io_uring on this host (sysctl kernel.io_uring_disabled?): slower I/O by threads");
+            Ok(None)
+        }
+        Err(e) => Err(IoError::new(format!("set up (depth {depth})"), "io_uring", e)),
+    }
+}
+
+/// Submits what is queued and waits for at least one completion. Waiting for a quarter or half of the
+/// depth was no faster (measured at depth 32 and 128 on virtio; nor were registered files).
+fn enter(ring: &mut IoUring, in_flight: usize) {
+    match ring.submit_and_wait(1) {
+        Ok(_) => {}
+        Err(e) => match e.raw_os_error() {
+            Some(libc::EINTR) => {}
+            // Short of memory, or too many completions not fetched: fetch them, then try again. Without
+            // a limit, as a plain write to a disk that hangs also has none.
+            Some(libc::EAGAIN | libc::EBUSY | libc::ENOMEM) => std::thread::sleep(Duration::from_millis(1)),
+            _ => {
+                tracing::error!(error = %e, in_flight, "io_uring cannot be waited for");
+                // To return would free memory that the kernel may still write to.
+                std::process::abort();
+            }
+        },
+    }
+}
+
 impl IoQueue {
     /// A queue that keeps up to `depth` requests in flight (1 to [`DEPTH_MAX`]; others are brought into range).
     /// Where the kernel has no io_uring or forbids it (ENOSYS, EPERM, EACCES: `sysctl
@@ -78,20 +171,7 @@ impl IoQueue {
     /// If the kernel refuses a ring for another reason, as ENOMEM under a memlock limit.
     pub fn new(depth: u32) -> Result<Self, IoError> {
         let depth = depth.clamp(1, DEPTH_MAX);
-        // Completions are only looked at when this thread enters the kernel anyway, so it need not be
-        // interrupted for each of them. Kernels before 5.19 do not know the flag.
-        let ring = match IoUring::builder().setup_coop_taskrun().build(depth) {
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => IoUring::new(depth),
-            other => other,
-        };
-        match ring {
-            Ok(ring) => Ok(Self { ring: Some(ring), ..Self::without_ring(depth) }),
-            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EACCES)) => {
-                tracing::warn!(error = %e, "no io_uring on this host (sysctl kernel.io_uring_disabled?): slower I/O by threads");
-                Ok(Self::without_ring(depth))
-            }
-            Err(e) => Err(IoError::new(format!("set up (depth {depth})"), "io_uring", e)),
-        }
+        Ok(Self { ring: ring(depth)?, ..Self::without_ring(depth) })
     }
 
     /// A queue that works by threads. Up to 16 requests run at once.
@@ -124,7 +204,7 @@ impl IoQueue {
         if self.ring.is_none() {
             return fallback::write_batch(files, writes, self.depth);
         }
-        self.run(Verb::Write, files, None)
+        self.run(Verb::Write, files)
     }
 
     /// Fills every buffer of (index into `files`, offset, buffer).
@@ -132,44 +212,15 @@ impl IoQueue {
     /// # Errors
     /// As [`IoQueue::write_batch`]; the buffers' content is then undefined (but initialised).
     pub fn read_batch(&mut self, files: &[&DirectFile], reads: &mut [(usize, u64, &mut [u8])]) -> Result<(), IoError> {
-        self.plan_reads(files, reads)?;
-        if self.ring.is_none() {
-            return fallback::read_batch(files, reads, self.depth);
-        }
-        self.run(Verb::Read, files, None)
-    }
-
-    /// As [`IoQueue::read_batch`], and does `meanwhile` (in any case, once) while the disks are at work.
-    ///
-    /// # Errors
-    /// As [`IoQueue::read_batch`].
-    pub fn read_batch_while(
-        &mut self,
-        files: &[&DirectFile],
-        reads: &mut [(usize, u64, &mut [u8])],
-        meanwhile: impl FnOnce(),
-    ) -> Result<(), IoError> {
-        let mut meanwhile = Some(meanwhile);
-        let mut work = || {
-            if let Some(work) = meanwhile.take() {
-                work();
-            }
-        };
-        let result = self.plan_reads(files, reads).and_then(|()| match self.ring {
-            Some(_) => self.run(Verb::Read, files, Some(&mut work)),
-            None => fallback::read_batch(files, reads, self.depth),
-        });
-        work();
-        result
-    }
-
-    fn plan_reads(&mut self, files: &[&DirectFile], reads: &mut [(usize, u64, &mut [u8])]) -> Result<(), IoError> {
         self.parts.clear();
         for (file, offset, buf) in reads.iter_mut() {
             let len = buf.len();
             self.plan(Verb::Read, files, *file, *offset, buf.as_mut_ptr().expose_provenance(), len)?;
         }
-        Ok(())
+        if self.ring.is_none() {
+            return fallback::read_batch(files, reads, self.depth);
+        }
+        self.run(Verb::Read, files)
     }
 
     fn plan(
@@ -181,32 +232,12 @@ impl IoQueue {
         address: usize,
         len: usize,
     ) -> Result<(), IoError> {
-        let Some(file) = files.get(index) else {
-            let why = format!("the batch names file {index} of {}", files.len());
-            return Err(IoError::refused("issue", "io_uring", io::ErrorKind::InvalidInput, why));
-        };
-        let Route { head } = file.route(verb.text(), address, len, offset)?;
-        for (tail, from, to) in [(false, 0, head), (true, head, len)] {
-            let (fd, unit) = (file.fd(tail).as_raw_fd(), file.unit(tail));
-            for start in (from..to).step_by(PART_BYTES_MAX) {
-                self.parts.push(Part {
-                    file: index,
-                    fd,
-                    unit,
-                    address: address + start,
-                    bytes: PART_BYTES_MAX.min(to - start),
-                    offset: offset + start as u64,
-                    done: 0,
-                    retries: 0,
-                });
-            }
-        }
-        Ok(())
+        plan(verb, files, index, offset, address, len, |part| self.parts.push(part))
     }
 
-    /// Issues `self.parts`, does `meanwhile`, and waits for all. The memory that they name must stay borrowed by the caller's
-    /// caller for the whole call: only `write_batch`, `read_batch` and `read_batch_while` call this, with their arguments alive.
-    fn run(&mut self, verb: Verb, files: &[&DirectFile], meanwhile: Option<&mut dyn FnMut()>) -> Result<(), IoError> {
+    /// Issues `self.parts` and waits for all. The memory that they name must stay borrowed by the caller's
+    /// caller for the whole call: only `write_batch` and `read_batch` call this, with their arguments alive.
+    fn run(&mut self, verb: Verb, files: &[&DirectFile]) -> Result<(), IoError> {
         let Some(ring) = &mut self.ring else { return Ok(()) };
         self.again.clear();
         let mut run = Run {
@@ -218,18 +249,12 @@ impl IoQueue {
             in_flight: 0,
             error: None,
         };
-        if let Some(work) = meanwhile {
-            while run.issue(verb) {}
-            // What is not taken now is submitted again by `enter`, which looks at errors.
-            let _ = run.ring.submit();
-            work();
-        }
         loop {
             while run.error.is_none() && run.issue(verb) {}
             if run.in_flight == 0 {
                 break;
             }
-            run.enter();
+            enter(run.ring, run.in_flight);
             run.reap(verb, files);
         }
         let result = run.error.take().map_or(Ok(()), Err);
@@ -266,8 +291,8 @@ impl Run<'_> {
             None => return false,
         };
         let entry = entry(verb, &self.parts[index]).user_data(index as u64);
-        // SAFETY: `entry` names bytes inside a slice that `write_batch` (shared) or `read_batch` and its like
-        // (exclusive) have borrowed until it ends (`plan` took address and length from the slice, `done` never
+        // SAFETY: `entry` names bytes inside a slice that `write_batch` (shared) or `read_batch`
+        // (exclusive) has borrowed until it ends (`plan` took address and length from the slice, `done` never
         // passes `bytes`). It ends only after `in_flight` is back at zero: `run` loops until then, and
         // `Drop` does if `run` unwinds. The descriptor is open as long: `files` is borrowed, too.
         let pushed = unsafe { self.ring.submission().push(&entry) };
@@ -277,58 +302,20 @@ impl Run<'_> {
         true
     }
 
-    /// Submits what is queued and waits for at least one completion. Waiting for a quarter or half of the
-    /// depth was no faster (measured at depth 32 and 128 on virtio; nor were registered files).
-    fn enter(&mut self) {
-        match self.ring.submit_and_wait(1) {
-            Ok(_) => {}
-            Err(e) => match e.raw_os_error() {
-                Some(libc::EINTR) => {}
-                // Short of memory, or too many completions not fetched: fetch them, then try again. Without
-                // a limit, as a plain write to a disk that hangs also has none.
-                Some(libc::EAGAIN | libc::EBUSY | libc::ENOMEM) => std::thread::sleep(Duration::from_millis(1)),
-                _ => {
-                    tracing::error!(error = %e, in_flight = self.in_flight, "io_uring cannot be waited for");
-                    // To return would free memory that the kernel may still write to.
-                    std::process::abort();
-                }
-            },
-        }
-    }
-
     /// Takes all completions that are there.
     fn reap(&mut self, verb: Verb, files: &[&DirectFile]) {
         loop {
             let Some(completion) = self.ring.completion().next() else { return };
             self.in_flight -= 1;
             let index = completion.user_data() as usize;
-            match self.settle(verb, files, index, completion.result()) {
+            let part = &mut self.parts[index];
+            match part.settle(verb, files[part.file], completion.result()) {
                 Ok(true) => {}
                 Ok(false) => self.again.push(index),
                 Err(error) => {
                     self.error.get_or_insert(error);
                 }
             }
-        }
-    }
-
-    /// Books one completion; whether the part is complete.
-    fn settle(&mut self, verb: Verb, files: &[&DirectFile], index: usize, result: i32) -> Result<bool, IoError> {
-        let part = &mut self.parts[index];
-        let (left, at) = (part.bytes - part.done, part.offset + part.done as u64);
-        let file = files[part.file];
-        match usize::try_from(result) {
-            // As in DirectFile: whole units of progress, or it is the end.
-            Ok(n) if n >= part.unit && n <= left => {
-                part.done += n - n % part.unit;
-                Ok(part.done == part.bytes)
-            }
-            Ok(n) => Err(file.short(verb.text(), left, at, n)),
-            Err(_) if matches!(-result, libc::EAGAIN | libc::EINTR) && part.retries < RETRIES_MAX => {
-                part.retries += 1;
-                Ok(false)
-            }
-            Err(_) => Err(file.failed(verb.text(), left, at, io::Error::from_raw_os_error(-result))),
         }
     }
 }
@@ -338,7 +325,7 @@ impl Drop for Run<'_> {
         // Only when `run` unwinds: else nothing is in flight. Queued entries that were not submitted
         // yet are submitted and waited for like the others; they cannot be taken back.
         while self.in_flight > 0 {
-            self.enter();
+            enter(self.ring, self.in_flight);
             while self.ring.completion().next().is_some() {
                 self.in_flight -= 1;
             }
@@ -367,39 +354,6 @@ mod tests {
 
     use super::*;
     use crate::AlignedBuf;
-
-    /// What is done meanwhile is done once, whatever becomes of the reads, and the reads are right.
-    #[test]
-    fn something_else_is_done_while_the_disk_reads() {
-        let dir = tempfile::TempDir::new_in("/var/tmp").expect("dir");
-        let file = DirectFile::create_new(dir.path().join("f"), 8 << 20, 0o600).expect("file");
-        let mut data = AlignedBuf::new(8 << 20);
-        for (n, piece) in data.chunks_mut(4096).enumerate() {
-            piece.fill(n as u8);
-        }
-        file.write_all_at(&data, 0).expect("write");
-        for mut queue in [IoQueue::new(3).expect("ring"), IoQueue::without_ring(3)] {
-            let (mut back, mut done) = (AlignedBuf::new(8 << 20), 0);
-            let mut reads: Vec<_> =
-                back.chunks_mut(1 << 20).enumerate().map(|(n, piece)| (0, (n << 20) as u64, piece)).collect();
-            queue.read_batch_while(&[&file], &mut reads, || done += 1).expect("reads");
-            drop(reads);
-            assert!(back[..] == data[..] && done == 1);
-            let past = queue.read_batch_while(&[&file], &mut [(0, 8 << 20, &mut back[..4096])], || done += 1);
-            assert!(past.is_err() && done == 2);
-            queue.read_batch_while(&[&file], &mut [], || done += 1).expect("nothing to read");
-            assert_eq!(done, 3);
-            let unwound = catch_unwind(AssertUnwindSafe(|| {
-                let mut reads: Vec<_> = back.chunks_mut(1 << 20).map(|piece| (0, 0, piece)).collect();
-                queue.read_batch_while(&[&file], &mut reads, || panic!("on purpose"))
-            }));
-            assert!(unwound.is_err());
-            // Nothing is in flight any more: what is written to the buffers stays.
-            back.fill(7);
-            queue.read_batch(&[&file], &mut []).expect("as good as new");
-            assert!(back.iter().all(|byte| *byte == 7));
-        }
-    }
 
     /// The early way out: what was handed to the ring, submitted or not, has ended when the guard is gone.
     #[test]
