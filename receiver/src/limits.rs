@@ -67,6 +67,8 @@ pub const SEGMENTS_FREE_TIME: Duration = Duration::from_secs(30);
 pub const GROUPS_MAX: usize = 1024;
 /// A view reads at most this much at once, for one of its readers.
 pub const VIEW_PIECE_BYTES: usize = 256 << 10;
+/// What lies between two reads of the replica for a view, and is read with them rather than apart.
+pub const VIEW_GAP_BYTES: u64 = 32 << 10;
 /// Aligned memory of one reader of a view.
 pub const VIEW_READ_BYTES: usize = 1 << 20;
 /// Readers that a view keeps for the next read; more only live as long as theirs.

@@ -7,7 +7,8 @@
 
 use super::overlay::Overlay;
 use crate::limits::{
-    CATCH_UP_TIME_MAX, VIEW_MAPS_BYTES_MAX, VIEW_PIECE_BYTES, VIEW_READ_BYTES, VIEW_READ_DEPTH, VIEW_READERS_MAX,
+    CATCH_UP_TIME_MAX, VIEW_GAP_BYTES, VIEW_MAPS_BYTES_MAX, VIEW_PIECE_BYTES, VIEW_READ_BYTES, VIEW_READ_DEPTH,
+    VIEW_READERS_MAX,
 };
 use std::collections::HashMap;
 use std::io;
@@ -68,20 +69,40 @@ impl std::fmt::Debug for Reader {
     }
 }
 
-/// One read of a file into the reader's memory, and what of it goes where.
+/// One read of a file into the reader's memory.
 struct Fetch {
     file: usize,
     offset: u64,
     len: usize,
-    what: What,
+}
+
+impl Fetch {
+    /// Every read begins on a block of memory, as O_DIRECT wants it.
+    fn room(&self) -> usize {
+        self.len.next_multiple_of(BLOCK_BYTES)
+    }
+}
+
+/// What of a fetch goes where.
+struct Wanted {
+    fetch: usize,
+    /// Where it begins in what is fetched.
+    from: usize,
+    /// Of a record `from` is where its stored bytes begin.
+    record: Option<Record>,
     target: Range<usize>,
 }
 
-enum What {
-    /// From this byte of what was read.
-    Replica(usize),
-    /// A record of a layer: where its stored bytes begin in what was read, and which of its plain bytes are wanted.
-    Record(Entry, usize, Range<usize>),
+/// A record of a layer, and which of its plain bytes are wanted.
+struct Record(Entry, Range<usize>);
+
+/// What is read at once.
+#[derive(Default)]
+struct Round {
+    fetches: Vec<Fetch>,
+    wanted: Vec<Wanted>,
+    /// Memory that it takes.
+    used: usize,
 }
 
 impl ViewVolume {
@@ -196,46 +217,58 @@ impl ViewVolume {
 
     /// Reads what the parts say, however many rounds the memory takes.
     fn fetch(&self, reader: &mut Reader, parts: &[Part], buf: &mut [u8], at: u64) -> Result<(), HistoryError> {
+        // The replica may be damaged where it is not wanted.
+        self.fetch_over(VIEW_GAP_BYTES, reader, parts, buf, at).or_else(|_| self.fetch_over(0, reader, parts, buf, at))
+    }
+
+    /// What is wanted of the replica is read with what lies between, up to a `gap`: fewer reads are faster ones.
+    fn fetch_over(
+        &self,
+        gap: u64,
+        reader: &mut Reader,
+        parts: &[Part],
+        buf: &mut [u8],
+        at: u64,
+    ) -> Result<(), HistoryError> {
         let range = at..at + buf.len() as u64;
         let mut layers: Vec<Arc<LayerFile>> = Vec::new();
-        let mut fetches: Vec<Fetch> = Vec::new();
-        let mut room = reader.buf.len();
+        let mut round = Round::default();
         for part in parts_in(parts, &range) {
             let target = (part.start - at) as usize..(part.end - at) as usize;
-            let fetch = match part.origin {
+            let (fetch, from, record) = match part.origin {
                 Origin::Zero => {
                     buf[target].fill(0);
                     continue;
                 }
-                Origin::Replica => self.fetch_replica(&part, target),
-                Origin::Record(entry) => self.fetch_record(&entry, &part, target, &mut layers)?,
+                Origin::Replica => {
+                    let offset = part.start / BLOCK * BLOCK;
+                    let end = part.end.next_multiple_of(BLOCK).min(self.replica.len());
+                    let fetch = Fetch { file: 0, offset, len: (end - offset) as usize };
+                    (fetch, (part.start - offset) as usize, None)
+                }
+                Origin::Record(entry) => self.fetch_record(&entry, &part, target.len(), &mut layers)?,
             };
-            // Every read begins on a block of memory, as O_DIRECT wants it.
-            let takes = fetch.len.next_multiple_of(BLOCK_BYTES);
-            if takes > room {
-                self.round(reader, &layers, &mut fetches, buf)?;
-                room = reader.buf.len();
+            if round.join(&fetch, gap, from, &target, reader.buf.len()) {
+                continue;
             }
-            room -= takes;
-            fetches.push(fetch);
+            if round.used + fetch.room() > reader.buf.len() {
+                self.round(reader, &layers, &mut round, buf)?;
+            }
+            round.used += fetch.room();
+            round.wanted.push(Wanted { fetch: round.fetches.len(), from, record, target });
+            round.fetches.push(fetch);
         }
-        self.round(reader, &layers, &mut fetches, buf)
+        self.round(reader, &layers, &mut round, buf)
     }
 
-    fn fetch_replica(&self, part: &Part, target: Range<usize>) -> Fetch {
-        let offset = part.start / BLOCK * BLOCK;
-        let end = part.end.next_multiple_of(BLOCK).min(self.replica.len());
-        let what = What::Replica((part.start - offset) as usize);
-        Fetch { file: 0, offset, len: (end - offset) as usize, what, target }
-    }
-
+    /// What to read for `len` bytes of a record, where it begins there, and which of its plain bytes they are.
     fn fetch_record(
         &self,
         entry: &Entry,
         part: &Part,
-        target: Range<usize>,
+        len: usize,
         layers: &mut Vec<Arc<LayerFile>>,
-    ) -> Result<Fetch, HistoryError> {
+    ) -> Result<(Fetch, usize, Option<Record>), HistoryError> {
         let known = layers.iter().position(|layer| layer.number() == entry.layer);
         let file = match known {
             Some(known) => known,
@@ -247,9 +280,8 @@ impl ViewVolume {
         let plan = layers[file].plan_read(entry)?;
         // The part lies within the entry; a volume's last sector may be cut.
         let skipped = (part.start - entry.address.byte()) as usize;
-        let inner = skipped..skipped + target.len();
-        let what = What::Record(*entry, plan.inner, inner);
-        Ok(Fetch { file: file + 1, offset: plan.offset, len: plan.bytes, what, target })
+        let fetch = Fetch { file: file + 1, offset: plan.offset, len: plan.bytes };
+        Ok((fetch, plan.inner, Some(Record(*entry, skipped..skipped + len))))
     }
 
     /// Issues the reads and brings their bytes to where they belong.
@@ -257,29 +289,37 @@ impl ViewVolume {
         &self,
         reader: &mut Reader,
         layers: &[Arc<LayerFile>],
-        fetches: &mut Vec<Fetch>,
+        round: &mut Round,
         buf: &mut [u8],
     ) -> Result<(), HistoryError> {
-        if fetches.is_empty() {
-            return Ok(());
-        }
-        let files: Vec<&DirectFile> =
-            std::iter::once(&self.replica).chain(layers.iter().map(|layer| layer.file())).collect();
+        let file = |number: usize| match number.checked_sub(1) {
+            None => &self.replica,
+            Some(layer) => layers[layer].file(),
+        };
+        let Round { fetches, wanted, used } = std::mem::take(round);
         let mut reads = Vec::with_capacity(fetches.len());
-        let mut rest = &mut reader.buf[..];
-        for fetch in fetches.iter() {
-            let (here, after) = rest.split_at_mut(fetch.len.next_multiple_of(BLOCK_BYTES));
+        let mut rest = &mut reader.buf[..used];
+        for fetch in &fetches {
+            let (here, after) = rest.split_at_mut(fetch.room());
             reads.push((fetch.file, fetch.offset, &mut here[..fetch.len]));
             rest = after;
         }
-        reader.queue.read_batch(&files, &mut reads)?;
+        match &mut reads[..] {
+            [] => {}
+            // The usual one of a database, and a plain read is the shorter way.
+            [(number, offset, bytes)] => file(*number).read_exact_at(bytes, *offset)?,
+            _ => {
+                let files: Vec<&DirectFile> = (0..=layers.len()).map(file).collect();
+                reader.queue.read_batch(&files, &mut reads)?;
+            }
+        }
         let mut plain = [0; GRANULE_BYTES as usize];
-        for (fetch, (_, _, bytes)) in fetches.drain(..).zip(reads) {
-            let target = &mut buf[fetch.target];
-            match fetch.what {
-                What::Replica(from) => target.copy_from_slice(&bytes[from..from + target.len()]),
-                What::Record(entry, from, wanted) => {
-                    let layer = &layers[fetch.file - 1];
+        for Wanted { fetch, from, record, target } in wanted {
+            let (bytes, target) = (&reads[fetch].2, &mut buf[target]);
+            match record {
+                None => target.copy_from_slice(&bytes[from..from + target.len()]),
+                Some(Record(entry, wanted)) => {
+                    let layer = &layers[fetches[fetch].file - 1];
                     let whole = &mut plain[..usize::from(entry.sectors) * SECTOR_BYTES as usize];
                     let stored = bytes.get(from..from + entry.stored_bytes as usize).unwrap_or_default();
                     layer.finish_read(&entry, stored, whole)?;
@@ -298,6 +338,29 @@ impl ViewVolume {
         let overlay = self.check_writable()?;
         let below = |buf: &mut [u8], at: u64| self.read_point(buf, at).map_err(as_io);
         write_lock(overlay).write(content, offset, len, below)
+    }
+}
+
+impl Round {
+    /// Reads on from what is already read of the replica, if that is near enough and there is room.
+    fn join(&mut self, more: &Fetch, gap: u64, from: usize, target: &Range<usize>, room: usize) -> bool {
+        if more.file != 0 {
+            return false;
+        }
+        let Some(number) = self.fetches.iter().rposition(|fetch| fetch.file == 0) else { return false };
+        let last = &self.fetches[number];
+        let end = last.offset + last.len as u64;
+        // Parts are disjoint and in order; two may lie in one block.
+        let joined =
+            Fetch { file: 0, offset: last.offset, len: (more.offset + more.len as u64 - last.offset) as usize };
+        let used = self.used - last.room() + joined.room();
+        if more.offset > end + gap || used > room {
+            return false;
+        }
+        let from = (more.offset - last.offset) as usize + from;
+        self.wanted.push(Wanted { fetch: number, from, record: None, target: target.clone() });
+        (self.fetches[number], self.used) = (joined, used);
+        true
     }
 }
 
