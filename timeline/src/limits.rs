@@ -47,6 +47,8 @@ pub const BOOKMARKS_MAX: usize = 64 << 10;
 pub const KEPT_MAX: usize = 4096;
 /// Most marks (begins of streams, of gaps and their ends) that a chronicle remembers; then the window begins later.
 pub const MARKS_MAX: usize = 256 << 10;
+/// Most marks where a kept bookmark is older than they are; then nothing more is taken until it is released.
+pub const MARKS_WITH_KEPT_MAX: usize = MARKS_MAX / 2 * 3;
 /// Most stretches of damage that are told apart.
 pub const DAMAGES_MAX: usize = 1024;
 /// Most bytes of a chronicle: with every limit above reached it has less than half.

@@ -1,9 +1,10 @@
 //! The chronicle's file: appended to with one synced write at a time, rewritten when most of it is obsolete.
 
+use super::marks::place_and_time;
 use super::recover::{Recovered, recover};
 use super::state::{Applied, Chronicle};
 use crate::error::HistoryError;
-use crate::limits::{CHRONICLE_BYTES_MAX, CHRONICLE_SLOTS_SMALL, KEPT_MAX};
+use crate::limits::{CHRONICLE_BYTES_MAX, CHRONICLE_SLOTS_SMALL, KEPT_MAX, MARKS_WITH_KEPT_MAX};
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
@@ -162,11 +163,16 @@ impl ChronicleFile {
     /// Appends what is new of `events`; durable on return. After an error the chronicle takes nothing more until it is
     /// opened again.
     pub fn append(&mut self, events: &[Event]) -> Result<Appended, HistoryError> {
+        self.check(events)?;
+        self.take(events)
+    }
+
+    /// See [`ChronicleFile::append`].
+    fn take(&mut self, events: &[Event]) -> Result<Appended, HistoryError> {
         if self.broken {
             let broken = std::io::Error::other("a write failed before; it has to be opened again");
             return Err(IoError::new("append to", &self.path, broken).into());
         }
-        self.check(events)?;
         let mut appended = Appended::default();
         let mut new = Vec::new();
         for event in events {
@@ -183,6 +189,11 @@ impl ChronicleFile {
             new.push(event);
         }
         appended.new = new.len();
+        let room = self.chronicle.makes_room();
+        if let Some(expired) = &room {
+            Arc::make_mut(&mut self.chronicle).apply(expired);
+            new.push(expired);
+        }
         if let Err(error) = self.write(&new) {
             self.broken = true;
             return Err(error);
@@ -206,6 +217,12 @@ impl ChronicleFile {
         };
         if self.chronicle.kept_count() + events.iter().filter(is_new).count() > KEPT_MAX {
             return Err(HistoryError::Limit { what: "kept bookmarks", limit: KEPT_MAX as u64 });
+        }
+        let marks = events.iter().filter(|event| place_and_time(event).is_some()).count();
+        if marks > 0 && self.chronicle.marks() + marks > MARKS_WITH_KEPT_MAX {
+            // Only where a kept bookmark is older than all of them.
+            let what = "gaps and restarts since the oldest kept bookmark ('varve bookmark --release' lets it go)";
+            return Err(HistoryError::Limit { what, limit: MARKS_WITH_KEPT_MAX as u64 });
         }
         Ok(())
     }
@@ -263,7 +280,8 @@ impl ChronicleFile {
         if moved || gap.is_some() && !open {
             events.push(Event::Begin { height, time_ns, incarnation, position, epoch });
         }
-        self.append(&events)?;
+        // Whatever the limits say: a group that cannot be opened cannot be mended.
+        self.take(&events)?;
         Ok(notes)
     }
 

@@ -183,6 +183,47 @@ fn limits_hold() {
     assert_eq!(file.append(&[odd]).expect("passed over").new, 0);
 }
 
+/// A line that flaps for a month, or a source that means ill: what is kept stays whatever comes.
+#[test]
+fn marks_without_end_take_no_kept_bookmark_away() {
+    let place = Place::new();
+    let (mut file, _) = place.open();
+    let begin = Event::Begin { height: 8, time_ns: 8, incarnation: [7; 16], position: 0, epoch: 1 };
+    let bookmark = |height, name: &str| Event::Bookmark {
+        height,
+        time_ns: height,
+        name: name.into(),
+        consistency: Consistency::Crash,
+    };
+    let keep = Event::Keep { name: "kept".into() };
+    file.append(&[begin, Event::GapEnd { height: 8, time_ns: 8 }, bookmark(16, "kept"), keep]).expect("written");
+    let mut height = 24;
+    let mut flap = |file: &mut ChronicleFile| {
+        let mut events = Vec::new();
+        for _ in 0..4096 {
+            events.push(Event::GapBegin { height, time_ns: height, reason: GapReason::RingFull });
+            events.push(Event::GapEnd { height: height + 8, time_ns: height + 8 });
+            height += 16;
+        }
+        file.append(&events)
+    };
+    let refused = loop {
+        if let Err(error) = flap(&mut file) {
+            break error;
+        }
+        assert!(file.chronicle().is_point(16) && file.chronicle().bookmark("kept").is_some());
+    };
+    assert!(refused.to_string().contains("varve bookmark --release"), "{refused}");
+    let (mut file, _) = place.open();
+    assert!(file.chronicle().is_point(16) && file.chronicle().bookmark("kept").is_some());
+    // Released it goes with the oldest, and there is room.
+    file.append(&[Event::Release { name: "kept".into() }]).expect("written");
+    flap(&mut file).expect("written");
+    assert!(!file.chronicle().is_point(16) && file.chronicle().marks() <= crate::limits::MARKS_MAX);
+    let (again, _) = place.open();
+    assert!(same(again.chronicle(), file.chronicle()));
+}
+
 /// Points of both, at every height that anything stood at.
 fn points<'a>(model: &'a Model, chronicle: &'a Chronicle) -> impl Iterator<Item = u64> + 'a {
     model.places().map(|(height, _)| height).filter(|height| chronicle.is_point(*height))

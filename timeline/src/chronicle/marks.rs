@@ -85,7 +85,7 @@ pub(super) struct Marks {
 }
 
 /// Height and time of a mark's event; `None` if it is another event.
-fn at(event: &Event) -> Option<HeightTime> {
+pub(super) fn place_and_time(event: &Event) -> Option<HeightTime> {
     match event {
         Event::Begin { height, time_ns, .. }
         | Event::GapBegin { height, time_ns, .. }
@@ -112,7 +112,7 @@ impl Marks {
 
     /// Adds a mark. `oldest`: marks below are of no use to anybody.
     pub(super) fn take(&mut self, event: &Event, oldest: u64) -> Taken {
-        let Some((height, _)) = at(event) else { return Taken::Known };
+        let Some((height, _)) = place_and_time(event) else { return Taken::Known };
         if height < oldest {
             return Taken::Known;
         }
@@ -128,7 +128,7 @@ impl Marks {
     }
 
     fn push(&mut self, event: Event) {
-        let Some((height, time_ns)) = at(&event) else { return };
+        let Some((height, time_ns)) = place_and_time(&event) else { return };
         let before = self.marks.last();
         let open = before.map_or(Some(OpenGap { began_ns: time_ns, ..NOTHING_YET }), |mark| mark.gap);
         let place = self.place_of_next(height, &event);

@@ -77,15 +77,24 @@ impl Chronicle {
                 damage.to = height;
             }
         }
-        if self.marks.len() > MARKS_MAX {
-            // The oldest quarter: not one at a time, so that it is not done with every mark.
-            let oldest = self.marks.height_to_keep(MARKS_MAX / 4 * 3);
-            let oldest = oldest.and_then(|height| self.marks.at_or_below(height));
-            if let Some(oldest) = oldest {
-                self.expire(oldest);
-            }
-        }
         if taken == Taken::Diverged { Applied::Diverged } else { Applied::New }
+    }
+
+    /// What makes room where there are too many marks: the oldest quarter goes (not one at a time, so that it is not done with
+    /// every mark), but nothing that a kept bookmark needs. `None`: there is room, or none can be made.
+    pub(super) fn makes_room(&self) -> Option<Event> {
+        if self.marks.len() <= MARKS_MAX {
+            return None;
+        }
+        let kept = self.bookmarks.iter().find(|bookmark| bookmark.kept).map(|bookmark| bookmark.height);
+        let oldest = self.marks.height_to_keep(MARKS_MAX / 4 * 3)?.min(kept.unwrap_or(u64::MAX));
+        let (height, time_ns) = self.marks.at_or_below(oldest)?;
+        (height > self.oldest.0).then_some(Event::Expired { height, time_ns })
+    }
+
+    /// Number of marks.
+    pub(super) fn marks(&self) -> usize {
+        self.marks.len()
     }
 
     fn apply_bookmark(&mut self, bookmark: Bookmark) -> Applied {
