@@ -220,6 +220,36 @@ fn a_held_write_is_in_flight_and_a_late_one_is_found() {
     });
 }
 
+/// A path that was gone for a while: its disk says that it is idle, and then the writes complete after all.
+#[test]
+fn what_completes_after_it_was_taken_back_leaves_a_dirty_region_and_no_debt() {
+    let slow = SlowDevice::new(16 * MIB, "400ms");
+    let device = slow.device();
+    let capture = load(device);
+    let group = capture.add_group(4 << 20, &[device.whole()]).unwrap();
+    wait_for("settling", || group.poll_settled().unwrap());
+    let volume = &group.volumes()[0];
+    std::thread::scope(|scope| {
+        let path = &device.path;
+        let write = move |at: u64| {
+            let buffer = Buffer::new(4096, 0);
+            open(path, libc::O_DIRECT).write_all_at(buffer.bytes(), at).unwrap();
+        };
+        let held = scope.spawn(move || write(5 * MIB));
+        wait_for("the write", || volume.in_flight(5));
+        volume.forgive_in_flight(5);
+        held.join().unwrap();
+        wait_for("its completion", || volume.take_dirty(5));
+        assert_eq!(volume.in_flight_bytes(5), 0, "who reads the region next waits for ever");
+        // And the next one counts as ever.
+        let held = scope.spawn(move || write(5 * MIB));
+        wait_for("the write", || volume.in_flight(5));
+        held.join().unwrap();
+    });
+    assert_in_flight_zero(&group);
+    assert_eq!(volume.dirty_count(), 0);
+}
+
 #[test]
 fn groups_come_and_go_under_load() {
     let device = loop_device(32 * MIB);

@@ -20,6 +20,11 @@ struct walk {
 	u32 number;
 };
 
+/* What lands on the disk is not what is in the pages. */
+#define ODD_OPAQUE 1u
+/* It could not be remembered, so its completion will not be recognised. */
+#define ODD_FORGOTTEN 2u
+
 /* A bio being captured. Lives on the stack of the capture program. */
 struct job {
 	u64 sector; /* on the disk */
@@ -30,7 +35,7 @@ struct job {
 	u32 hits;  /* volume slots that it touches */
 	u32 adds;  /* of those: whose bytes in flight it counts for */
 	u32 marks; /* of those: to remember in `bios` */
-	u32 opaque; /* what lands on the disk is not what is in the pages */
+	u32 odd; /* ODD_* */
 
 	/* the device that it was sent to: a partition, or the disk itself */
 	u64 device_start;
@@ -48,12 +53,13 @@ struct copy {
 	u32 left; /* in the record */
 	u32 at;   /* in the record */
 	u32 failed;
-	u32 unused;
+	u32 busy; /* a program of this CPU is at it */
 };
 
 /*
  * The state of the copy loop, and a page for bytes that do not fill a page of the record: a slice of a record has a
- * constant length. Only capture programs use it, and they never interrupt each other on a CPU.
+ * constant length. Only capture programs use it. None interrupts itself on a CPU, but one may interrupt another: where a driver
+ * submits from an interrupt. The second one says that it cannot read the pages.
  *
  * The state is not on the stack for a reason: before 6.7 the verifier looks at the body of a bpf_loop once only, takes
  * what it finds on the stack then for the truth about every turn, and cuts out what is for later turns. What a map
@@ -243,6 +249,13 @@ static long put_chunk(u32 i, void *ctx)
 	if (!r.scratch)
 		return 1;
 	struct copy *c = &r.scratch->copy;
+	volatile u32 *busy = &c->busy;
+	if (*busy) {
+		give_up_extent(w, &part, 1);
+		w->skip += n;
+		return 0;
+	}
+	*busy = 1;
 	c->segment = w->segment;
 	c->skip = w->skip;
 	c->left_in_segment = 0;
@@ -253,12 +266,14 @@ static long put_chunk(u32 i, void *ctx)
 	key = w->group;
 	void *ring = bpf_map_lookup_elem(&rings, &key);
 	if (!ring) {
+		*busy = 0;
 		give_up_extent(w, &part, 0);
 		return 0;
 	}
 	bool reserved = !bpf_ringbuf_reserve_dynptr(ring, n + sizeof(struct record_header), 0, &r.to);
 	if (!reserved) {
 		bpf_ringbuf_discard_dynptr(&r.to, BPF_RB_NO_WAKEUP);
+		*busy = 0;
 		give_up_extent(w, &part, 0);
 		/* Where the next record's data begins is not known without walking; skip it by bytes. */
 		w->skip += n;
@@ -268,6 +283,7 @@ static long put_chunk(u32 i, void *ctx)
 	struct record_header *h = bpf_dynptr_data(&r.to, 0, sizeof(*h));
 	if (!h || c->failed || c->left) {
 		bpf_ringbuf_discard_dynptr(&r.to, BPF_RB_NO_WAKEUP);
+		*busy = 0;
 		give_up_extent(w, &part, 1);
 		w->skip += n;
 		return 0;
@@ -285,6 +301,7 @@ static long put_chunk(u32 i, void *ctx)
 		w->segment = c->segment;
 		w->skip = 0;
 	}
+	*busy = 0;
 	return 0;
 }
 

@@ -213,17 +213,20 @@ always s64 *inflight_slot(u32 volume, u64 region)
 	return bpf_map_lookup_elem(&inflight, &slot);
 }
 
-/* User space takes back what never completed in our eyes (see `tend`). If it completes after all, the count goes below
- * zero here, and whoever trusted the zero before has to look at the region again. */
+/* User space takes back what never completed in our eyes (see `tend`). If it completes after all, the count would go below
+ * zero here: whoever trusted the zero before has to look at the region again, and what is not in the count stays out of it, for
+ * a count that is off would be off until the disk is idle. */
 always void account_slot(u32 volume, u64 region, s64 bytes, u32 sign)
 {
 	s64 *slot = inflight_slot(volume, region);
 	if (!slot)
 		return;
-	if (sign)
+	if (sign) {
 		add(*slot, bytes);
-	else if (__sync_fetch_and_add(slot, -bytes) < bytes)
+	} else if (__sync_fetch_and_add(slot, -bytes) < bytes) {
 		mark_region(volume, region);
+		add(*slot, bytes);
+	}
 }
 
 static long account_region(u32 i, void *ctx)

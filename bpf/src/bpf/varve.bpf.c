@@ -123,7 +123,7 @@ static long capture_volume(u32 i, void *ctx)
 			add(v->straddling, 1); /* after the bit, everywhere: who sees the count finds the bit */
 			return 0;
 		}
-		if (!counted) { /* its completion will look like a stranger's */
+		if (!counted || j->odd & ODD_FORGOTTEN) { /* its completion will look like a stranger's */
 			mark_dirty(e->volume, e->from, e->sectors);
 			add(v->untracked, 1);
 		}
@@ -139,25 +139,33 @@ static long capture_volume(u32 i, void *ctx)
 		put_plain(w, RECORD_FLUSH);
 	else if (j->op != OP_WRITE)
 		put_plain(w, j->op == OP_WRITE_ZEROES ? RECORD_WRITE_ZEROES : RECORD_DISCARD);
-	else if (j->opaque)
+	else if (j->odd & ODD_OPAQUE)
 		give_up_extent(w, e, 1);
 	else
 		put_write(w);
 	return 0;
 }
 
-/* Remembers the bio. If that fails, nothing may be counted whose completion could not be told from a stranger's. */
-always void remember(struct job *j, u32 dev)
+/*
+ * Remembers the bio. If that fails, nothing may be counted whose completion could not be told from a stranger's. But where there
+ * are no requests a stranger's completion is not counted, so there it stays in flight until the disk is idle (see `tend`): a
+ * region that is read before the write is on the disk would be taken for what the volume holds.
+ */
+always void remember(struct job *j, struct disk *d)
 {
 	struct tracked t = {
 		.sector = j->sector,
 		.bytes = j->sectors << SECTOR_SHIFT,
-		.dev = dev,
+		.dev = d->dev,
 		.mask = j->marks,
 	};
 	u64 key = j->bio;
 	if (!bpf_map_update_elem(&bios, &key, &t, BPF_ANY))
 		return;
+	if (!(d->flags & DISK_REQUEST_BASED)) {
+		j->odd |= ODD_FORGOTTEN;
+		return;
+	}
 	/* What was to be counted and recognised is not counted; what was to be skipped has to be counted. */
 	j->adds ^= j->marks;
 }
@@ -176,7 +184,7 @@ always void capture_bio(struct job *j, struct disk *d)
 	else if (!j->sectors)
 		j->marks = 0;
 	if (j->marks)
-		remember(j, d->dev);
+		remember(j, d);
 	if (!(j->hits | j->adds))
 		return;
 	if (n == 1)
@@ -218,7 +226,7 @@ always int accepted(struct bio *bio, bool deferred)
 		return 0;
 	struct bio___crypt *crypt = (void *)bio;
 	if (bpf_core_field_exists(crypt->bi_crypt_context))
-		j.opaque = BPF_CORE_READ(crypt, bi_crypt_context) != NULL;
+		j.odd = BPF_CORE_READ(crypt, bi_crypt_context) ? ODD_OPAQUE : 0;
 	j.walk.segment = (u64)bio->bi_io_vec + (u64)bio->bi_iter.bi_idx * 16;
 	j.walk.skip = bio->bi_iter.bi_bvec_done;
 	capture_bio(&j, d);
