@@ -74,6 +74,9 @@ pub const APPLY_HELD: &str = "apply-held";
 /// A place to hold: some of a rollback is in the replicas, the rest is not.
 pub const ROLLBACK_HELD: &str = "rollback-held";
 
+/// A place to hold: some of a volume was restored.
+pub const RESTORE_HELD: &str = "restore-held";
+
 /// A place to hold: a takeover is written down, and what waits for the replicas is being read.
 pub const BACKLOG_HELD: &str = "backlog-held";
 

@@ -1,5 +1,6 @@
 //! `varve restore`: one volume as it was, written to a file or a device, read again and compared.
 
+use crate::failpoint;
 use crate::limits::RESTORE_BYTES;
 use crate::view::views::history_problem;
 use crate::view::volume::ViewVolume;
@@ -162,6 +163,7 @@ impl Target {
                 sparse::zero_range(&file, at, bytes as u64).map_err(io)?;
             }
             at += bytes as u64;
+            failpoint::hold(failpoint::RESTORE_HELD, || false);
             if !tell(at, 2 * len) {
                 return Err(ended());
             }

@@ -221,3 +221,44 @@ fn wrong_points_and_places_are_refused_with_words() {
     }
     assert_eq!(std::fs::read_to_string(existing).unwrap(), "mine");
 }
+
+/// What a restore reads from the replica is another group's as soon as its own is forgotten.
+#[test]
+fn a_group_is_not_forgotten_under_a_restore() {
+    require_root();
+    let (_seed, scratch) = (Seed::new(), Scratch::disk());
+    let device = LoopDevice::new(&scratch, "volume", 16 << 20);
+    std::fs::write(device.path(), vec![7; 16 << 20]).unwrap();
+    let mut pair = Pair::new();
+    let held = pair.recovery.scratch().join("held");
+    pair.recovery.stop(Role::Receiver);
+    pair.recovery.set_env("VARVE_HOLD", &format!("restore-held:{}", held.display()));
+    pair.recovery.start(Role::Receiver);
+    pair.protect("past", &[device.path()]);
+    pair.wait_protected("past", LIMIT);
+    let digest = digest_device(device.path());
+    pair.production.stop(Role::Agent);
+    wait_until(LIMIT, "the session's end", || {
+        pair.recovery.group("past").is_some_and(|group| group["link"] == "disconnected")
+    });
+    std::fs::write(&held, "").unwrap();
+    let to = scratch.join("restored.img");
+    let args = ["restore", "past", "--at", "latest", "--volume", "0", "--to", to.to_str().unwrap()];
+    std::thread::scope(|scope| {
+        let restored = scope.spawn(|| pair.recovery.varve(&args));
+        let partial = || {
+            std::fs::read_dir(scratch.path()).unwrap().flatten().any(|entry| {
+                let name = entry.file_name();
+                name.to_string_lossy().contains("varve-partial") && entry.metadata().is_ok_and(|meta| meta.len() > 0)
+            })
+        };
+        wait_until(LIMIT, "the restore to begin", partial);
+        let refused = pair.recovery.varve(&["forget", "past", "--yes"]);
+        std::fs::remove_file(&held).unwrap();
+        let refused = refused.expect_code(3);
+        assert!(refused.stderr.contains("a restore is under way"), "{}", refused.stderr);
+        restored.join().unwrap().ok();
+    });
+    assert_eq!(digest_device(&to), digest);
+    pair.recovery.varve(&["forget", "past", "--yes"]).ok();
+}

@@ -48,6 +48,9 @@ pub enum HistoryError {
         /// The limit.
         limit: u64,
     },
+    /// The group was forgotten.
+    #[error("the group was forgotten meanwhile")]
+    Retired,
     /// A range that was asked for.
     #[error("{bytes} bytes at byte {start} are not whole sectors of a volume")]
     Range {

@@ -44,10 +44,19 @@ pub struct Timeline {
     /// How often the replicas were found to be behind where they had been: a group that failed applies again.
     setbacks: AtomicU64,
     advanced: Condvar,
-    pins: Mutex<BTreeMap<u64, usize>>,
+    pins: Mutex<Pins>,
     files: Cache<u32, Arc<LayerFile>>,
     chronicle: Mutex<ChronicleFile>,
     layer_bytes: AtomicU64,
+}
+
+/// What is kept for somebody.
+#[derive(Debug, Default)]
+struct Pins {
+    /// How often each height.
+    heights: BTreeMap<u64, usize>,
+    /// See [`Timeline::retire`].
+    retired: bool,
 }
 
 #[derive(Debug, Default)]
@@ -112,11 +121,11 @@ impl Pin {
 
 impl Drop for Pin {
     fn drop(&mut self) {
-        let mut pins = lock(&self.timeline.pins);
-        if let Some(count) = pins.get_mut(&self.height) {
+        let heights = &mut lock(&self.timeline.pins).heights;
+        if let Some(count) = heights.get_mut(&self.height) {
             *count -= 1;
             if *count == 0 {
-                pins.remove(&self.height);
+                heights.remove(&self.height);
             }
         }
     }
@@ -509,13 +518,30 @@ impl Timeline {
         }
         // What cannot be read is not promised.
         state.catalogue.plan(height).map_err(|e| self.plan_failed(&e))?;
-        *pins.entry(height).or_default() += 1;
+        if pins.retired {
+            return Err(HistoryError::Retired);
+        }
+        *pins.heights.entry(height).or_default() += 1;
         Ok(Pin { timeline: self.clone(), height })
+    }
+
+    /// If nothing is kept for anybody: from now on nothing will be ([`Timeline::revive`] undoes that), and what the replicas hold
+    /// may change unseen. Gives whether it is so.
+    #[must_use]
+    pub fn retire(&self) -> bool {
+        let mut pins = lock(&self.pins);
+        pins.retired = pins.heights.is_empty();
+        pins.retired
+    }
+
+    /// It is needed after all.
+    pub fn revive(&self) {
+        lock(&self.pins).retired = false;
     }
 
     /// The oldest point that is kept for somebody.
     pub(crate) fn oldest_pin(&self) -> Option<u64> {
-        lock(&self.pins).first_key_value().map(|(height, _)| *height)
+        lock(&self.pins).heights.first_key_value().map(|(height, _)| *height)
     }
 
     /// The height at which history begins; `None`: there is none yet.

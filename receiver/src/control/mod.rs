@@ -283,6 +283,11 @@ async fn forget(daemon: &Arc<Daemon>, name: &str) -> Result<(), Problem> {
             "its agent is connected",
             format!("run 'varve unprotect {name}' on the production host first, or revoke that host"),
         )),
+        Err(ForgetError::Read) => Err(Problem::refused(
+            format!("'{name}' was not forgotten"),
+            "a point of it is being read: a restore is under way, or a view is being opened",
+            "wait for it, or end it; then say it again",
+        )),
         Err(ForgetError::Failed(why)) => {
             Err(Problem::failed(format!("'{name}' was not forgotten"), why, "see the receiver's log, then try again"))
         }

@@ -615,10 +615,19 @@ impl Registry {
     /// Removes everything of a group but its replicas; gives where they are.
     pub async fn forget(&self, slot: &Arc<Slot>) -> Result<Vec<PathBuf>, ForgetError> {
         let mut desk = slot.desk.try_lock().map_err(|_| ForgetError::InUse)?;
+        // The replicas stay and may be another group's in a moment: nobody may go on reading a point from them.
+        let timeline = slot.board().timeline.clone();
+        if timeline.as_ref().is_some_and(|timeline| !timeline.retire()) {
+            return Err(ForgetError::Read);
+        }
         close(slot, &mut desk).await;
         let dir = self.dir(&slot.name);
         let removed = tokio::task::spawn_blocking(move || remove_group(&dir)).await;
-        removed.map_err(|e| ForgetError::Failed(e.to_string()))?.map_err(|e| ForgetError::Failed(e.chain()))?;
+        let removed = removed.map_err(|e| e.to_string()).and_then(|removed| removed.map_err(|e| e.chain()));
+        if let Err(why) = removed {
+            timeline.inspect(|timeline| timeline.revive());
+            return Err(ForgetError::Failed(why));
+        }
         self.lock().remove(&slot.name);
         let mut board = slot.board();
         board.timeline = None;
@@ -632,6 +641,8 @@ impl Registry {
 pub enum ForgetError {
     /// A session is open.
     InUse,
+    /// Somebody reads a point of it: a restore, or a view that is being opened.
+    Read,
     /// It was tried.
     Failed(String),
 }

@@ -354,6 +354,7 @@ pub fn history_problem(what: &str, error: &HistoryError) -> Problem {
         HistoryError::Expired { .. } => {
             Problem::not_found(what, "the point has expired", "'varve points GROUP' shows what can be recovered")
         }
+        HistoryError::Retired => Problem::not_found(what, error.to_string(), "'varve status' shows the groups"),
         HistoryError::Damaged { .. } | HistoryError::Missing { .. } | HistoryError::Format { .. } => Problem::failed(
             what,
             error.to_string(),
