@@ -31,7 +31,7 @@ pub const APPLY_AFTER: &str = "apply-after";
 pub const MARK_BEFORE: &str = "mark-before";
 /// The mark is new, nothing is recycled.
 pub const MARK_AFTER: &str = "mark-after";
-/// A new group's replicas exist, the group does not.
+/// A new group's replicas exist, the group does not. To hold as well: a disk that hangs looks like it.
 pub const GROUP_BEFORE: &str = "group-before";
 /// A new group exists, nobody knows.
 pub const GROUP_AFTER: &str = "group-after";

@@ -597,3 +597,25 @@ fn undone_while_it_is_served_again() {
     bed.pair.wait_applied("db", LIMIT);
     bed.assert_replica(&model);
 }
+
+/// A new group whose replica lies on a disk that hangs is nobody else's business.
+#[test]
+fn a_takeover_does_not_wait_for_a_new_group() {
+    let scratch = Scratch::disk();
+    let device = LoopDevice::new(&scratch, "other", 8 << 20);
+    let (mut bed, mut model) = (Bed::new("group-before"), Model::new());
+    bed.scribble(&mut model, 100);
+    bed.pair.wait_applied("db", LIMIT);
+    bed.hold();
+    let production = &bed.pair.production;
+    std::thread::scope(|scope| {
+        let path = device.path().to_str().unwrap();
+        let protect = scope.spawn(move || production.varve(&["protect", "other", path]));
+        wait_until(LIMIT, "the group is being made", || bed.pair.recovery.log(Role::Receiver).contains("waits here"));
+        let served = bed.failover("latest");
+        model.check(&served, "taken over while another group is made");
+        bed.go_on();
+        protect.join().unwrap().ok();
+    });
+    bed.pair.wait_protected("other", LIMIT);
+}

@@ -44,6 +44,8 @@ pub struct Slot {
     /// How far its coming home is.
     pub failback: Homecoming,
     desk: Arc<tokio::sync::Mutex<Desk>>,
+    /// One change of what the group is at a time.
+    changing: tokio::sync::Mutex<()>,
     /// What the agent answered last to something that it was asked.
     pub heard: watch::Sender<Option<Heard>>,
     /// What is kept and what expires is decided by one at a time.
@@ -137,6 +139,7 @@ impl Slot {
             counters: Arc::default(),
             failback: Homecoming::default(),
             desk: Arc::default(),
+            changing: tokio::sync::Mutex::default(),
             heard: watch::Sender::new(None),
             keeping: Mutex::default(),
             turn: watch::Sender::new(0),
@@ -481,8 +484,8 @@ impl Registry {
 
     /// Changes what a group is, while it may have a session; durable on return.
     pub async fn change_meta(&self, slot: &Arc<Slot>, change: impl FnOnce(&mut GroupMeta)) -> Result<(), Refused> {
-        // Two changes at once would lose one.
-        let _one_at_a_time = self.making.lock().await;
+        // Two changes at once would lose one. Groups do not wait for each other: a new one's replica may lie on a disk that hangs.
+        let _one_at_a_time = slot.changing.lock().await;
         let old = slot.board().meta.clone().ok_or_else(|| storage("the group is gone"))?;
         let mut meta = old.clone();
         change(&mut meta);
@@ -749,6 +752,7 @@ fn make_group(
     // What a group of this name left behind when it was half made or half forgotten.
     remove_group(dir).map_err(io)?;
     AppliedFile::create(&dir.join(APPLIED_NAME), meta.id()).map_err(io)?;
+    failpoint::hold(failpoint::GROUP_BEFORE, || false);
     failpoint::hit(failpoint::GROUP_BEFORE);
     meta.save(dir).map_err(|e| storage(&e.to_string()))?;
     failpoint::hit(failpoint::GROUP_AFTER);
