@@ -213,6 +213,15 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    /// Whoever is asked can look first. What writes nothing that is there is not asked about.
+    #[test]
+    fn what_takes_a_yes_takes_a_dry_run() {
+        each(&Cli::command(), "varve", &mut |command, path| {
+            let takes = |name: &str| command.get_arguments().any(|arg| arg.get_id() == name);
+            assert!(!takes("yes") || takes("dry_run"), "{path} has --yes and no --dry-run");
+        });
+    }
+
     /// CLI.md: every command has `--help` with an example.
     #[test]
     fn every_help_ends_with_an_example() {

@@ -4,7 +4,8 @@ use crate::context::note;
 use std::io::{BufRead, IsTerminal, Write};
 use varve_common::problem::Problem;
 
-/// Passes with `--yes`, or when a person at a terminal says yes. A script without `--yes` is refused.
+/// Passes with `--yes`, or when a person at a terminal says yes. A script without `--yes` is refused and told to look first,
+/// so every command that asks takes `--dry-run` (tests/asked.rs says them all).
 pub(crate) fn confirm(yes: bool, question: &str, again: &str) -> Result<(), Problem> {
     if yes {
         return Ok(());

@@ -4,12 +4,8 @@ mod fake;
 
 use fake::{Root, Step, done, group, knows, problem};
 use serde_json::{Value, json};
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::SystemTime;
-use varve_common::control::PointReply;
-use varve_common::paths::Paths;
-use varve_takeover::{Commands, Context, Device, DrillMark, Mode, Outcome, Plan, Runner, Tools};
+use varve_takeover::DrillMark;
 
 /// A recovery host whose group `db` has a plan of two commands.
 fn planned() -> Root {
@@ -23,27 +19,6 @@ fn planned() -> Root {
     };
     root.write("etc/varve/takeover/db.toml", &format!("version = 1\n{}{}", step("first"), step("second")));
     root
-}
-
-fn paths(root: &Root) -> Paths {
-    Paths::new(root.path())
-}
-
-/// Its plan was run for real.
-fn run_plan(root: &Root) {
-    let context = Context {
-        group: "db".to_owned(),
-        point: PointReply::default(),
-        devices: vec![Device { volume: "/dev/vdb".into(), device: PathBuf::from("/dev/null"), bytes: 1 << 30 }],
-        mode: Mode::Live,
-        paths: paths(root),
-        began: SystemTime::now(),
-        tools: Tools::default(),
-        commands: Commands { resume: "resume".into(), undo: "undo".into(), undo_plan: "undo plan".into() },
-    };
-    let plan = Plan::load(paths(root).takeover_plan("db")).expect("a plan");
-    let report = Runner::new(plan, context).expect("it fits").run(&mut |_| {}).expect("begun");
-    assert_eq!(report.outcome, Outcome::Done, "{report}");
 }
 
 /// Runs `varve` here; nobody reads what it prints. The exit code.
@@ -78,7 +53,7 @@ fn receiver(
 #[test]
 fn a_reader_that_leaves_does_not_end_the_work() {
     let root = planned();
-    run_plan(&root);
+    fake::run_plan_of(&root, "db");
     let home = || {
         done(json!({ "group": "db", "host": "db1", "phase": "home", "home": true, "dry_run": false, "epoch": 3,
             "changed_here_bytes": 0, "sent_bytes": 0, "compared_bytes": 0, "seconds": 1.0, "volumes": [], "next": "" }))
@@ -94,7 +69,7 @@ fn a_reader_that_leaves_does_not_end_the_work() {
 #[test]
 fn the_exit_code_is_told_without_a_reader() {
     let root = planned();
-    run_plan(&root);
+    fake::run_plan_of(&root, "db");
     let refuse = || problem("refused", "it was not given back", "its host is away", "wait for it");
     receiver(&root, "failback-cut-over", refuse);
     assert_eq!(unread(&root, &["failback", "db", "--cut-over", "--yes", "--json"]), Some(3));
@@ -104,8 +79,8 @@ fn the_exit_code_is_told_without_a_reader() {
 
 /// Its plan is in place as a test's, as far as the state on disk tells.
 fn run_as_test(root: &Root) {
-    run_plan(root);
-    let live = paths(root).takeover_state("db").join("live/state.json");
+    fake::run_plan_of(root, "db");
+    let live = root.paths().takeover_state("db").join("live/state.json");
     let text = std::fs::read_to_string(&live).expect("a state");
     std::fs::remove_file(&live).expect("removed");
     root.write("var/lib/varve/takeover/db/test/state.json", &text.replace("\"live\"", "\"test\""));
@@ -119,7 +94,7 @@ fn was_asked(asked: &std::sync::Mutex<Vec<Value>>, command: &str) -> bool {
 #[test]
 fn what_an_earlier_takeover_left_is_found_before_anything_moves() {
     let root = planned();
-    run_plan(&root);
+    fake::run_plan_of(&root, "db");
     let asked = root.daemon("receiver", knows("receiver", vec![group("db", "replica")]));
     std::fs::remove_file(root.at("first")).expect("removed");
     assert_eq!(root.varve(&["plan", "undo", "db", "--yes"]).code, 1, "its undo does not work");
@@ -149,7 +124,7 @@ fn what_an_earlier_takeover_left_is_found_before_anything_moves() {
 #[test]
 fn a_takeover_that_is_in_place_is_not_begun_again() {
     let root = planned();
-    run_plan(&root);
+    fake::run_plan_of(&root, "db");
     let mut taken = group("db", "promoted");
     taken["history"] = json!({ "layers": 0, "bytes": 0, "records": 0, "views": 0, "bookmarks": 0, "kept": 0,
         "avoided_reads": null, "damaged": 0, "retention": { "age_seconds": null, "bytes": null }, "notice": null,
@@ -185,14 +160,14 @@ fn a_drill_leaves_the_test_of_an_operator_alone() {
     run_as_test(&root);
     root.daemon("receiver", knows("receiver", vec![group("db", "replica")]));
     root.varve(&["drill", "db"]).problem(3, what, "a test is in place", "failover abort db");
-    assert!(paths(&root).takeover_state("db").join("test/state.json").exists());
+    assert!(root.paths().takeover_state("db").join("test/state.json").exists());
 }
 
 #[test]
 fn a_drill_takes_away_what_a_killed_one_left() {
     let root = planned();
     let asked = tested(&root);
-    let mark = DrillMark::open(&paths(&root), "db").expect("the only one");
+    let mark = DrillMark::open(&root.paths(), "db").expect("the only one");
     mark.set().expect("noted");
     root.varve(&["drill", "db"]).problem(3, "was not begun", "another one is being run", "wait for it");
     assert!(!was_asked(&asked, "failover-abort"), "it is alive");
@@ -206,8 +181,8 @@ fn a_drill_takes_away_what_a_killed_one_left() {
 #[test]
 fn a_test_of_an_operator_is_no_drills() {
     let root = planned();
-    let is_set = || DrillMark::open(&paths(&root), "db").expect("the only one").is_set();
-    DrillMark::open(&paths(&root), "db").and_then(|mark| mark.set()).expect("noted");
+    let is_set = || DrillMark::open(&root.paths(), "db").expect("the only one").is_set();
+    DrillMark::open(&root.paths(), "db").and_then(|mark| mark.set()).expect("noted");
     assert!(is_set());
     let refuse = || problem("refused", "it is not tested", "no point", "wait");
     receiver(&root, "failover", refuse);

@@ -7,9 +7,10 @@ use crate::context::{Context, DONE, Outcome, note};
 use crate::progress::Meter;
 use crate::takeover;
 use crate::words;
+use serde::Serialize;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
-use varve_common::control::{AgentRequest, FailbackReply, ProtectReply, ReceiverRequest};
+use varve_common::control::{AgentRequest, FailbackReply, FailbackStatus, ProtectReply, ReceiverRequest, VolumeStatus};
 use varve_common::problem::Problem;
 use varve_takeover::{Mode, standing};
 
@@ -187,10 +188,30 @@ fn take_back_plan(context: &Context, group: &str) -> Result<bool, Problem> {
     takeover::not_taken_back(report).map_or(Ok(true), Err)
 }
 
+/// What `--stop` would end.
+#[derive(Serialize)]
+struct WouldStop {
+    group: String,
+    dry_run: bool,
+    #[serde(flatten)]
+    failback: FailbackStatus,
+}
+
 fn stop(context: &Context, args: &Args) -> Outcome {
     let group = &args.group;
     if args.dry_run {
-        return Err(Problem::usage("nothing to print", "--stop changes nothing but that", "varve failback --help"));
+        let takeover = Daemon::Receiver.group(context, group)?.history.and_then(|history| history.takeover);
+        let failback = takeover.and_then(|takeover| takeover.failback).ok_or_else(|| {
+            let next = format!("'{}' calls it home", context.suggest(&format!("failback {group}")));
+            Problem::refused(format!("nothing of '{group}' to stop"), "it was not called home", next)
+        })?;
+        context.answer(&WouldStop { group: group.clone(), dry_run: true, failback }, |would| {
+            let (host, sent) = (&would.failback.host, words::bytes(would.failback.sent_bytes));
+            format!(
+                "group '{group}' would stay here; nothing was changed\n  the volumes on '{host}' would be left as they are:                  partly overwritten, {sent} were sent\n"
+            )
+        });
+        return Ok(DONE);
     }
     confirm(args.yes, &format!("keep '{group}' here?"), &context.suggest(&format!("failback {group} --stop")))?;
     let reply: FailbackReply = ask_receiver(context, &ReceiverRequest::FailbackStop { group: group.clone() }, PATIENT)?;
@@ -198,12 +219,29 @@ fn stop(context: &Context, args: &Args) -> Outcome {
     Ok(DONE)
 }
 
+/// What `--volume` would overwrite.
+#[derive(Serialize)]
+struct WouldTake {
+    group: String,
+    dry_run: bool,
+    volumes: Vec<VolumeStatus>,
+}
+
 /// On the host that shall have it.
 fn take(context: &Context, args: &Args) -> Outcome {
     let (group, volumes) = (&args.group, &args.volume);
     if args.dry_run {
-        let next = format!("'varve failback {group} --dry-run' on the recovery host");
-        return Err(Problem::usage("nothing to print", "what would be sent is known there", next));
+        // The agent looks at the volumes of a group that comes as at those of a new one.
+        let (group, volumes) = (group.clone(), volumes.clone());
+        let request = AgentRequest::Protect { group, volumes, replicas: Vec::new(), dry_run: true };
+        let reply: ProtectReply = ask_agent(context, &request, PATIENT)?;
+        context.answer(&WouldTake { group: reply.group, dry_run: true, volumes: reply.volumes }, |would| {
+            let head = format!("group '{}' would come here; nothing was changed", would.group);
+            let volume = |it: &VolumeStatus| format!("  overwritten: {} ({})", it.path, words::bytes(it.bytes));
+            let lines: Vec<String> = std::iter::once(head).chain(would.volumes.iter().map(volume)).collect();
+            lines.join("\n") + "\n"
+        });
+        return Ok(DONE);
     }
     let again = context.suggest(&format!("failback {group} --volume {}", volumes.join(" --volume ")));
     let question = format!("overwrite {} with the volumes of '{group}'?", volumes.join(", "));

@@ -1,7 +1,8 @@
-//! `varve failover`: runs a group on the recovery host; `commit` and `abort` end it one way or the other.
+//! `varve failover`: runs a group on the recovery host. `commit` and `abort` are in [`super::failover_end`].
 
+use super::failover_end::{abort, commit};
 use crate::check;
-use crate::client::{Daemon, PATIENT, ask, ask_agent, ask_receiver};
+use crate::client::{Daemon, PATIENT, ask};
 use crate::confirm::confirm;
 use crate::context::{Context, DONE, FAILED, Outcome, explain, note};
 use crate::progress::Meter;
@@ -10,7 +11,7 @@ use crate::words;
 use serde::Serialize;
 use std::io::IsTerminal;
 use std::time::SystemTime;
-use varve_common::control::{AgentRequest, FailoverReply, PlannedWish, PointReply, ReceiverRequest, VolumeStatus};
+use varve_common::control::{FailoverReply, PlannedWish, PointReply, ReceiverRequest, VolumeStatus};
 use varve_common::problem::Problem;
 use varve_takeover::{DryRun, Mode, Plan, Report, standing};
 
@@ -21,6 +22,7 @@ const EXAMPLE: &str = "Example:
   varve failover db --yes
   varve failover db --abort-after 2h
   varve failover commit db
+  varve failover abort db --dry-run
   varve failover abort db";
 
 /// Makes the volumes of a group writable block devices of this host, at a point. The source is fenced off first: from then on
@@ -33,9 +35,9 @@ pub(crate) struct Args {
     /// The group's name; or `commit` or `abort` and the group's name
     #[arg(value_name = "[commit|abort] GROUP", num_args = 1..=2, required = true)]
     words: Vec<String>,
-    /// Which point (varve points)
-    #[arg(long, value_name = "POINT", allow_hyphen_values = true, default_value = "latest")]
-    at: String,
+    /// Which point (varve points); without it the newest
+    #[arg(long, value_name = "POINT", allow_hyphen_values = true)]
+    at: Option<String>,
     /// Beside the replication, which goes on
     #[arg(long)]
     test: bool,
@@ -58,35 +60,66 @@ pub(crate) struct Args {
     /// Go on with the takeover plan where it stopped; run it, if nothing of it is in place
     #[arg(long, conflicts_with_all = ["test", "planned", "dry_run", "no_plan", "at"])]
     resume: bool,
-    /// Print the point, what would be left out and lost, and the plan; change nothing
+    /// Print the point, what would be left out and lost, and the plan; with commit and abort what would end. Change nothing
     #[arg(long)]
-    dry_run: bool,
+    pub(super) dry_run: bool,
     /// Abort although a device is in use: its users get errors. On the production host: although the group may run on the
     /// recovery host
     #[arg(long)]
-    force: bool,
+    pub(super) force: bool,
     /// Do not ask
     #[arg(long)]
-    yes: bool,
+    pub(super) yes: bool,
 }
 
 pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
     match &args.words[..] {
-        [word, group] if word == "commit" => commit(context, args, group),
-        [word, group] if word == "abort" => abort(context, args, group),
+        [word, group] if word == "commit" => {
+            refuse_others(args, "commit", &["--dry-run"])?;
+            commit(context, args, group)
+        }
+        [word, group] if word == "abort" => {
+            refuse_others(args, "abort", &["--dry-run", "--force"])?;
+            abort(context, args, group)
+        }
         [word] if word == "commit" || word == "abort" => Err(Problem::usage(
             format!("'{word}' of which group is not said"),
             "the group's name follows it",
             format!("varve failover {word} GROUP"),
         )),
-        [group] if args.resume => resume_plan(context, group),
-        [group] => begin(context, args, group),
+        [group] => {
+            if args.force {
+                let next = format!("leave it away, or say 'failover abort {group} --force'");
+                return Err(Problem::usage("--force does not fit a takeover", "it is for abort", next));
+            }
+            if args.resume { resume_plan(context, group) } else { begin(context, args, group) }
+        }
         _ => Err(Problem::usage(
             format!("'{}' is not understood", args.words.join(" ")),
             "two words are 'commit GROUP' or 'abort GROUP'",
             "varve failover --help",
         )),
     }
+}
+
+/// A flag of the takeover that is said to its end would be swallowed, and whoever said it meant something.
+fn refuse_others(args: &Args, word: &str, fitting: &[&str]) -> Result<(), Problem> {
+    let flags = [
+        ("--at", args.at.is_some()),
+        ("--test", args.test),
+        ("--planned", args.planned),
+        ("--abort-after", args.abort_after.is_some()),
+        ("--no-plan", args.no_plan),
+        ("--resume", args.resume),
+        ("--force", args.force),
+        ("--dry-run", args.dry_run),
+    ];
+    let Some((flag, _)) = flags.iter().find(|(flag, given)| *given && !fitting.contains(flag)) else { return Ok(()) };
+    Err(Problem::usage(
+        format!("{flag} does not fit 'failover {word}'"),
+        format!("beside --yes it takes {}", fitting.join(" and ")),
+        format!("varve failover {word} GROUP, without it"),
+    ))
 }
 
 /// The answer, and what became of the plan.
@@ -102,7 +135,7 @@ struct Answer<'a> {
 
 fn begin(context: &Context, args: &Args, group: &str) -> Outcome {
     check::group(group)?;
-    let at = check::point(&args.at)?;
+    let at = check::point(at_of(args))?;
     let abort_after = args.abort_after.as_deref().map(check::abort_after).transpose()?;
     let go = |dry_run: bool| -> Result<FailoverReply, Problem> {
         let planned = args.planned.then_some(PlannedWish { limit_seconds: args.limit, quick: args.quick });
@@ -168,9 +201,13 @@ fn begin(context: &Context, args: &Args, group: &str) -> Outcome {
     }
 }
 
+fn at_of(args: &Args) -> &str {
+    args.at.as_deref().unwrap_or("latest")
+}
+
 /// The command as it was said, so that nothing of it is lost when it is said again.
 fn again(args: &Args, group: &str) -> String {
-    let mut words = format!("failover {group} --at '{}'", args.at);
+    let mut words = format!("failover {group} --at '{}'", at_of(args));
     if args.planned {
         words.push_str(&format!(" --planned --limit {}", args.limit));
     }
@@ -245,87 +282,6 @@ fn resume_plan(context: &Context, group: &str) -> Outcome {
         explain(problem);
         FAILED
     }))
-}
-
-fn commit(context: &Context, args: &Args, group: &str) -> Outcome {
-    check::group(group)?;
-    let again = context.suggest(&format!("failover commit {group}"));
-    confirm(args.yes, &format!("give up the way back to replication of '{group}'?"), &again)?;
-    let reply: FailoverReply =
-        ask_receiver(context, &ReceiverRequest::FailoverCommit { group: group.to_owned() }, PATIENT)?;
-    context.answer(&reply, |reply| {
-        let next = context.suggest(&format!("failback {}", reply.group));
-        format!(
-            "group '{}' runs here for good, under epoch {}\nnext: '{next}' when it shall run at the source again\n",
-            reply.group, reply.epoch
-        )
-    });
-    // An abort that came too late may have taken it back before it was refused.
-    if takeover::plan(context, group)?.is_some() && standing(&context.paths, group, Mode::Live)?.is_none() {
-        note(&format!("its takeover plan is not in place: '{}' runs it", takeover::resume_command(context, group)));
-    }
-    Ok(DONE)
-}
-
-/// On the production host: the quiet of a planned switch-over.
-fn resume(context: &Context, args: &Args, group: &str) -> Outcome {
-    let again = context.suggest(&format!("failover abort {group}"));
-    confirm(args.yes, &format!("let the volumes of '{group}' be written here again?"), &again)?;
-    let () = ask_agent(context, &AgentRequest::Resume { group: group.to_owned(), force: args.force }, PATIENT)?;
-    context.answer(&(), |()| format!("the volumes of group '{group}' may be written here again\n"));
-    Ok(DONE)
-}
-
-fn abort(context: &Context, args: &Args, group: &str) -> Outcome {
-    check::group(group)?;
-    if !Daemon::Receiver.is_here(&context.paths) && Daemon::Agent.is_here(&context.paths) {
-        return resume(context, args, group);
-    }
-    let again = context.suggest(&format!("failover abort {group}"));
-    let question = format!("undo the takeover of '{group}'? What was written here since stays in the history only");
-    confirm(args.yes, &question, &again)?;
-    undo_plan(context, args, group)?;
-    let request = ReceiverRequest::FailoverAbort { group: group.to_owned(), force: args.force, only_test: false };
-    let mut meter = Meter::new(format!("undoing the takeover of {group}"), context.json);
-    let reply: Result<FailoverReply, Problem> =
-        ask(context, Daemon::Receiver, &request, PATIENT, &mut |step| meter.show(&step));
-    meter.end();
-    context.answer(&reply?, |reply| match reply.test {
-        true => format!("the test of group '{}' is over, what was written to it is gone\n", reply.group),
-        false => format!(
-            "the takeover of group '{}' is undone: the replica is what it was at {}, the source may go on\nnext: {}\n",
-            reply.group,
-            words::exact_time(&reply.newest.time),
-            context.suggest(&format!("status {}", reply.group))
-        ),
-    });
-    Ok(DONE)
-}
-
-/// What the plan has done goes first: it uses the devices. Not for a takeover that will not be undone.
-fn undo_plan(context: &Context, args: &Args, group: &str) -> Result<(), Problem> {
-    let status = Daemon::Receiver.group(context, group)?.history.and_then(|history| history.takeover);
-    let modes: &[Mode] = match &status {
-        Some(takeover) if takeover.committed => &[],
-        Some(takeover) if takeover.test => &[Mode::Test],
-        Some(_) => &[Mode::Live],
-        None => &[Mode::Test, Mode::Live],
-    };
-    for mode in modes {
-        let Some(report) = takeover::take_back(context, group, *mode)? else { continue };
-        if !context.json {
-            note(report.to_string().trim_end());
-        }
-        match takeover::not_taken_back(report) {
-            Some(problem) if !args.force => return Err(problem),
-            Some(problem) => explain(&problem),
-            None => {}
-        }
-    }
-    if modes.contains(&Mode::Test) {
-        varve_takeover::clean(&context.paths, group, &varve_takeover::Tools::default())?;
-    }
-    Ok(())
 }
 
 /// `by_hand`: whether it is said what there is to do now.

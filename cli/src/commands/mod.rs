@@ -5,6 +5,7 @@ pub(crate) mod doctor;
 pub(crate) mod drill;
 pub(crate) mod failback;
 pub(crate) mod failover;
+mod failover_end;
 pub(crate) mod forget;
 pub(crate) mod host_invite;
 pub(crate) mod host_list;

@@ -6,13 +6,14 @@ use crate::context::{Context, DONE, FAILED, Outcome, explain};
 use crate::takeover;
 use serde::Serialize;
 use varve_common::problem::Problem;
-use varve_takeover::{Mode, Plan, Tools};
+use varve_takeover::{Mode, Plan, Standing, Tools, standing};
 
 const CHECK_EXAMPLE: &str = "Example:
   varve plan check db
   varve plan check ./db.toml";
 
 const UNDO_EXAMPLE: &str = "Example:
+  varve plan undo db --dry-run
   varve plan undo db";
 
 /// Reads a takeover plan and says what is wrong with it, or missing on this host. Nothing is touched.
@@ -31,6 +32,9 @@ pub(crate) struct CheckArgs {
 pub(crate) struct UndoArgs {
     /// The group's name
     group: String,
+    /// Print what would be taken back, change nothing
+    #[arg(long)]
+    dry_run: bool,
     /// Do not ask
     #[arg(long)]
     yes: bool,
@@ -77,17 +81,40 @@ pub(crate) fn check(context: &Context, args: &CheckArgs) -> Outcome {
     Ok(if checked.problems.is_empty() { DONE } else { FAILED })
 }
 
+#[derive(Serialize)]
+struct WouldUndo {
+    group: String,
+    dry_run: bool,
+    #[serde(flatten)]
+    run: Standing,
+}
+
 pub(crate) fn undo(context: &Context, args: &UndoArgs) -> Outcome {
     check::group(&args.group)?;
+    if args.dry_run {
+        let run = standing(&context.paths, &args.group, Mode::Live)?.ok_or_else(|| nothing(context, &args.group))?;
+        context.answer(&WouldUndo { group: args.group.clone(), dry_run: true, run }, |would| {
+            let (group, run) = (&would.group, &would.run);
+            let mut text =
+                format!("the plan of '{group}', of {}, would be taken back; nothing was changed\n", run.began);
+            run.left.iter().rev().for_each(|left| text.push_str(&format!("  taken back: {left}\n")));
+            text + "  the takeover itself would stay\n"
+        });
+        return Ok(DONE);
+    }
     let again = context.suggest(&format!("plan undo {}", args.group));
     confirm(args.yes, &format!("stop what the plan of '{}' has started here?", args.group), &again)?;
     let Some(report) = takeover::take_back(context, &args.group, Mode::Live)? else {
-        return Err(Problem::not_found(
-            format!("there is nothing of the plan of '{}' to take back", args.group),
-            "nothing of it is in place on this host",
-            context.suggest(&format!("status {}", args.group)),
-        ));
+        return Err(nothing(context, &args.group));
     };
     context.answer(&report, ToString::to_string);
     takeover::not_taken_back(report).map_or(Ok(DONE), Err)
+}
+
+fn nothing(context: &Context, group: &str) -> Problem {
+    Problem::not_found(
+        format!("there is nothing of the plan of '{group}' to take back"),
+        "nothing of it is in place on this host",
+        context.suggest(&format!("status {group}")),
+    )
 }

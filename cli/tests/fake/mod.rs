@@ -8,7 +8,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
+use varve_common::control::PointReply;
+use varve_common::paths::Paths;
+use varve_takeover::{Commands, Context, Device, Mode, Outcome, Plan, Runner, Tools};
 
 /// What a fake daemon does with one request.
 pub enum Step {
@@ -95,6 +98,10 @@ impl Root {
         self.dir.path()
     }
 
+    pub fn paths(&self) -> Paths {
+        Paths::new(self.path())
+    }
+
     pub fn at(&self, relative: &str) -> PathBuf {
         self.path().join(relative)
     }
@@ -159,6 +166,23 @@ impl Root {
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("text");
         Said { code: output.status.code().unwrap_or(-1), out: text(output.stdout), err: text(output.stderr) }
     }
+}
+
+/// The group's plan is run for real.
+pub fn run_plan_of(root: &Root, group: &str) {
+    let context = Context {
+        group: group.to_owned(),
+        point: PointReply::default(),
+        devices: vec![Device { volume: "/dev/vdb".into(), device: PathBuf::from("/dev/null"), bytes: 1 << 30 }],
+        mode: Mode::Live,
+        paths: root.paths(),
+        began: SystemTime::now(),
+        tools: Tools::default(),
+        commands: Commands { resume: "resume".into(), undo: "undo".into(), undo_plan: "undo plan".into() },
+    };
+    let plan = Plan::load(root.paths().takeover_plan(group)).expect("a plan");
+    let report = Runner::new(plan, context).expect("it fits").run(&mut |_| {}).expect("begun");
+    assert_eq!(report.outcome, Outcome::Done, "{report}");
 }
 
 fn serve(stream: UnixStream, record: &Mutex<Vec<Value>>, answer: &dyn Fn(&Value) -> Vec<Step>) {

@@ -282,6 +282,9 @@ pub struct TakeoverStatus {
     /// When it goes back by itself unless it is committed; `None`: never.
     #[serde(default)]
     pub abort_at: Option<String>,
+    /// It is being undone, or that ended with an error.
+    #[serde(default)]
+    pub aborting: bool,
     /// The block devices.
     pub devices: Vec<String>,
     /// It is to come home.

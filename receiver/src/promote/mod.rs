@@ -541,6 +541,7 @@ impl Promotions {
             committed: takeover.committed,
             test: false,
             abort_at: abort_at.map(show_time),
+            aborting: takeover.aborting,
             devices: devices.iter().map(|device| device.path().display().to_string()).collect(),
             failback: None,
             next: match missing {

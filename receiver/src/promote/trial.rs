@@ -71,6 +71,7 @@ impl Promotions {
             committed: false,
             test: true,
             abort_at: None,
+            aborting: false,
             devices: Vec::new(),
             failback: None,
             next: format!("view {view} is its test: 'varve failover abort {name}' ends it"),
