@@ -117,8 +117,34 @@ pub(crate) fn ask<Q: Serialize, T: DeserializeOwned>(
     patience: Duration,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<T, Problem> {
+    exchange(context, daemon, request, patience, &look(context, daemon), progress)
+}
+
+/// Asks the receiver to change who may write to a group, or what its replicas hold. Without an answer it may be done all the
+/// same, or under way, and must not be ended in the middle: then the status tells. `then`: what comes after it.
+pub(crate) fn ask_authority<T: DeserializeOwned>(
+    context: &Context,
+    group: &str,
+    request: &ReceiverRequest,
+    then: &str,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<T, Problem> {
+    let status = context.suggest(&format!("status {group}"));
+    let lost = format!("it may be done or under way, so restart nothing: '{status}' tells; {then}");
+    exchange(context, Daemon::Receiver, request, PATIENT, &lost, progress)
+}
+
+/// `lost`: what to do if it was asked and the answer does not come.
+fn exchange<Q: Serialize, T: DeserializeOwned>(
+    context: &Context,
+    daemon: Daemon,
+    request: &Q,
+    patience: Duration,
+    lost: &str,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<T, Problem> {
     context.need_root()?;
-    let trouble = |error: varve_net::Error| trouble(context, daemon, &error, patience);
+    let trouble = |error: varve_net::Error| trouble(context, daemon, &error, patience, lost);
     let mut client = LocalClient::connect(&daemon.socket(&context.paths)).map_err(|error| match error.kind() {
         // It was not even asked.
         ErrorKind::Timeout => Problem::unreachable(error.to_string(), error.why(), look(context, daemon)),
@@ -131,22 +157,22 @@ pub(crate) fn ask<Q: Serialize, T: DeserializeOwned>(
             Some(Reply::Progress(step)) => progress(step),
             Some(Reply::Done(answer)) => return Ok(answer),
             Some(Reply::Problem(problem)) => return Err(problem),
-            None => return Err(unfinished(context, daemon)),
+            None => return Err(unfinished(daemon, lost)),
         }
     }
 }
 
 /// An error of the socket, in this installation's words.
-fn trouble(context: &Context, daemon: Daemon, error: &varve_net::Error, patience: Duration) -> Problem {
+fn trouble(context: &Context, daemon: Daemon, error: &varve_net::Error, patience: Duration, lost: &str) -> Problem {
     let (word, program) = (daemon.word(), daemon.program());
     match error.kind() {
         ErrorKind::Unreachable => absent(context, daemon, error),
         ErrorKind::Timeout => Problem::unreachable(
             format!("the {word} of this host does not answer"),
             format!("{program} took the question and said nothing for {} s", patience.as_secs()),
-            look(context, daemon),
+            lost,
         ),
-        ErrorKind::Closed | ErrorKind::Busy => unfinished(context, daemon),
+        ErrorKind::Closed | ErrorKind::Busy => unfinished(daemon, lost),
         ErrorKind::Protocol => Problem::failed(
             format!("the answer of the {word} is not understood"),
             format!("{program} is probably of another version than this varve ({})", env!("CARGO_PKG_VERSION")),
@@ -161,11 +187,11 @@ fn trouble(context: &Context, daemon: Daemon, error: &varve_net::Error, patience
     }
 }
 
-fn unfinished(context: &Context, daemon: Daemon) -> Problem {
+fn unfinished(daemon: Daemon, lost: &str) -> Problem {
     Problem::unreachable(
         format!("the {} of this host did not finish its answer", daemon.word()),
         format!("{} closed the connection: it is stopping, it failed, or it serves too many at once", daemon.program()),
-        look(context, daemon),
+        lost,
     )
 }
 
@@ -218,5 +244,25 @@ fn look(context: &Context, daemon: Daemon) -> String {
         format!("journalctl -u {0} says more; systemctl restart {0} starts it again", daemon.program())
     } else {
         format!("the log of {} says more; then start it again", daemon.program())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use varve_common::problem::ProblemKind;
+
+    /// A daemon that is started again in the middle of a takeover makes it no better.
+    #[test]
+    fn who_hears_nothing_of_a_takeover_is_not_told_to_restart() {
+        let context = Context::new(std::path::Path::new("/"), false).expect("a root");
+        let told = |next: &str| {
+            let silent = varve_net::Error::new(ErrorKind::Timeout, "nothing came");
+            trouble(&context, Daemon::Receiver, &silent, PATIENT, next)
+        };
+        let problem = told("see 'varve status db'");
+        assert_eq!(problem.kind, ProblemKind::Unreachable);
+        assert_eq!(problem.next, "see 'varve status db'");
+        assert!(told(&look(&context, Daemon::Receiver)).next.contains("systemctl restart varve-receiver"));
     }
 }

@@ -103,6 +103,43 @@ fn answers_that_are_none() {
     }
 }
 
+/// It may be done, or go on: the status tells, and a restart would come in the middle.
+#[test]
+fn an_answer_that_is_lost_while_authority_moves() {
+    let root = Root::recovery();
+    root.daemon("receiver", |request| match request["command"].as_str() {
+        Some("status") => knows("receiver", vec![group("db", "replica")])(request),
+        _ => Vec::new(),
+    });
+    for (args, then) in [
+        (&["failover", "db", "--yes"] as &[&str], "its devices are shown there"),
+        (&["failover", "db", "--test"], "'varve failover abort db' ends a test"),
+        (&["failover", "commit", "db", "--yes"], "the same command"),
+        (&["failover", "abort", "db", "--yes"], "the same command"),
+        (&["failback", "db", "--yes"], "goes on by itself"),
+        (&["failback", "db", "--cut-over", "--yes"], "the same command"),
+        (&["failback", "db", "--stop", "--yes"], "the same command"),
+        (&["rollback", "db", "--at", "-5m", "--yes"], "the same command"),
+    ] {
+        let said = root.varve(args);
+        said.problem(
+            4,
+            "did not finish its answer",
+            "closed the connection",
+            "restart nothing: 'varve status db' tells",
+        );
+        said.problem(4, "did not finish its answer", "closed the connection", then);
+    }
+    root.write(
+        "etc/varve/takeover/db.toml",
+        "version = 1\n[[step]]\nname = \"it\"\nkind = \"command\"\nrun = \"true\"\nundo = []\n",
+    );
+    let said = root.varve(&["failover", "db", "--yes"]);
+    said.problem(4, "did not finish its answer", "", "'varve failover db --resume' runs its takeover plan");
+    // Where nothing is changed there is nothing to find out.
+    root.varve(&["failover", "db", "--dry-run"]).problem(4, "did not finish its answer", "", "start it again");
+}
+
 #[test]
 fn an_unknown_group() {
     let root = Root::production();

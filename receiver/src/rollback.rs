@@ -58,7 +58,7 @@ pub async fn rollback(
     slot: &Arc<Slot>,
     at: PointSpec,
     dry_run: bool,
-    progress: &mut ProgressOut<'_>,
+    progress: &ProgressOut,
 ) -> Result<RollbackReply, Problem> {
     let begin = Instant::now();
     refuse_promoted(slot)?;
@@ -104,7 +104,7 @@ async fn run(
     slot: &Arc<Slot>,
     desk: &mut Desk,
     planned: Plan,
-    progress: &mut ProgressOut<'_>,
+    progress: &ProgressOut,
 ) -> Result<(u64, PointReply), Problem> {
     let what = || format!("'{}' was not rolled back", slot.name);
     let failed = |why: String| Problem::failed(what(), why, "see the receiver's log, then run the same command again");
@@ -148,7 +148,7 @@ async fn run(
                     return Err(failed(why));
                 }
             },
-            () = tokio::time::sleep(PROGRESS_INTERVAL) => progress.tell(done_bytes.load(Ordering::Relaxed), total).await,
+            () = tokio::time::sleep(PROGRESS_INTERVAL) => progress.tell(done_bytes.load(Ordering::Relaxed), total),
         }
     }
     let time_ns = time_ns + 1;

@@ -7,9 +7,11 @@
 use nix::fcntl::{FallocateFlags, fallocate};
 use rand::Rng;
 use rand::rngs::StdRng;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use varve_tests::*;
@@ -618,4 +620,59 @@ fn a_takeover_does_not_wait_for_a_new_group() {
         protect.join().unwrap().ok();
     });
     bed.pair.wait_protected("other", LIMIT);
+}
+
+/// Whoever waits for the replicas hears that the receiver is alive: `varve` takes two minutes of silence for a daemon that hangs,
+/// and then its operator would start it again in the middle of a takeover.
+#[test]
+fn whoever_waits_for_the_replicas_hears_a_sign_of_life() {
+    let (mut bed, mut model) = (Bed::new("apply-held"), Model::new());
+    bed.bookmark("held");
+    bed.pair.wait_applied("db", LIMIT);
+    bed.hold();
+    bed.scribble(&mut model, 100);
+    bed.wait_landed();
+    let socket = bed.pair.recovery.root().join("run/varve/receiver.sock");
+    let to = bed.pair.recovery.scratch().join("restored").display().to_string();
+    // Only the replicas tell whether there is a newer point of that name.
+    let failover = |test: bool, dry_run: bool| json!({"command": "failover", "group": "db", "at": {"bookmark": "held"}, "test": test, "dry_run": dry_run});
+    let waiting = [
+        json!({"command": "rollback", "group": "db", "at": "latest", "dry_run": true}),
+        json!({"command": "restore", "group": "db", "at": "latest", "volume": "0", "to": to, "dry_run": true,
+            "force": false}),
+        failover(false, true),
+        json!({"command": "view-open", "group": "db", "at": "latest", "writable": false, "export": "device"}),
+        failover(true, false),
+    ];
+    let mut open: Vec<_> = waiting.iter().map(|request| (request, ask(&socket, request))).collect();
+    for (request, lines) in &mut open {
+        for _ in 0..2 {
+            let line = lines.next().unwrap();
+            assert!(line["progress"].is_object(), "{request}: {line}");
+        }
+    }
+    bed.go_on();
+    for (request, lines) in &mut open {
+        let answer = lines.find(|line| line["progress"].is_null()).unwrap();
+        assert!(answer["done"].is_object(), "{request}: {answer}");
+    }
+    bed.pair.recovery.varve(&["failover", "abort", "db", "--yes"]).ok();
+    // The takeover itself, and its end.
+    bed.hold();
+    bed.scribble(&mut model, 100);
+    bed.wait_landed();
+    let mut takeover = ask(&socket, &failover(false, false));
+    assert!(takeover.next().unwrap()["progress"].is_object());
+    bed.go_on();
+    let taken = takeover.find(|line| line["progress"].is_null()).unwrap();
+    assert!(taken["done"]["volumes"][0]["device"].is_string(), "{taken}");
+    bed.pair.recovery.varve(&["failover", "abort", "db", "--yes"]).ok();
+}
+
+/// The lines of an answer, each of which comes within seconds.
+fn ask(socket: &Path, request: &Value) -> impl Iterator<Item = Value> + use<> {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    stream.write_all(format!("{request}\n").as_bytes()).unwrap();
+    BufReader::new(stream).lines().map(|line| serde_json::from_str(&line.expect("a line in time")).unwrap())
 }

@@ -1,7 +1,7 @@
 //! `varve drill`: does the newest point come up by the group's takeover plan? Now, or again and again.
 
 use crate::check;
-use crate::client::{Daemon, PATIENT, ask_receiver};
+use crate::client::{Daemon, PATIENT, ask_authority, ask_receiver};
 use crate::context::{Context, DONE, FAILED, Outcome, explain, note};
 use crate::takeover;
 use std::process::Command;
@@ -70,7 +70,8 @@ fn begin(context: &Context, args: &Args, group: &str) -> Outcome {
         planned: None,
         abort_after_seconds: None,
     };
-    let reply: FailoverReply = ask_receiver(context, &request, PATIENT).or_else(|problem| {
+    let then = "the next drill takes away what this one made";
+    let reply: FailoverReply = ask_authority(context, group, &request, then, &mut |_| {}).or_else(|problem| {
         // Nothing was made. After another problem something may have been: then the next drill takes it away.
         if matches!(problem.kind, ProblemKind::Refused | ProblemKind::NotFound) {
             mark.clear()?;

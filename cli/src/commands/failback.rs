@@ -1,7 +1,7 @@
 //! `varve failback`: brings a group that runs on the recovery host home.
 
 use crate::check;
-use crate::client::{Daemon, PATIENT, ask, ask_agent, ask_receiver};
+use crate::client::{Daemon, PATIENT, ask, ask_agent, ask_authority};
 use crate::confirm::confirm;
 use crate::context::{Context, DONE, Outcome, note};
 use crate::progress::Meter;
@@ -76,11 +76,12 @@ pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
     }
     let group = &args.group;
     let go = |dry_run: bool| -> Result<FailbackReply, Problem> {
-        let what = if dry_run { "comparing" } else { "bringing home" };
-        let what = format!("{what} {group}");
-        let (group, host, keep_branch) = (group.clone(), args.to.clone(), args.keep_branch.clone());
-        let request = ReceiverRequest::Failback { group, host, keep_branch, dry_run };
-        follow(context, &what, &request)
+        let (host, keep_branch) = (args.to.clone(), args.keep_branch.clone());
+        let request = ReceiverRequest::Failback { group: group.clone(), host, keep_branch, dry_run };
+        match dry_run {
+            true => follow(context, group, "comparing", &request, None),
+            false => follow(context, group, "bringing home", &request, Some("what was begun goes on by itself")),
+        }
     };
     if !args.dry_run {
         let to = args.to.as_ref().map_or(String::new(), |host| format!(" --to {host}"));
@@ -123,9 +124,20 @@ fn lost(look: &FailbackReply, keep: Option<&str>) -> String {
     }
 }
 
-fn follow(context: &Context, what: &str, request: &ReceiverRequest) -> Result<FailbackReply, Problem> {
-    let mut meter = Meter::new(what.to_owned(), context.json);
-    let reply = ask(context, Daemon::Receiver, request, PATIENT, &mut |step| meter.show(&step));
+/// `then`: what comes after an answer that was lost; `None`: nothing is changed.
+fn follow(
+    context: &Context,
+    group: &str,
+    what: &str,
+    request: &ReceiverRequest,
+    then: Option<&str>,
+) -> Result<FailbackReply, Problem> {
+    let mut meter = Meter::new(format!("{what} {group}"), context.json);
+    let mut show = |step| meter.show(&step);
+    let reply = match then {
+        Some(then) => ask_authority(context, group, request, then, &mut show),
+        None => ask(context, Daemon::Receiver, request, PATIENT, &mut show),
+    };
     meter.end();
     reply
 }
@@ -139,17 +151,18 @@ fn cut_over(context: &Context, args: &Args) -> Outcome {
     let (quick, dry_run) = (args.quick, args.dry_run);
     let request = |dry_run| ReceiverRequest::FailbackCutOver { group: group.clone(), quick, dry_run };
     if dry_run {
-        let reply: FailbackReply = follow(context, &format!("giving back {group}"), &request(true))?;
+        let reply: FailbackReply = follow(context, group, "giving back", &request(true), None)?;
         context.answer(&reply, text_of);
         return Ok(DONE);
     }
     wait_close(context, group)?;
     // What cannot be done is found while business still runs here.
     if standing(&context.paths, group, Mode::Live)?.is_some() {
-        let _: FailbackReply = follow(context, &format!("looking at {group}"), &request(true))?;
+        let _: FailbackReply = follow(context, group, "looking at", &request(true), None)?;
     }
     let taken_back = take_back_plan(context, group)?;
-    let reply = follow(context, &format!("giving back {group}"), &request(false)).map_err(|mut problem| {
+    let then = Some("if it runs here still, the same command again");
+    let reply = follow(context, group, "giving back", &request(false), then).map_err(|mut problem| {
         if taken_back {
             let again = takeover::resume_command(context, group);
             problem.next = format!("{}; '{again}' starts here again what the plan had started", problem.next);
@@ -214,7 +227,8 @@ fn stop(context: &Context, args: &Args) -> Outcome {
         return Ok(DONE);
     }
     confirm(args.yes, &format!("keep '{group}' here?"), &context.suggest(&format!("failback {group} --stop")))?;
-    let reply: FailbackReply = ask_receiver(context, &ReceiverRequest::FailbackStop { group: group.clone() }, PATIENT)?;
+    let request = ReceiverRequest::FailbackStop { group: group.clone() };
+    let reply: FailbackReply = ask_authority(context, group, &request, "then the same command again", &mut |_| {})?;
     context.answer(&reply, text_of);
     Ok(DONE)
 }

@@ -2,7 +2,7 @@
 
 use super::failover_end::{abort, commit};
 use crate::check;
-use crate::client::{Daemon, PATIENT, ask};
+use crate::client::{Daemon, PATIENT, ask, ask_authority};
 use crate::confirm::confirm;
 use crate::context::{Context, DONE, FAILED, Outcome, explain, note};
 use crate::progress::Meter;
@@ -137,15 +137,6 @@ fn begin(context: &Context, args: &Args, group: &str) -> Outcome {
     check::group(group)?;
     let at = check::point(at_of(args))?;
     let abort_after = args.abort_after.as_deref().map(check::abort_after).transpose()?;
-    let go = |dry_run: bool| -> Result<FailoverReply, Problem> {
-        let planned = args.planned.then_some(PlannedWish { limit_seconds: args.limit, quick: args.quick });
-        let (group, at, test) = (group.to_owned(), at.clone(), args.test);
-        let mut meter = Meter::new(format!("switching over {group}"), context.json);
-        let request = ReceiverRequest::Failover { group, at, test, dry_run, planned, abort_after_seconds: abort_after };
-        let reply = ask(context, Daemon::Receiver, &request, PATIENT, &mut |step| meter.show(&step));
-        meter.end();
-        reply
-    };
     let mode = if args.test { Mode::Test } else { Mode::Live };
     // A plan that cannot be run is found before anything is changed.
     let plan = if args.no_plan { None } else { takeover::plan(context, group)? };
@@ -153,6 +144,28 @@ fn begin(context: &Context, args: &Args, group: &str) -> Outcome {
         takeover::fits(context, group, plan)?;
         takeover::none_left(context, group, mode)?;
     }
+    let then = match (args.test, &plan) {
+        (true, _) => format!("'{}' ends a test", takeover::abort_command(context, group)),
+        (false, Some(_)) => {
+            format!("once it runs here, '{}' runs its takeover plan", takeover::resume_command(context, group))
+        }
+        (false, None) => "once it runs here, its devices are shown there".to_owned(),
+    };
+    let go = |dry_run: bool| -> Result<FailoverReply, Problem> {
+        let planned = args.planned.then_some(PlannedWish { limit_seconds: args.limit, quick: args.quick });
+        let (at, test) = (at.clone(), args.test);
+        let of = group.to_owned();
+        let mut meter = Meter::new(format!("switching over {group}"), context.json);
+        let request =
+            ReceiverRequest::Failover { group: of, at, test, dry_run, planned, abort_after_seconds: abort_after };
+        let mut show = |step| meter.show(&step);
+        let reply = match dry_run {
+            true => ask(context, Daemon::Receiver, &request, PATIENT, &mut show),
+            false => ask_authority(context, group, &request, &then, &mut show),
+        };
+        meter.end();
+        reply
+    };
     let dry_run = |reply: &FailoverReply, plan: Plan| -> Result<DryRun, Problem> {
         let devices = takeover::to_be(context, group)?;
         let point = reply.point.clone();

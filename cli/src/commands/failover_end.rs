@@ -2,7 +2,7 @@
 
 use super::failover::Args;
 use crate::check;
-use crate::client::{Daemon, PATIENT, ask, ask_agent, ask_receiver};
+use crate::client::{Daemon, PATIENT, ask_agent, ask_authority};
 use crate::confirm::confirm;
 use crate::context::{Context, DONE, Outcome, explain, note};
 use crate::progress::Meter;
@@ -75,8 +75,8 @@ pub(super) fn commit(context: &Context, args: &Args, group: &str) -> Outcome {
     }
     let again = context.suggest(&format!("failover commit {group}"));
     confirm(args.yes, &format!("give up the way back to replication of '{group}'?"), &again)?;
-    let reply: FailoverReply =
-        ask_receiver(context, &ReceiverRequest::FailoverCommit { group: group.to_owned() }, PATIENT)?;
+    let request = ReceiverRequest::FailoverCommit { group: group.to_owned() };
+    let reply: FailoverReply = ask_authority(context, group, &request, "then the same command again", &mut |_| {})?;
     context.answer(&reply, |reply| {
         let next = context.suggest(&format!("failback {}", reply.group));
         format!(
@@ -131,8 +131,9 @@ pub(super) fn abort(context: &Context, args: &Args, group: &str) -> Outcome {
     undo_plan(context, args, group)?;
     let request = ReceiverRequest::FailoverAbort { group: group.to_owned(), force: args.force, only_test: false };
     let mut meter = Meter::new(format!("undoing the takeover of {group}"), context.json);
+    let then = "the same command goes on with it";
     let reply: Result<FailoverReply, Problem> =
-        ask(context, Daemon::Receiver, &request, PATIENT, &mut |step| meter.show(&step));
+        ask_authority(context, group, &request, then, &mut |step| meter.show(&step));
     meter.end();
     context.answer(&reply?, |reply| match reply.test {
         true => format!("the test of group '{}' is over, what was written to it is gone\n", reply.group),

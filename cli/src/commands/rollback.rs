@@ -1,7 +1,7 @@
 //! `varve rollback`: makes the replica what it was at a point, as new history.
 
 use crate::check;
-use crate::client::{Daemon, PATIENT, ask, ask_receiver};
+use crate::client::{Daemon, PATIENT, ask, ask_authority};
 use crate::confirm::confirm;
 use crate::context::{Context, DONE, Outcome, note};
 use crate::progress::Meter;
@@ -52,8 +52,11 @@ pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
         let what = if dry_run { "comparing" } else { "rolling back" };
         let mut meter = Meter::new(format!("{what} {}", args.group), context.json);
         let request = ReceiverRequest::Rollback { group: args.group.clone(), at: spec.clone(), dry_run };
-        let reply: Result<RollbackReply, Problem> =
-            ask(context, Daemon::Receiver, &request, PATIENT, &mut |step| meter.show(&step));
+        let mut show = |step| meter.show(&step);
+        let reply: Result<RollbackReply, Problem> = match dry_run {
+            true => ask(context, Daemon::Receiver, &request, PATIENT, &mut show),
+            false => ask_authority(context, &args.group, &request, "the same command finishes it", &mut show),
+        };
         meter.end();
         reply
     };
@@ -75,7 +78,8 @@ fn release(context: &Context, args: &Args) -> Outcome {
     if !args.dry_run {
         let question = format!("make the replica of group '{group}' equal to its volumes again?");
         confirm(args.yes, &question, &context.suggest(&format!("rollback {group} --release")))?;
-        let () = ask_receiver(context, &ReceiverRequest::RollbackRelease { group: group.clone() }, PATIENT)?;
+        let request = ReceiverRequest::RollbackRelease { group: group.clone() };
+        let () = ask_authority(context, group, &request, "then the same command again", &mut |_| {})?;
     }
     let released = Released { group: group.clone(), dry_run: args.dry_run, released: !args.dry_run };
     context.answer(&released, |released| match released.dry_run {

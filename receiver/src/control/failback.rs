@@ -16,7 +16,7 @@ pub async fn failback(
     host: Option<String>,
     keep_branch: Option<String>,
     dry_run: bool,
-    progress: &mut ProgressOut<'_>,
+    progress: &ProgressOut,
 ) -> Result<FailbackReply, Problem> {
     let context = context(daemon, group)?;
     if let Some(host) = &host
@@ -40,7 +40,7 @@ pub async fn cut_over(
     group: &str,
     quick: bool,
     dry_run: bool,
-    progress: &mut ProgressOut<'_>,
+    progress: &ProgressOut,
 ) -> Result<FailbackReply, Problem> {
     let context = context(daemon, group)?;
     let mut work = pin!(cutover::cut_over(&daemon.promotions, &context, quick, dry_run));
@@ -49,7 +49,7 @@ pub async fn cut_over(
             outcome = &mut work => return outcome,
             () = tokio::time::sleep(HOME_LOOK_INTERVAL) => {
                 let shown = context.slot.failback.shown();
-                progress.tell(shown.done_bytes, shown.total_bytes).await;
+                progress.tell(shown.done_bytes, shown.total_bytes);
             }
         }
     }

@@ -5,6 +5,7 @@ use crate::daemon::Daemon;
 use crate::group::registry::Slot;
 use crate::keeper::{bytes_from, bytes_held_by, doomed, newest_ns, taken_over_at};
 use crate::limits::{DAMAGES_TRACED_MAX, DENSITY_PARTS, SCRUB_RATE};
+use crate::promote::blocking;
 use crate::restore::Target;
 use crate::view::views::{Wish, find, history_problem, volumes_at};
 use std::ops::ControlFlow;
@@ -22,9 +23,6 @@ use varve_timeline::chronicle::{Event, Times};
 use varve_timeline::error::HistoryError;
 use varve_timeline::timeline::Timeline;
 
-/// Between two messages of progress.
-const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
-
 /// The group and its timeline.
 fn timeline_of(daemon: &Daemon, group: &str) -> Result<(Arc<Slot>, Arc<Timeline>), Problem> {
     let slot = daemon.registry.group(group).ok_or_else(|| no_group(daemon, group))?;
@@ -34,12 +32,6 @@ fn timeline_of(daemon: &Daemon, group: &str) -> Result<(Arc<Slot>, Arc<Timeline>
         Problem::failed(format!("the history of '{group}' cannot be read"), why, "see the receiver's log")
     })?;
     Ok((slot, timeline))
-}
-
-/// Runs what blocks.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Problem> + Send + 'static) -> Result<T, Problem> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|e| Problem::failed("the receiver could not work on it", e.to_string(), "see the receiver's log"))?
 }
 
 /// Points that views and kept bookmarks hold, but for the one at `but`.
@@ -124,7 +116,7 @@ pub async fn rollback(
     group: &str,
     at: PointSpec,
     dry_run: bool,
-    progress: &mut ProgressOut<'_>,
+    progress: &ProgressOut,
 ) -> Result<varve_common::control::RollbackReply, Problem> {
     let slot = daemon.registry.group(group).ok_or_else(|| no_group(daemon, group))?;
     crate::rollback::rollback(&daemon.registry, &slot, at, dry_run, progress).await
@@ -156,11 +148,7 @@ pub struct RestoreWish {
     pub force: bool,
 }
 
-pub async fn restore(
-    daemon: &Arc<Daemon>,
-    wish: RestoreWish,
-    progress: &mut ProgressOut<'_>,
-) -> Result<RestoreReply, Problem> {
+pub async fn restore(daemon: &Arc<Daemon>, wish: RestoreWish, progress: &ProgressOut) -> Result<RestoreReply, Problem> {
     let (tell, mut told) = mpsc::channel(1);
     let daemon = daemon.clone();
     let work = blocking(move || {
@@ -174,7 +162,7 @@ pub async fn restore(
         tokio::select! {
             done = &mut work => return done,
             Some((done, of)) = told.recv() => {
-                progress.tell(done, of).await;
+                progress.tell(done, of);
                 if progress.has_gone() {
                     told.close();
                 }
@@ -299,7 +287,7 @@ pub async fn scrub(
     daemon: &Arc<Daemon>,
     group: &str,
     bytes_per_second: Option<u64>,
-    progress: &mut ProgressOut<'_>,
+    progress: &ProgressOut,
 ) -> Result<ScrubReply, Problem> {
     let (_, timeline) = timeline_of(daemon, group)?;
     let (tell, mut told) = mpsc::channel(1);
@@ -342,7 +330,7 @@ pub async fn scrub(
         tokio::select! {
             done = &mut work => return done,
             Some((done, of)) = told.recv() => {
-                progress.tell(done, of).await;
+                progress.tell(done, of);
                 if progress.has_gone() {
                     told.close();
                 }
@@ -374,14 +362,4 @@ pub async fn keep(daemon: &Arc<Daemon>, group: String, name: String, keep: bool)
         Ok(KeepReply { group, name, time: show_time(bookmark.time_ns), kept: keep, bytes })
     })
     .await
-}
-
-impl ProgressOut<'_> {
-    /// Says how far it is, at most every [`PROGRESS_INTERVAL`].
-    pub async fn tell(&mut self, done_bytes: u64, total_bytes: u64) {
-        if self.last.0.elapsed() < PROGRESS_INTERVAL {
-            return;
-        }
-        self.send(done_bytes, total_bytes).await;
-    }
 }

@@ -3,15 +3,19 @@
 //! - `takeover`: failover, commit, abort
 //! - `failback`: calling a group home, the cut-over
 //! - `history`: points, views, rollback, restore, retention, scrub
+//! - `progress`: what is said until there is an answer
 
 mod failback;
 mod history;
+mod progress;
 mod takeover;
 
 use crate::daemon::Daemon;
 use crate::group::registry::ForgetError;
 use crate::status;
 use crate::view::views::Wish;
+pub use progress::ProgressOut;
+use progress::{follow, progress, wait_for};
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -64,36 +68,36 @@ async fn answer(daemon: &Arc<Daemon>, peer: &mut LocalPeer, request: ReceiverReq
 async fn answer_history(daemon: &Arc<Daemon>, peer: &mut LocalPeer, request: ReceiverRequest) -> Result<(), Error> {
     match request {
         ReceiverRequest::Points { group, from_ns, to_ns } => {
-            send(peer, history::points(daemon, group, from_ns, to_ns).await).await
+            wait_for(peer, history::points(daemon, group, from_ns, to_ns)).await
         }
         ReceiverRequest::ViewOpen { group, at, writable, export, listen } => {
             let wish = Wish { at, writable, export, listen };
-            send(peer, history::view_open(daemon, group, wish).await).await
+            wait_for(peer, history::view_open(daemon, group, wish)).await
         }
         ReceiverRequest::ViewList => send(peer, Ok(history::view_list(daemon))).await,
-        ReceiverRequest::ViewClose { id, force } => send(peer, history::view_close(daemon, id, force).await).await,
+        ReceiverRequest::ViewClose { id, force } => wait_for(peer, history::view_close(daemon, id, force)).await,
         ReceiverRequest::Rollback { group, at, dry_run } => {
-            let mut progress = ProgressOut::new(peer);
-            let outcome = history::rollback(daemon, &group, at, dry_run, &mut progress).await;
-            send(peer, outcome).await
+            let (progress, told) = progress();
+            let work = history::rollback(daemon, &group, at, dry_run, &progress);
+            follow(peer, told, work).await
         }
-        ReceiverRequest::RollbackRelease { group } => send(peer, history::release(daemon, &group).await).await,
+        ReceiverRequest::RollbackRelease { group } => wait_for(peer, history::release(daemon, &group)).await,
         ReceiverRequest::Restore { group, at, volume, to, dry_run, force } => {
             let wish = history::RestoreWish { group, at, volume, to, dry_run, force };
-            let mut progress = ProgressOut::new(peer);
-            let outcome = history::restore(daemon, wish, &mut progress).await;
-            send(peer, outcome).await
+            let (progress, told) = progress();
+            let work = history::restore(daemon, wish, &progress);
+            follow(peer, told, work).await
         }
         ReceiverRequest::Retention { group, age_seconds, bytes, dry_run } => {
-            send(peer, history::retention(daemon, &group, age_seconds, bytes, dry_run).await).await
+            wait_for(peer, history::retention(daemon, &group, age_seconds, bytes, dry_run)).await
         }
         ReceiverRequest::Scrub { group, bytes_per_second } => {
-            let mut progress = ProgressOut::new(peer);
-            let outcome = history::scrub(daemon, &group, bytes_per_second, &mut progress).await;
-            send(peer, outcome).await
+            let (progress, told) = progress();
+            let work = history::scrub(daemon, &group, bytes_per_second, &progress);
+            follow(peer, told, work).await
         }
         ReceiverRequest::Failover { group, at, test, dry_run, planned, abort_after_seconds } => {
-            let mut progress = ProgressOut::new(peer);
+            let (progress, told) = progress();
             let wish = takeover::Wish {
                 at,
                 test,
@@ -101,66 +105,31 @@ async fn answer_history(daemon: &Arc<Daemon>, peer: &mut LocalPeer, request: Rec
                 planned,
                 abort_after: abort_after_seconds.map(Duration::from_secs),
             };
-            let outcome = takeover::failover(daemon, &group, wish, &mut progress).await;
-            send(peer, outcome).await
+            let work = takeover::failover(daemon, &group, wish, &progress);
+            follow(peer, told, work).await
         }
-        ReceiverRequest::FailoverCommit { group } => send(peer, takeover::commit(daemon, &group).await).await,
+        ReceiverRequest::FailoverCommit { group } => wait_for(peer, takeover::commit(daemon, &group)).await,
         ReceiverRequest::FailoverAbort { group, force, only_test } => {
-            let mut progress = ProgressOut::new(peer);
-            let outcome = takeover::abort(daemon, &group, force, only_test, &mut progress).await;
-            send(peer, outcome).await
+            wait_for(peer, takeover::abort(daemon, &group, force, only_test)).await
         }
         ReceiverRequest::Failback { group, host, keep_branch, dry_run } => {
-            let mut progress = ProgressOut::new(peer);
-            let outcome = failback::failback(daemon, &group, host, keep_branch, dry_run, &mut progress).await;
-            send(peer, outcome).await
+            let (progress, told) = progress();
+            let work = failback::failback(daemon, &group, host, keep_branch, dry_run, &progress);
+            follow(peer, told, work).await
         }
         ReceiverRequest::FailbackCutOver { group, quick, dry_run } => {
-            let mut progress = ProgressOut::new(peer);
-            let outcome = failback::cut_over(daemon, &group, quick, dry_run, &mut progress).await;
-            send(peer, outcome).await
+            let (progress, told) = progress();
+            let work = failback::cut_over(daemon, &group, quick, dry_run, &progress);
+            follow(peer, told, work).await
         }
-        ReceiverRequest::FailbackStop { group } => send(peer, failback::stop(daemon, &group).await).await,
+        ReceiverRequest::FailbackStop { group } => wait_for(peer, failback::stop(daemon, &group)).await,
         ReceiverRequest::Keep { group, bookmark, keep } => {
-            send(peer, history::keep(daemon, group, bookmark, keep).await).await
+            wait_for(peer, history::keep(daemon, group, bookmark, keep)).await
         }
         other => {
             let why = format!("{other:?} is none of the history's");
             send::<()>(peer, Err(Problem::failed("not understood", why, "run the same version on both ends"))).await
         }
-    }
-}
-
-/// Where progress is told to.
-#[derive(Debug)]
-pub struct ProgressOut<'a> {
-    peer: &'a mut LocalPeer,
-    last: (Instant, u64),
-    gone: bool,
-}
-
-impl<'a> ProgressOut<'a> {
-    fn new(peer: &'a mut LocalPeer) -> Self {
-        Self { peer, last: (Instant::now(), 0), gone: false }
-    }
-
-    /// Nobody listens any more.
-    pub fn has_gone(&self) -> bool {
-        self.gone
-    }
-
-    async fn send(&mut self, done_bytes: u64, total_bytes: u64) {
-        let seconds = self.last.0.elapsed().as_secs_f64().max(1e-3);
-        let rate = done_bytes.saturating_sub(self.last.1) as f64 / seconds;
-        self.last = (Instant::now(), done_bytes);
-        let left = total_bytes.saturating_sub(done_bytes) as f64;
-        let progress = Progress {
-            done_bytes,
-            total_bytes,
-            bytes_per_second: rate,
-            seconds_left: (rate > 0.0).then(|| left / rate),
-        };
-        self.gone |= self.peer.send(&Reply::<()>::Progress(progress)).await.is_err();
     }
 }
 

@@ -2,16 +2,12 @@
 
 use super::{ProgressOut, no_group};
 use crate::daemon::Daemon;
-use crate::promote::{Context, plan, plan_planned};
-use std::pin::pin;
+use crate::promote::{Context, blocking, plan, plan_planned};
 use std::sync::Arc;
 use std::time::Duration;
 use varve_common::control::{FailoverReply, PlannedWish};
 use varve_common::point::PointSpec;
 use varve_common::problem::Problem;
-
-/// Between two lines of a command whose length is not known.
-const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 
 pub fn context(daemon: &Daemon, group: &str) -> Result<Context, Problem> {
     let slot = daemon.registry.group(group).ok_or_else(|| no_group(daemon, group))?;
@@ -31,19 +27,20 @@ pub async fn failover(
     daemon: &Arc<Daemon>,
     group: &str,
     wish: Wish,
-    progress: &mut ProgressOut<'_>,
+    progress: &ProgressOut,
 ) -> Result<FailoverReply, Problem> {
     let context = context(daemon, group)?;
     let Wish { at, test, dry_run, planned, abort_after } = wish;
     if dry_run {
-        let plan = tokio::task::block_in_place(|| match planned {
+        let plan = blocking(move || match planned {
             Some(_) => plan_planned(&context.slot, &at),
             None => plan(&context.slot, &at),
-        })?;
-        return Ok(FailoverReply { test, ..plan });
+        });
+        return Ok(FailoverReply { test, ..plan.await? });
     }
     if test {
-        return tokio::task::block_in_place(|| daemon.promotions.test(&context, &daemon.views, at));
+        let daemon = daemon.clone();
+        return blocking(move || daemon.promotions.test(&context, &daemon.views, at)).await;
     }
     daemon.promotions.failover(&context, at, planned, abort_after, progress).await
 }
@@ -52,20 +49,6 @@ pub async fn commit(daemon: &Arc<Daemon>, group: &str) -> Result<FailoverReply, 
     daemon.promotions.commit(&context(daemon, group)?).await
 }
 
-pub async fn abort(
-    daemon: &Arc<Daemon>,
-    group: &str,
-    force: bool,
-    only_test: bool,
-    progress: &mut ProgressOut<'_>,
-) -> Result<FailoverReply, Problem> {
-    let context = context(daemon, group)?;
-    let mut work = pin!(daemon.promotions.abort(&context, &daemon.views, force, only_test));
-    loop {
-        tokio::select! {
-            outcome = &mut work => return outcome,
-            // A rollback may take minutes, and silence looks like a daemon that hangs.
-            () = tokio::time::sleep(SIGN_OF_LIFE) => progress.tell(0, 0).await,
-        }
-    }
+pub async fn abort(daemon: &Arc<Daemon>, group: &str, force: bool, only_test: bool) -> Result<FailoverReply, Problem> {
+    daemon.promotions.abort(&context(daemon, group)?, &daemon.views, force, only_test).await
 }

@@ -6,7 +6,7 @@ use crate::control::ProgressOut;
 use crate::group::meta::{Failback, GroupMeta, unhex};
 use crate::group::registry::Slot;
 use crate::limits::{HOME_CONNECT_TIME_MAX, HOME_LOOK_INTERVAL};
-use crate::promote::Context;
+use crate::promote::{Context, blocking};
 use crate::view::views::find;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use varve_common::control::{FailbackReply, VolumeStatus, show_time};
@@ -106,7 +106,7 @@ pub(super) fn refuse_unready(slot: &Slot, what: &str) -> Result<(GroupMeta, Fail
 ///
 /// # Errors
 /// For the operator.
-pub async fn look(context: &Context, progress: &mut ProgressOut<'_>) -> Result<FailbackReply, Problem> {
+pub async fn look(context: &Context, progress: &ProgressOut) -> Result<FailbackReply, Problem> {
     let (begin, slot) = (Instant::now(), &context.slot);
     let what = format!("what '{}' needs at home is not known", slot.name);
     let meta = refuse_not_committed(slot, &what)?;
@@ -128,7 +128,7 @@ pub async fn look(context: &Context, progress: &mut ProgressOut<'_>) -> Result<F
             break;
         }
         if shown.connected {
-            progress.tell(shown.done_bytes, shown.total_bytes).await;
+            progress.tell(shown.done_bytes, shown.total_bytes);
         }
     }
     slot.failback.want_look(None);
@@ -159,7 +159,7 @@ pub async fn begin(
     context: &Context,
     host: Option<String>,
     keep_branch: Option<String>,
-    progress: &mut ProgressOut<'_>,
+    progress: &ProgressOut,
 ) -> Result<FailbackReply, Problem> {
     let (begin, slot, name) = (Instant::now(), &context.slot, &context.slot.name);
     let what = format!("'{name}' was not called home");
@@ -178,7 +178,7 @@ pub async fn begin(
         None => {
             if let Some(branch) = &keep_branch {
                 refuse_overwritten(&meta, &host, &what)?;
-                refuse_branch(context, &meta, branch, &what)?;
+                refuse_branch(context, &meta, branch, &what).await?;
             }
             let (kept, since) = (keep_branch.is_some(), now());
             let failback = Failback { host: host.clone(), since, keep_branch, kept: false };
@@ -232,7 +232,7 @@ pub async fn begin(
             return Err(Problem::failed(waits, "nobody waits for it any more", "it goes on by itself"));
         }
         if shown.connected {
-            progress.tell(shown.done_bytes, shown.total_bytes).await;
+            progress.tell(shown.done_bytes, shown.total_bytes);
         }
     }
 }
@@ -249,12 +249,13 @@ fn refuse_overwritten(meta: &GroupMeta, host: &str, what: &str) -> Result<(), Pr
 }
 
 /// The branch can be kept under this name, as far as is known here.
-fn refuse_branch(context: &Context, meta: &GroupMeta, branch: &str, what: &str) -> Result<(), Problem> {
+async fn refuse_branch(context: &Context, meta: &GroupMeta, branch: &str, what: &str) -> Result<(), Problem> {
     let next = "give another name";
     context.registry.place_branch(branch).map_err(|why| Problem::refused(what, why, next))?;
     let split = meta.takeover.as_ref().map_or(0, |takeover| takeover.before_height);
     // It may be opened at this moment.
-    let (timeline, _) = tokio::task::block_in_place(|| find(&context.slot, &PointSpec::Latest))?;
+    let slot = context.slot.clone();
+    let (timeline, _) = blocking(move || find(&slot, &PointSpec::Latest)).await?;
     if timeline.pin(split).is_err() {
         let next = format!("copy the volumes at their host, or 'varve failback {}' without --keep-branch", meta.name);
         return Err(Problem::refused(what, "the point of the split has expired, so the branch has no ground", next));

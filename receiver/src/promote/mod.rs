@@ -161,7 +161,7 @@ impl Promotions {
         at: PointSpec,
         planned: Option<PlannedWish>,
         abort_after: Option<Duration>,
-        progress: &mut ProgressOut<'_>,
+        progress: &ProgressOut,
     ) -> Result<FailoverReply, Problem> {
         let begin = Instant::now();
         let name = context.slot.name.clone();
@@ -608,7 +608,10 @@ pub fn wish(
     Ok(Some(RollbackWish { incarnation, above, pin, time_ns, in_gap, rolled: rolled.clone() }))
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Problem> + Send + 'static) -> Result<T, Problem> {
+/// Runs what blocks.
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
+) -> Result<T, Problem> {
     let done = tokio::task::spawn_blocking(work).await;
     done.map_err(|e| Problem::failed("the receiver could not work on it", e.to_string(), "see the receiver's log"))?
 }

@@ -146,11 +146,7 @@ pub(super) fn check(slot: &Slot) -> Result<(), Problem> {
 }
 
 /// Makes the source quiet and waits until everything is here. Whatever goes wrong, the source goes on.
-pub(super) async fn quiesce(
-    context: &Context,
-    wish: &PlannedWish,
-    progress: &mut ProgressOut<'_>,
-) -> Result<Quiet, Problem> {
+pub(super) async fn quiesce(context: &Context, wish: &PlannedWish, progress: &ProgressOut) -> Result<Quiet, Problem> {
     let slot = &context.slot;
     let what = format!("'{}' was not switched over", slot.name);
     check(slot)?;
@@ -163,7 +159,7 @@ pub(super) async fn quiesce(
     let resume = Resume { asks: Some(asked.asks.clone()), id: asked.id };
     asked.asks.send(ask).await.map_err(|_| gone())?;
     tracing::warn!(group = slot.name, "a planned switch-over begins: the source is to be made quiet");
-    let (mut quiet, mut told) = (None, Instant::now());
+    let mut quiet = None;
     loop {
         if quiet.is_none() {
             match asked.heard() {
@@ -194,10 +190,6 @@ pub(super) async fn quiesce(
             return Err(failed("nobody waits for it any more".to_owned()));
         }
         tokio::time::sleep(LOOK).await;
-        if told.elapsed() > Duration::from_secs(1) {
-            told = Instant::now();
-            progress.tell(0, 0).await;
-        }
     }
     let (session, barrier, read_only, hook_ms) = quiet.ok_or_else(gone)?;
     let incarnation = asked.progress.borrow().durable.incarnation;
@@ -212,7 +204,7 @@ pub(super) async fn quiesce(
 }
 
 /// Both sides are equal at the barrier: bytes compared. `None`: the session ended.
-async fn compare(asked: &Asked<'_>, progress: &mut ProgressOut<'_>) -> Result<u64, Option<String>> {
+async fn compare(asked: &Asked<'_>, progress: &ProgressOut) -> Result<u64, Option<String>> {
     let id: u64 = rand::random();
     asked.asks.send(Ask::Verify { id, repair: false }).await.map_err(|_| None)?;
     let (mut moved, mut done) = (Instant::now(), 0);
@@ -234,7 +226,7 @@ async fn compare(asked: &Asked<'_>, progress: &mut ProgressOut<'_>) -> Result<u6
             }
             Some(verify) if verify.done_bytes > done => {
                 (moved, done) = (Instant::now(), verify.done_bytes);
-                progress.tell(done, verify.total_bytes).await;
+                progress.tell(done, verify.total_bytes);
             }
             _ => {}
         }
