@@ -14,10 +14,14 @@ fn host(name: &str, revoked: bool, connected: bool) -> Value {
 #[test]
 fn host_invite() {
     let root = Root::recovery();
-    let invite =
-        json!({"name": "db1", "token": "varve1.abc", "expires": "2026-11-20T15:00:00.000000Z", "address": "[::]:7443"});
+    let invite = json!({"name": "db1", "token": "varve1.abc", "expires": "2026-11-20T15:00:00.000000Z",
+        "address": "[::]:7443", "replaces": false});
     let answer = invite.clone();
-    let asked = root.daemon("receiver", move |_| done(answer.clone()));
+    let asked = root.daemon("receiver", move |request| {
+        let mut answer = answer.clone();
+        (answer["name"], answer["replaces"]) = (request["name"].clone(), json!(request["name"] == "old"));
+        done(answer)
+    });
     let said = root.varve(&["host", "invite", "db1", "--ttl", "30m"]);
     assert_eq!((said.code, said.out.as_str()), (0, "varve1.abc\n"), "standard output is the token alone");
     assert_eq!(
@@ -26,6 +30,12 @@ fn host_invite() {
     );
     let said = root.varve(&["host", "invite", "db1", "--json"]);
     assert_eq!((said.code, said.json(), said.err.as_str()), (0, invite, ""));
+    // One that is there already would be refused once somebody joins in its place.
+    let said = root.varve(&["host", "invite", "old"]);
+    assert_eq!((said.code, said.out.as_str()), (0, "varve1.abc\n"));
+    let lines: Vec<&str> = said.err.lines().collect();
+    assert!(lines.len() == 2 && lines[1].starts_with("'old' has joined already: "), "{lines:?}");
+    assert_eq!(root.varve(&["host", "invite", "old", "--json"]).json()["replaces"], true);
     let asked = asked.lock().expect("fine");
     assert_eq!(asked[0], json!({"command": "invite", "name": "db1", "ttl_seconds": 1800}));
     assert_eq!(asked[1]["ttl_seconds"], 3600, "the default");

@@ -91,6 +91,9 @@ pub struct InviteReply {
     pub expires: String,
     /// Where this receiver listens.
     pub address: String,
+    /// A host of this name has joined: whoever redeems the token takes its place, and it is refused from then on.
+    #[serde(default)]
+    pub replaces: bool,
 }
 
 /// Answer to `host list`.

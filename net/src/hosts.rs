@@ -247,6 +247,11 @@ impl Hosts {
         self.lock().hosts.clone()
     }
 
+    /// Whether a host of this name is enrolled: the next one that joins under it takes its place.
+    pub fn is_enrolled(&self, name: &str) -> bool {
+        self.lock().hosts.iter().any(|host| host.name == name && host.revoked_at.is_none())
+    }
+
     /// All invitations, spent ones included, oldest first.
     pub fn invites(&self) -> Vec<Invite> {
         self.lock().invites.clone()

@@ -46,7 +46,9 @@ fn joining_again_revokes_the_old_certificate() {
     assert_eq!(hosts.standing(&[1; 32]), Standing::Revoked("db-1".into()));
     assert_eq!(hosts.standing(&[2; 32]), Standing::Enrolled("db-1".into()));
     assert_eq!(hosts.standing(&[3; 32]), Standing::Unknown);
+    assert!(hosts.is_enrolled("db-1") && !hosts.is_enrolled("db-2"));
     assert_eq!(hosts.revoke("db-1", at(30)).expect("revoke"), vec![[2; 32]]);
+    assert!(!hosts.is_enrolled("db-1"), "nobody is replaced any more");
     assert_eq!(hosts.revoke("db-1", at(31)).expect("twice"), Vec::<Fingerprint>::new());
     assert_eq!(hosts.standing(&[2; 32]), Standing::Revoked("db-1".into()));
     assert_eq!(hosts.revoke("nobody", at(31)).expect_err("unknown").kind(), ErrorKind::NoSuchHost);

@@ -122,6 +122,8 @@ fn tokens() {
     mistyped.push(if last == 'a' { 'b' } else { 'a' });
     assert_refused(&join(&mistyped), 2, &["token"]);
     join(&token).ok();
+    let invited = |name: &str| pair.recovery.varve(&["host", "invite", name, "--json"]).ok().json()["replaces"].clone();
+    assert_eq!((invited("second"), invited("fourth")), (true.into(), false.into()));
     let third = Installation::new();
     let again = third.varve(&["join", &pair.address, &token]);
     assert_refused(&again, 3, &["used"]);

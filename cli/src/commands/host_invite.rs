@@ -38,6 +38,12 @@ pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
         words::time(&invite.expires),
         reachable(&invite.address)
     ));
+    if invite.replaces {
+        note(&format!(
+            "'{}' has joined already: whoever uses the token takes its place, and that host is refused from then on",
+            invite.name
+        ));
+    }
     print(&format!("{}\n", invite.token));
     Ok(DONE)
 }

@@ -184,8 +184,9 @@ async fn invite(daemon: &Arc<Daemon>, name: String, ttl_seconds: u64) -> Result<
     let secret = joined(invited)?.map_err(|e| problem(&what, &e))?;
     let token = JoinToken { ca_fingerprint: daemon.authority.fingerprint(), secret, name: name.clone() }.encode();
     let expires = show_time(seconds_ns(now).saturating_add(ttl_seconds.saturating_mul(1_000_000_000)));
-    tracing::info!(host = name, expires, "invited");
-    Ok(InviteReply { name, token, expires, address: daemon.address().unwrap_or_default() })
+    let replaces = daemon.hosts.is_enrolled(&name);
+    tracing::info!(host = name, expires, replaces, "invited");
+    Ok(InviteReply { name, token, expires, address: daemon.address().unwrap_or_default(), replaces })
 }
 
 fn joined<T>(result: Result<T, tokio::task::JoinError>) -> Result<T, Problem> {
