@@ -97,6 +97,7 @@ const OF_RECOVERY: &[&str] = &[
     "failback up",
     "failback up --to db2 --keep-branch mine",
     "failback up --cut-over",
+    "failback up --cut-over --quick",
     "failback up --stop",
 ];
 const OF_PRODUCTION: &[&str] = &["unprotect db", "failover abort db --force", "failback db --volume /dev/vdb"];

@@ -540,6 +540,11 @@ fn another_host_with_a_blank_disk_gets_it() {
     pair.wait_applied("g", LIMIT);
     take_over(&pair);
     pair.production.kill(Role::Agent);
+    // What it has cannot be looked at.
+    for args in [&["failback", "g", "--dry-run"] as &[&str], &["failback", "g"]] {
+        let unknown = pair.recovery.varve(args).expect_code(4);
+        assert!(unknown.stderr.contains("did not answer within 30 s"), "{}", unknown.stderr);
+    }
     let before = digest_device(old.path());
     let file =
         OpenOptions::new().write(true).custom_flags(nix::libc::O_DIRECT | nix::libc::O_SYNC).open(promoted(&pair, 0));
@@ -564,6 +569,9 @@ fn another_host_with_a_blank_disk_gets_it() {
     assert!(refused.stderr.contains("33554432"), "{}", refused.stderr);
     // The one of the wrong size was told to whoever called it.
     call.join().unwrap();
+    let look = ["failback", "g", "--volume", &volume(&blank), "--dry-run", "--json"];
+    let look = spare.varve(&look).ok().json();
+    assert!(look["dry_run"] == true && look["volumes"][0]["bytes"].is_number(), "{look:#}");
     take(&blank).ok();
     wait_following(&pair);
     let image = image_of(&promoted(&pair, 0));

@@ -11,7 +11,7 @@ use serde::Serialize;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 use varve_common::control::{AgentRequest, FailbackReply, FailbackStatus, ProtectReply, ReceiverRequest, VolumeStatus};
-use varve_common::problem::Problem;
+use varve_common::problem::{Problem, ProblemKind};
 use varve_takeover::{Mode, standing};
 
 /// A cut-over begins when home is less far behind,
@@ -90,11 +90,20 @@ pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
         let mut question = format!("overwrite the volumes of '{group}' at home with what runs here?");
         if !args.yes {
             // What is lost is named before anybody is asked.
-            let look = go(true)?;
-            if std::io::stdin().is_terminal() {
-                note(text_of(&look).trim_end());
+            let is_asked = std::io::stdin().is_terminal();
+            match go(true) {
+                Ok(look) => {
+                    if is_asked {
+                        note(text_of(&look).trim_end());
+                    }
+                    question = format!("{question} {}", lost(&look, args.keep_branch.as_deref()));
+                }
+                // It may be called home all the same: that goes on when its host is there.
+                Err(problem) if is_asked && problem.kind == ProblemKind::Unreachable => {
+                    question = format!("{question} {}: {}", problem.what, problem.why);
+                }
+                Err(problem) => return Err(problem),
             }
-            question = format!("{question} {}", lost(&look, args.keep_branch.as_deref()));
         }
         confirm(args.yes, &question, &again)?;
     }
@@ -145,7 +154,8 @@ fn follow(
 fn cut_over(context: &Context, args: &Args) -> Outcome {
     let group = &args.group;
     if !args.dry_run {
-        let again = context.suggest(&format!("failback {group} --cut-over"));
+        let quick = if args.quick { " --quick" } else { "" };
+        let again = context.suggest(&format!("failback {group} --cut-over{quick}"));
         confirm(args.yes, &format!("give '{group}' back? Its devices here go away"), &again)?;
     }
     let (quick, dry_run) = (args.quick, args.dry_run);

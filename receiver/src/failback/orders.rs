@@ -132,23 +132,25 @@ pub async fn look(context: &Context, progress: &ProgressOut) -> Result<FailbackR
         }
     }
     slot.failback.want_look(None);
-    let looked = shown.looked;
-    let next = match (looked, shown.problem) {
-        (Some(_), _) => format!("'varve failback {}' brings it home", slot.name),
-        (None, Some((problem, next))) => format!("{problem}; on '{}': {next}", meta.owner),
-        (None, None) => format!("what '{}' holds is not known: its agent did not answer", meta.owner),
-    };
-    let bare = reply(&meta, &meta.owner);
-    Ok(match looked {
-        None => FailbackReply { next, ..bare },
-        Some(Looked { differing, only_there, branch }) => FailbackReply {
+    let host = &meta.owner;
+    match (shown.looked, shown.problem) {
+        (Some(Looked { differing, only_there, branch }), _) => Ok(FailbackReply {
             differing_bytes: Some(differing),
             only_there_bytes: Some(only_there),
             branch_bytes: branch,
-            next,
-            ..bare
-        },
-    })
+            next: format!("'varve failback {}' brings it home", slot.name),
+            ..reply(&meta, host)
+        }),
+        (None, Some((problem, next))) => Err(Problem::refused(what, problem, format!("on '{host}': {next}"))),
+        (None, None) => {
+            let why = format!(
+                "the agent of '{host}' did not answer within {} s, or left before the end",
+                HOME_CONNECT_TIME_MAX.as_secs()
+            );
+            let next = format!("start varve-agent on '{host}' and say it again; '--yes' calls it home unseen");
+            Err(Problem::unreachable(what, why, next))
+        }
+    }
 }
 
 /// Calls the group home and waits until the volumes there follow what is written here.
