@@ -311,16 +311,39 @@ fn scrub() {
 #[test]
 fn bookmarks_are_kept_and_let_go() {
     let root = Root::recovery();
-    let asked = root.daemon("receiver", |request| {
-        done(json!({"group": "db", "name": request["bookmark"], "time": "2026-11-18T10:00:00.123456789Z",
-            "kept": request["keep"], "bytes": 1048576}))
+    const TIME: &str = "2026-11-18T10:00:00.123456789Z";
+    // The newest of a name is the one that is meant.
+    let bookmark = |name: &str, bytes: Value| {
+        json!({"name": name, "time": TIME, "position": "abababab:64", "consistency": "crash", "recoverable": true,
+            "kept": !bytes.is_null(), "kept_bytes": bytes})
+    };
+    let old = [bookmark("b", json!(7)), bookmark("idle", json!(0)), bookmark("b", json!(1048576))];
+    let asked = root.daemon("receiver", move |request| match request["command"].as_str() {
+        Some("points") => done(json!({"group": "db", "window": {"from": null, "to": null}, "points": 0, "records": 0,
+            "bytes": 0, "bookmarks": old, "gaps": [], "damaged": [], "stretches": [], "rollbacks": [], "density": []})),
+        _ => done(json!({"group": "db", "name": request["bookmark"], "time": TIME, "kept": request["keep"],
+            "bytes": 1048576})),
     });
     let said = root.varve(&["bookmark", "db", "b", "--keep"]);
     let expected = "bookmark 'b' of group 'db' at 2026-11-18 10:00:00.123456789Z is kept
   1.0 MiB of history stay because of it, and more as it gets older
 ";
     assert_eq!((said.code, said.out.as_str()), (0, expected));
-    let said = root.varve(&["bookmark", "db", "b", "--release"]);
+    let release = ["bookmark", "db", "b", "--release"];
+    let refused = root.varve(&release);
+    refused.problem(3, "let 1.0 MiB of the history of group 'db' expire", "terminal", "'varve bookmark db b --release");
+    let said = root.varve(&[&release[..], &["--dry-run"]].concat());
+    assert!(said.out.contains("nothing was changed\n  1.0 MiB of history could expire at once\n"), "{said:?}");
+    let json = root.varve(&[&release[..], &["--dry-run", "--json"]].concat()).json();
+    let expected = json!({"group": "db", "name": "b", "time": TIME, "kept": true, "bytes": 1048576, "dry_run": true});
+    assert_eq!(json, expected);
+    root.varve(&["bookmark", "db", "none", "--release", "--yes"]).problem(5, "no bookmark 'none'", "", "points db");
+    let released = || asked.lock().expect("fine").iter().filter(|request| request["keep"] == false).count();
+    assert_eq!(released(), 0);
+    // Where nothing is lost nobody is asked.
+    assert_eq!(root.varve(&["bookmark", "db", "idle", "--release"]).code, 0);
+    assert_eq!(released(), 1);
+    let said = root.varve(&[&release[..], &["--yes"]].concat());
     let expected = "bookmark 'b' of group 'db' at 2026-11-18 10:00:00.123456789Z is no longer kept
   1.0 MiB of history may expire now
 ";

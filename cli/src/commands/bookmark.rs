@@ -2,15 +2,18 @@
 
 use crate::check;
 use crate::client::{PATIENT, ask_agent, ask_receiver};
+use crate::confirm::confirm;
 use crate::context::{Context, DONE, Outcome};
 use crate::words;
-use varve_common::control::{AgentRequest, BookmarkReply, KeepReply, ReceiverRequest};
+use serde::Serialize;
+use varve_common::control::{AgentRequest, BookmarkReply, KeepReply, PointsReply, ReceiverRequest};
 use varve_common::problem::{Problem, check_name};
 
 const EXAMPLE: &str = "Example, production host:
   varve bookmark db before-upgrade
 Example, recovery host:
   varve bookmark db before-upgrade --keep
+  varve bookmark db before-upgrade --release --dry-run
   varve bookmark db before-upgrade --release";
 
 /// Sets a bookmark at an exact place in the order of the group's writes. With --keep or --release it is about a bookmark
@@ -31,14 +34,23 @@ pub(crate) struct Args {
     /// Let the point expire like any other
     #[arg(long)]
     release: bool,
+    /// Print what could expire then, change nothing
+    #[arg(long, requires = "release")]
+    dry_run: bool,
+    /// Do not ask
+    #[arg(long, requires = "release")]
+    yes: bool,
 }
 
 pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
     check::group(&args.group)?;
     check_name("bookmark", &args.name)?;
     let (group, name) = (args.group.clone(), args.name.clone());
-    if args.keep || args.release {
-        let request = ReceiverRequest::Keep { group, bookmark: name, keep: args.keep };
+    if args.release {
+        return release(context, args);
+    }
+    if args.keep {
+        let request = ReceiverRequest::Keep { group, bookmark: name, keep: true };
         let reply: KeepReply = ask_receiver(context, &request, PATIENT)?;
         context.answer(&reply, kept_text);
         return Ok(DONE);
@@ -46,6 +58,52 @@ pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
     check_consistency(&args.consistency)?;
     let reply: BookmarkReply = ask_agent(context, &AgentRequest::Bookmark { group, name }, PATIENT)?;
     context.answer(&reply, text_of);
+    Ok(DONE)
+}
+
+#[derive(Serialize)]
+struct Released {
+    #[serde(flatten)]
+    reply: KeepReply,
+    dry_run: bool,
+}
+
+/// Points that are only there because of it may expire at once, and do not come back.
+fn release(context: &Context, args: &Args) -> Outcome {
+    let (group, name) = (&args.group, &args.name);
+    let request = ReceiverRequest::Points { group: group.clone(), from_ns: None, to_ns: None };
+    let points: PointsReply = ask_receiver(context, &request, PATIENT)?;
+    // Of several with one name the newest is meant.
+    let bookmark = points.bookmarks.into_iter().rev().find(|bookmark| bookmark.name == *name).ok_or_else(|| {
+        Problem::not_found(
+            format!("no bookmark '{name}' in '{group}'"),
+            "it was not set, has not arrived yet, or has expired",
+            format!("'{}' lists them", context.suggest(&format!("points {group}"))),
+        )
+    })?;
+    let bytes = bookmark.kept_bytes.unwrap_or(0);
+    let mut released = Released {
+        reply: KeepReply { group: group.clone(), name: name.clone(), time: bookmark.time, kept: bookmark.kept, bytes },
+        dry_run: true,
+    };
+    if !args.dry_run {
+        if bytes > 0 {
+            let bytes = words::bytes(bytes);
+            let question = format!("let {bytes} of the history of group '{group}' expire, kept for '{name}'?");
+            confirm(args.yes, &question, &context.suggest(&format!("bookmark {group} {name} --release")))?;
+        }
+        let request = ReceiverRequest::Keep { group: group.clone(), bookmark: name.clone(), keep: false };
+        released = Released { reply: ask_receiver(context, &request, PATIENT)?, dry_run: false };
+    }
+    context.answer(&released, |released| match released.dry_run {
+        false => kept_text(&released.reply),
+        true => format!(
+            "bookmark '{name}' of group '{group}' at {} would no longer be kept; nothing was changed\n  {} of history could \
+             expire at once\n",
+            words::exact_time(&released.reply.time),
+            words::bytes(bytes)
+        ),
+    });
     Ok(DONE)
 }
 
