@@ -201,6 +201,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn every_gap_reason_is_documented() {
+        let page = include_str!("../../docs/json.md");
+        let row = page.lines().find(|line| line.starts_with("| `groups[].gap_reason` |")).expect("a row");
+        for reason in GapReason::ALL {
+            let word = serde_json::to_string(&reason).expect("a word");
+            assert!(row.contains(&word.replace('"', "`")), "{word} is not in docs/json.md");
+        }
+    }
+
+    #[test]
     fn link_every_pair() {
         use Link::*;
         let all = [Disconnected, Handshaking, Streaming, Refused];

@@ -287,6 +287,9 @@ fn a_test_leaves_nothing() {
     let replicas = pair.protect("db", &[device.path()]);
     pair.wait_protected("db", LIMIT);
     let reply = pair.recovery.varve(&["failover", "db", "--test", "--json"]).ok().json();
+    let tested = pair.recovery.group("db").unwrap()["history"]["takeover"].clone();
+    assert!(tested["test"] == true && tested["point"] == reply["point"]["time"], "{tested:#}");
+    assert!(tested["since"].as_str().is_some_and(|since| since.starts_with("20")), "{tested:#}");
     write_somewhere(&device_of(&reply, 0));
     pair.recovery.varve(&["failover", "db", "--test"]).expect_code(3);
     assert_eq!(pair.production.group("db").unwrap()["data"], "protected", "replication goes on");

@@ -9,6 +9,7 @@ use crate::clock;
 use crate::journal::Settings;
 use crate::link::LinkView;
 use crate::misses::Misses;
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -689,4 +690,18 @@ async fn status_and_acknowledgements_do_not_meet() {
     }
     asker.join().expect("status never panics");
     assert!(!stage.task.is_finished(), "the worker lives");
+}
+
+/// The page and the table say the same names.
+#[test]
+fn the_counters_are_documented() {
+    let page = include_str!("../../../docs/json.md");
+    let table = page.split("### Counters of an agent").nth(1).and_then(|rest| rest.split("\n###").next());
+    let rows = table.expect("a table").lines().filter_map(|line| line.strip_prefix("| `")?.split(" | ").next());
+    let told: BTreeSet<&str> = rows.flat_map(|row| row.split(['`', ' '])).collect();
+    let (source, volumes) = (Arc::new(PlayedSource::default()), vec![("/dev/played".to_owned(), REGION_BYTES)]);
+    let shared = GroupShared::new("played".into(), volumes, [7; 16], source, Duration::from_secs(5), false);
+    let counted = shared.status().counters;
+    let counted: BTreeSet<&str> = counted.keys().map(String::as_str).collect();
+    assert_eq!(told.into_iter().filter(|name| !name.is_empty()).collect::<BTreeSet<_>>(), counted);
 }

@@ -2,8 +2,9 @@
 
 use crate::check;
 use crate::client::{Daemon, PATIENT, ask_authority, ask_receiver};
-use crate::context::{Context, DONE, FAILED, Outcome, explain, note};
+use crate::context::{Context, DONE, FAILED, Outcome, explain};
 use crate::takeover;
+use serde::Serialize;
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 use varve_common::control::{FailoverReply, ReceiverRequest};
@@ -152,8 +153,23 @@ fn schedule(context: &Context, group: &str, every: Duration) -> Outcome {
             return Err(failed(format!("systemctl {}: {said}", words.join(" "))));
         }
     }
-    note(&format!("{timer} runs '{command}' every {}", crate::words::seconds(every.as_secs_f64())));
+    context
+        .answer(&Scheduled { group: group.to_owned(), timer, command, every_seconds: every.as_secs() }, scheduled_text);
     Ok(DONE)
+}
+
+/// What runs the drills from now on.
+#[derive(Serialize)]
+struct Scheduled {
+    group: String,
+    timer: String,
+    command: String,
+    every_seconds: u64,
+}
+
+fn scheduled_text(scheduled: &Scheduled) -> String {
+    let every = crate::words::seconds(scheduled.every_seconds as f64);
+    format!("{} runs '{}' every {every}\n", scheduled.timer, scheduled.command)
 }
 
 fn show(context: &Context, group: &str) -> Outcome {
@@ -183,4 +199,20 @@ fn show(context: &Context, group: &str) -> Outcome {
         text
     });
     Ok(DONE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// docs/json.md; the timer itself needs systemd and this machine's own installation.
+    #[test]
+    fn a_timer_is_told_as_json_and_in_words() {
+        let (timer, command) = ("varve-drill@db.timer".to_owned(), "varve drill run db".to_owned());
+        let scheduled = Scheduled { group: "db".to_owned(), timer, command, every_seconds: 86_400 };
+        let expected = serde_json::json!({ "group": "db", "timer": "varve-drill@db.timer",
+            "command": "varve drill run db", "every_seconds": 86_400 });
+        assert_eq!(serde_json::to_value(&scheduled).expect("JSON"), expected);
+        assert_eq!(scheduled_text(&scheduled), "varve-drill@db.timer runs 'varve drill run db' every 1 d 0 h\n");
+    }
 }

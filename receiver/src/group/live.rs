@@ -249,3 +249,21 @@ impl Live {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    /// The page and the table say the same names.
+    #[test]
+    fn the_counters_are_documented() {
+        let page = include_str!("../../../docs/json.md");
+        let table = page.split("### Counters of a receiver").nth(1).and_then(|rest| rest.split("\n## ").next());
+        let rows = table.expect("a table").lines().filter_map(|line| line.strip_prefix("| `")?.split(" | ").next());
+        let told: BTreeSet<&str> = rows.flat_map(|row| row.split(['`', ' '])).collect();
+        let counted = Counters::default().snapshot();
+        let counted: BTreeSet<&str> = counted.keys().map(String::as_str).collect();
+        assert_eq!(told.into_iter().filter(|name| !name.is_empty()).collect::<BTreeSet<_>>(), counted);
+    }
+}

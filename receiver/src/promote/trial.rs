@@ -64,17 +64,18 @@ impl Promotions {
     }
 
     pub(super) fn test_status(&self, name: &str, views: &Views) -> Option<TakeoverStatus> {
-        let view = self.test_of(name, views)?;
+        let id = self.test_of(name, views)?;
+        let view = views.list().into_iter().find(|view| view.id == id)?;
         Some(TakeoverStatus {
-            since: String::new(),
-            point: String::new(),
+            since: view.opened.unwrap_or_default(),
+            point: view.point.time,
             committed: false,
             test: true,
             abort_at: None,
             aborting: false,
             devices: Vec::new(),
             failback: None,
-            next: format!("view {view} is its test: 'varve failover abort {name}' ends it"),
+            next: format!("view {id} is its test: 'varve failover abort {name}' ends it"),
         })
     }
 }
