@@ -50,6 +50,11 @@ pub(super) struct Past {
 impl Past {
     /// Of `records` records; the newest layer is still open. The daemon does not run.
     pub(super) fn new(volume: u64, records: u64) -> Self {
+        Self::in_layers(volume, records, LAYER)
+    }
+
+    /// In layers of so many records each.
+    fn in_layers(volume: u64, records: u64, layer: u64) -> Self {
         let recovery = Recovery::new(volume);
         let (mut group, mut source) = (recovery.group(), Source::new());
         group.fill(&mut source, 0);
@@ -70,10 +75,10 @@ impl Past {
             let address = Address::new(0, random.random_range(0..volume / BLOCK) * 8);
             recorder.points(&[(state.height, state.at.time_ns)]).unwrap();
             recorder.push(address, state.height, Before::Bytes(&page)).unwrap();
-            if number.is_multiple_of(CHUNK) || number == records {
+            if number.is_multiple_of(CHUNK.min(layer)) || number == records {
                 recorder.commit(state.height).unwrap();
             }
-            if number.is_multiple_of(LAYER) {
+            if number.is_multiple_of(layer) {
                 recorder.close_layer().unwrap();
             }
         }
@@ -114,7 +119,23 @@ pub fn run(plan: &Plan, report: &mut Report) {
             }
         }
     }
+    many_layers(plan, report);
     reading(plan, report);
+}
+
+/// A receiver that starts opens every group's history.
+fn many_layers(plan: &Plan, report: &mut Report) {
+    let past = Past::in_layers(GIB, 100_000, 10);
+    let files = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let (mut seconds, mut layers, mut held) = (Vec::new(), 0, 0);
+    for _ in 0..plan.pairs(9, 3) {
+        let (before, begun) = (files(), Instant::now());
+        let timeline = past.open();
+        seconds.push(begun.elapsed().as_secs_f64());
+        (layers, held) = (timeline.sizes().layers, files() - before);
+    }
+    let detail = format!("{layers} closed layers of 10 records; {held} files held open by it");
+    report.row("10^4 layers: the history opened at a start", "s", &seconds, Target::Max(3.0), &detail);
 }
 
 /// Without devices: the point is found and the plan made, with nothing of the history in memory; then the look-ups.
