@@ -8,6 +8,8 @@ mod kept;
 mod played;
 #[cfg(test)]
 mod played_journal;
+#[cfg(test)]
+mod played_troubles;
 mod regions;
 mod session;
 mod shared;
