@@ -4,6 +4,7 @@ mod fake;
 
 use fake::{Root, Step, done, problem, progress};
 use serde_json::{Value, json};
+use std::os::unix::fs::MetadataExt;
 
 fn point(asked: &str, distance: f64) -> Value {
     json!({"time": "2026-11-20T14:03:22.512345678Z", "position": "abababab:4096", "height": 4104,
@@ -241,8 +242,9 @@ fn restore() {
     assert_eq!(asked.lock().expect("fine").len(), 2, "nobody was asked");
     assert_eq!(root.varve(&[&args[..], &["--force", "--yes"]].concat()).code, 0);
     let asked = asked.lock().expect("fine");
+    let dir = root.at("").metadata().expect("there");
     let request = json!({"command": "restore", "group": "db", "at": "latest", "volume": "/dev/vdb", "to": to,
-        "dry_run": false, "force": true});
+        "dry_run": false, "force": true, "dir": [dir.dev(), dir.ino()]});
     assert_eq!(asked[2], request);
 }
 

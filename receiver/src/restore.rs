@@ -11,6 +11,8 @@ use varve_io::{AlignedBuf, DirectFile, IoError, blockdev, crashsafe, sparse};
 
 /// Behind the name of a file that is not whole yet.
 const PARTIAL: &str = "varve-partial";
+/// Where systemd looks for what an operator adds to the unit.
+const DROP_IN: &str = "/etc/systemd/system/varve-receiver.service.d";
 
 /// What a restore has done.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +42,34 @@ fn failed(path: &Path, error: &IoError) -> Problem {
     Problem::failed(format!("the restore to {} failed", path.display()), error.chain(), next)
 }
 
+/// Device and inode.
+fn identity(dir: &Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata(dir).ok().map(|dir| (dir.dev(), dir.ino()))
+}
+
+/// Whether a file can be made in `dir`: asked before, so that a dry run tells, too.
+fn may_write(path: &Path, dir: &Path) -> Result<(), Problem> {
+    use nix::errno::Errno;
+    use nix::unistd::{AccessFlags, access};
+    let Err(errno) = access(dir, AccessFlags::W_OK | AccessFlags::X_OK) else { return Ok(()) };
+    let why = IoError::new("write to", dir, errno).chain();
+    let dir = dir.display();
+    let next = match errno {
+        Errno::EROFS => format!(
+            "unless {dir} is mounted read-only, the receiver's unit keeps it out: mkdir -p {DROP_IN} && printf \
+             '[Service]\\nReadWritePaths={dir}\\n' >{DROP_IN}/restore.conf && systemctl daemon-reload && systemctl \
+             restart varve-receiver (which closes open views), then try again"
+        ),
+        Errno::EACCES => {
+            "choose a directory that belongs to root: the receiver's unit gives it no power over the permissions of others"
+                .to_owned()
+        }
+        _ => "check the path".to_owned(),
+    };
+    Err(Problem::failed(format!("nothing was restored to {}", path.display()), why, next))
+}
+
 /// Another name for every restore: two to the same place must not verify one file and name the other.
 fn partial_of(path: &Path) -> PathBuf {
     let mut partial = path.as_os_str().to_owned();
@@ -48,11 +78,19 @@ fn partial_of(path: &Path) -> PathBuf {
 }
 
 impl Target {
-    /// Checks that a volume of `bytes` can go there; nothing is changed. `own`: our own directory, `taken`: replicas.
+    /// Checks that a volume of `bytes` can go there; nothing is changed. `seen`: device and inode of the directory for whoever
+    /// asks. `own`: our own directory, `taken`: replicas.
     ///
     /// # Errors
     /// For the operator.
-    pub fn check(path: &Path, bytes: u64, force: bool, own: &Path, taken: &[PathBuf]) -> Result<Self, Problem> {
+    pub fn check(
+        path: &Path,
+        bytes: u64,
+        force: bool,
+        seen: Option<(u64, u64)>,
+        own: &Path,
+        taken: &[PathBuf],
+    ) -> Result<Self, Problem> {
         if !path.is_absolute() {
             let why = "the receiver writes it, and does not know your directory";
             return Err(Problem::usage(
@@ -62,6 +100,14 @@ impl Target {
             ));
         }
         let dir = path.parent().unwrap_or(Path::new("/"));
+        // Under a unit with PrivateTmp= a file in /tmp would be whole, verified, and nowhere to be found.
+        if seen.is_some_and(|seen| identity(dir) != Some(seen)) {
+            let dir = dir.display();
+            let why = format!(
+                "the receiver does not see the {dir} that you see: its unit hides /tmp, /var/tmp, /home and /root from it"
+            );
+            return Err(refused(path, why, "choose another directory, such as one below /srv"));
+        }
         let Ok(real) = std::fs::canonicalize(dir) else {
             return Err(refused(
                 path,
@@ -75,13 +121,19 @@ impl Target {
         if taken.iter().any(|replica| crate::group::replicas::same(replica, path)) {
             return Err(refused(path, "it is a replica", "choose another place; 'varve rollback' changes replicas"));
         }
-        match std::fs::metadata(path) {
+        let target = match std::fs::metadata(path) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                Ok(Self { path: path.to_path_buf(), partial: Some(partial_of(path)), replaces: false })
+                Self { path: path.to_path_buf(), partial: Some(partial_of(path)), replaces: false }
             }
-            Err(e) => Err(failed(path, &IoError::new("look at", path, e))),
-            Ok(_) if !force => Err(refused(path, "it exists", "choose another place, or --force to overwrite it")),
-            Ok(have) => Self::over(path, &have, bytes),
+            Err(e) => return Err(failed(path, &IoError::new("look at", path, e))),
+            Ok(_) if !force => {
+                return Err(refused(path, "it exists", "choose another place, or --force to overwrite it"));
+            }
+            Ok(have) => Self::over(path, &have, bytes)?,
+        };
+        match target.partial {
+            Some(_) => may_write(path, &real).map(|()| target),
+            None => Ok(target),
         }
     }
 

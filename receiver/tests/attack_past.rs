@@ -407,6 +407,7 @@ async fn a_restore_that_says_verified_left_the_point_it_names() {
                 to: to.display().to_string(),
                 dry_run: false,
                 force: false,
+                dir: None,
             };
             let reply = looker.ask::<varve_common::control::RestoreReply>(&request).unwrap();
             let mut first = [0; 16];

@@ -262,3 +262,40 @@ fn a_group_is_not_forgotten_under_a_restore() {
     assert_eq!(digest_device(&to), digest);
     pair.recovery.varve(&["forget", "past", "--yes"]).ok();
 }
+
+/// A service manager shows the receiver another file system than the operator: nothing is called restored that nobody can find.
+#[test]
+fn a_restore_goes_where_the_operator_finds_it_or_nowhere() {
+    require_root();
+    let scratch = Scratch::disk();
+    let device = LoopDevice::new(&scratch, "volume", 8 << 20);
+    let mut pair = Pair::new();
+    pair.protect("past", &[device.path()]);
+    pair.wait_protected("past", LIMIT);
+    pair.production.varve(&["bookmark", "past", "known"]).ok();
+    pair.wait_applied("past", LIMIT);
+    let [hidden, closed, open] = ["hidden", "closed", "open"].map(|name| {
+        std::fs::create_dir(scratch.join(name)).unwrap();
+        scratch.join(name).display().to_string()
+    });
+    pair.recovery.stop(Role::Receiver);
+    // As PrivateTmp= and ProtectSystem=strict do it.
+    let namespace = format!(
+        "mount -t tmpfs none {hidden} && mount --bind {closed} {closed} && mount -o remount,ro,bind {closed} && exec $0"
+    );
+    pair.recovery.start_with(Role::Receiver, &["unshare", "--mount", "sh", "-c", &namespace]);
+    pair.wait_protected("past", LIMIT);
+    let restore = |to: &str, more: &[&str]| {
+        let args = ["restore", "past", "--at", "bookmark:known", "--volume", "0", "--to", to];
+        pair.recovery.varve(&[&args, more].concat())
+    };
+    for more in [&[][..], &["--dry-run"]] {
+        let output = restore(&format!("{hidden}/volume.img"), more).expect_code(3);
+        assert!(output.stderr.contains("does not see") && output.stderr.contains(&hidden), "{}", output.stderr);
+        let output = restore(&format!("{closed}/volume.img"), more).expect_code(1);
+        assert!(output.stderr.contains(&format!("ReadWritePaths={closed}")), "{}", output.stderr);
+    }
+    let to = format!("{open}/volume.img");
+    restore(&to, &[]).ok();
+    assert_eq!(std::fs::metadata(to).unwrap().len(), 8 << 20);
+}

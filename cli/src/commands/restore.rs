@@ -6,6 +6,7 @@ use crate::confirm::confirm;
 use crate::context::{Context, DONE, FAILED, Outcome, explain, is_there};
 use crate::progress::Meter;
 use crate::words;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use varve_common::control::{ReceiverRequest, RestoreReply};
 use varve_common::problem::Problem;
@@ -58,6 +59,7 @@ pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
         to: to.to_string_lossy().into_owned(),
         dry_run: args.dry_run,
         force: args.force,
+        dir: to.parent().and_then(|dir| dir.metadata().ok()).map(|dir| (dir.dev(), dir.ino())),
     };
     let mut meter = Meter::new(format!("restoring {}", args.volume), context.json);
     let reply: Result<RestoreReply, Problem> =

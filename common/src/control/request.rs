@@ -156,6 +156,9 @@ pub enum ReceiverRequest {
         dry_run: bool,
         /// Over what is there.
         force: bool,
+        /// Device and inode of the directory of `to` as the asker sees it: the receiver may have another one of that name.
+        #[serde(default)]
+        dir: Option<(u64, u64)>,
     },
     /// Set what is given, tell what holds. Answer: [`RetentionReply`](super::RetentionReply).
     Retention {

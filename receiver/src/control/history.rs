@@ -146,6 +146,7 @@ pub struct RestoreWish {
     pub to: String,
     pub dry_run: bool,
     pub force: bool,
+    pub dir: Option<(u64, u64)>,
 }
 
 pub async fn restore(daemon: &Arc<Daemon>, wish: RestoreWish, progress: &ProgressOut) -> Result<RestoreReply, Problem> {
@@ -200,7 +201,7 @@ fn restore_now(
         .collect();
     let bytes = metas[number].bytes;
     let own = daemon.registry.groups_dir();
-    let target = Target::check(Path::new(&wish.to), bytes, wish.force, &own, &taken)?;
+    let target = Target::check(Path::new(&wish.to), bytes, wish.force, wish.dir, &own, &taken)?;
     let (timeline, point) = find(&slot, &wish.at)?;
     let what = format!("nothing was restored to {}", wish.to);
     let _pin = timeline.pin(point.height).map_err(|e| history_problem(&what, &e))?;

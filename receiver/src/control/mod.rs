@@ -82,8 +82,8 @@ async fn answer_history(daemon: &Arc<Daemon>, peer: &mut LocalPeer, request: Rec
             follow(peer, told, work).await
         }
         ReceiverRequest::RollbackRelease { group } => wait_for(peer, history::release(daemon, &group)).await,
-        ReceiverRequest::Restore { group, at, volume, to, dry_run, force } => {
-            let wish = history::RestoreWish { group, at, volume, to, dry_run, force };
+        ReceiverRequest::Restore { group, at, volume, to, dry_run, force, dir } => {
+            let wish = history::RestoreWish { group, at, volume, to, dry_run, force, dir };
             let (progress, told) = progress();
             let work = history::restore(daemon, wish, &progress);
             follow(peer, told, work).await

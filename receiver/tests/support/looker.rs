@@ -300,6 +300,7 @@ impl Looker {
             to: to.display().to_string(),
             dry_run: false,
             force: false,
+            dir: None,
         })
     }
 

@@ -118,6 +118,15 @@ fn everything_under_systemd(series: &str) {
     guest.shell(&format!("mkdir -p /mnt/then && mount -o ro,noload {device} /mnt/then && grep -q 1 /mnt/then/marked"));
     guest.shell(&format!("test ! -e /mnt/then/killed && umount /mnt/then && varve view close {}", view["id"]));
 
+    // What the unit hides is not called restored, what it closes has a way out.
+    let restore = format!("varve restore {GROUP} --at bookmark:marked --volume 0 --dry-run --to");
+    for (to, code, word) in
+        [("/tmp", 3, "does not see"), ("/root", 3, "does not see"), ("/srv", 1, "ReadWritePaths=/srv")]
+    {
+        let refused = guest.shell_within(LIMIT, &format!("{restore} {to}/db.img")).expect_code(code);
+        assert!(refused.stderr.contains(word), "{to}: {}", refused.stderr);
+    }
+
     // Drills: now, by the unit, by the timer.
     guest.shell("mkdir -p /etc/varve/takeover /srv/there");
     let plan = PLAN.replace('\n', "\\n");
