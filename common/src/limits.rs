@@ -29,6 +29,17 @@ pub const VOLUME_BYTES_MAX: u64 = 1 << 51;
 pub const RING_BYTES_MIN: u64 = 4 << 20;
 /// See [`RING_BYTES_MIN`].
 pub const RING_BYTES_MAX: u64 = 1 << 30;
+/// Of the file system with the journals this part stays free,
+const JOURNAL_FLOOR_PART: u64 = 20;
+/// or this much, if that is less.
+const JOURNAL_FLOOR_BYTES_MAX: u64 = 2 << 30;
+
+/// Bytes that the journals leave free on a file system of `total`.
+pub const fn journal_floor(total: u64) -> u64 {
+    let part = total / JOURNAL_FLOOR_PART;
+    if part < JOURNAL_FLOOR_BYTES_MAX { part } else { JOURNAL_FLOOR_BYTES_MAX }
+}
+
 /// A source's clock that is set back by less is met slowly, and its times do not fall; by more, and it was wrong before: its
 /// times fall at once, at both ends, so that all that comes is not dated by the mistake until real time has caught up.
 pub const CLOCK_SETBACK_NS_MIN: u64 = 10_000_000_000;

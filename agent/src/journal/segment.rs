@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use varve_common::format::journal::JournalSegmentHeader;
 use varve_common::format::{BLOCK_BYTES, FormatError};
+use varve_common::limits::journal_floor;
 use varve_common::wire::messages::Incarnation;
 use varve_io::{AlignedBuf, DirectFile, IoError, crashsafe, sparse};
 use zerocopy::IntoBytes;
@@ -17,10 +18,6 @@ const SUFFIX: &str = "seg";
 const EMPTY: &str = "empty";
 /// Free segments that are kept when the journal is empty: an outage must not begin with a search for space.
 const KEPT: usize = 2;
-/// This part of the file system stays free,
-const FLOOR_PART: u64 = 20;
-/// or this much, if that is less.
-const FLOOR_BYTES_MAX: u64 = 2 << 30;
 
 /// A segment. The spilling thread alone writes, others may read.
 #[derive(Debug)]
@@ -209,7 +206,7 @@ impl Segments {
         let room = nix::sys::statvfs::statvfs(&self.dir)
             .map_err(|e| IoError::new("ask for the free space of", &self.dir, e))?;
         let unit = room.fragment_size();
-        let floor = (room.blocks() * unit / FLOOR_PART).min(FLOOR_BYTES_MAX);
+        let floor = journal_floor(room.blocks() * unit);
         if room.blocks_available() * unit < floor + self.segment_bytes {
             let text = format!("{} has less than {} MiB left", self.dir.display(), (floor + self.segment_bytes) >> 20);
             return Err(NoSegment::Full(text));
