@@ -28,7 +28,8 @@ fn points() {
                 "consistency": "crash", "recoverable": true, "kept": true, "kept_bytes": 1048576},
             {"name": "b", "time": "2026-11-19T05:00:00Z", "position": "abababab:96",
                 "consistency": "app", "recoverable": false, "kept": false, "kept_bytes": null}],
-        "gaps": [{"from": "2026-11-19T04:59:00Z", "to": "2026-11-19T05:01:05Z", "reason": "ring-full"}],
+        "gaps": [{"from": "2026-11-19T04:59:00Z", "to": "2026-11-19T05:01:05Z", "reason": "ring-full"},
+            {"from": "2026-11-20T01:00:00Z", "to": "2026-11-20T01:00:01Z", "reason": "rollback"}],
         "damaged": [{"from": "2026-11-18T11:00:00Z", "to": null, "what": "layer 3"}],
         "stretches": [{"incarnation": "abababababababababababababababab", "from": "2026-11-18T10:03:22.5Z",
             "to": null, "epoch": 1}],
@@ -40,8 +41,9 @@ fn points() {
     let expected = "\
 group 'db': 41233 points from 2026-11-18 10:03:22.5Z to 2026-11-20 14:03:22.512345Z (2 d 4 h)
   history: 1.0 GiB in 77 before-images
-  gaps: 1, points inside cannot be recovered
-    2026-11-19 04:59:00Z to 2026-11-19 05:01:05Z (2 min 5 s): the ring was full, the regions written meanwhile are sent again
+  gaps: 2, points inside cannot be recovered
+    2026-11-19 04:59:00Z to 2026-11-19 05:01:05Z (2 min 5 s): the ring was full, the regions written meanwhile were sent again
+    2026-11-20 01:00:00Z to 2026-11-20 01:00:01Z (1.0 s): the replicas were rolled back or taken over
   damaged: no points between 2026-11-18 11:00:00Z and the newest point: layer 3
   bookmarks:
     NAME     TIME                    POSITION     CONSISTENCY  KEPT

@@ -118,7 +118,7 @@ impl GapReason {
         Self::ALL.into_iter().find(|reason| *reason as u8 == number)
     }
 
-    /// One line for an operator.
+    /// One line for an operator, while the gap is open.
     pub fn explain(self) -> &'static str {
         match self {
             Self::InitialSync => "the first sync has not finished yet",
@@ -136,8 +136,29 @@ impl GapReason {
             Self::JournalLost => "part of the agent's journal was lost, so the whole volume is compared",
             Self::Failback => "the group came home from a takeover",
             Self::Rollback => {
-                "the replicas were being rolled back or taken over (still open: run the same command again)"
+                "the replicas are being rolled back or taken over; if that was broken off, run the same command again"
             }
+        }
+    }
+
+    /// The same of a gap that is closed: nothing is under way any more, nothing is to be done.
+    pub fn explain_closed(self) -> &'static str {
+        match self {
+            Self::InitialSync => "the first sync had not finished",
+            Self::NewRing => "the agent had begun a new capture, the whole volume was compared",
+            Self::RingFull => "the ring was full, the regions written meanwhile were sent again",
+            Self::UnreadablePage => "a page of a write could not be read, its region was sent again",
+            Self::FailedWrite => "a write failed at the source, its region was read again",
+            Self::LateWrite => "a write from before capture began completed late, its region was read again",
+            Self::StraddlingWrite => "a write crossed the volume's boundary, its region was read again",
+            Self::Passthrough => "a passthrough command may have written, the whole volume was compared",
+            Self::MissedEvents => "the kernel had skipped the capture program, the whole volume was compared",
+            Self::Repair => "verification had found a difference, which was repaired",
+            Self::ReplicaChanged => "the replica had been changed or exchanged, the whole volume was compared",
+            Self::VolumeChanged => "the volume's size had changed",
+            Self::JournalLost => "part of the agent's journal was lost, the whole volume was compared",
+            Self::Failback => "the group came home from a takeover",
+            Self::Rollback => "the replicas were rolled back or taken over",
         }
     }
 }
@@ -261,5 +282,14 @@ mod tests {
             assert_eq!(GapReason::from_number(reason as u8), Some(reason));
         }
         assert_eq!(GapReason::from_number(0), None);
+    }
+
+    #[test]
+    fn what_is_past_is_told_as_past() {
+        for reason in GapReason::ALL {
+            let text = reason.explain_closed();
+            let present = [" is ", " are ", " has ", "yet", "run the same"];
+            assert!(!present.iter().any(|word| text.contains(word)), "{reason:?}: {text}");
+        }
     }
 }

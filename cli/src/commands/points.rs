@@ -91,11 +91,13 @@ fn gaps(reply: &PointsReply, lines: &mut Vec<String>) {
     }
     for gap in reply.gaps.iter().skip(hidden) {
         let from = words::exact_time(&gap.from);
-        let (to, span) = match &gap.to {
-            Some(to) => (words::exact_time(to), words::span(&gap.from, to).unwrap_or_default()),
-            None => ("now".to_owned(), "open".to_owned()),
+        let (to, span, why) = match &gap.to {
+            Some(to) => {
+                (words::exact_time(to), words::span(&gap.from, to).unwrap_or_default(), gap.reason.explain_closed())
+            }
+            None => ("now".to_owned(), "open".to_owned(), gap.reason.explain()),
         };
-        lines.push(format!("    {from} to {to} ({span}): {}", gap.reason.explain()));
+        lines.push(format!("    {from} to {to} ({span}): {why}"));
     }
     for damage in &reply.damaged {
         let from = damage.from.as_deref().map_or_else(|| "the oldest point".to_owned(), words::exact_time);

@@ -362,7 +362,12 @@ fn refused(facts: &Facts) -> Verdict {
 
 fn gap(facts: &Facts, passed: Option<GapReason>) -> Verdict {
     let open = facts.gap.filter(|reason| *reason != GapReason::InitialSync && facts.data != Data::InitialSync);
-    let Some(reason) = open.or(passed) else { return Verdict::Good };
+    let Some(reason) = open else {
+        return passed.map_or(Verdict::Good, |reason| Verdict::Bad {
+            text: format!("there was a gap, in which no point can be recovered: {}", reason.explain_closed()),
+            next: "nothing: it is closed, the points before and after it can be had".to_owned(),
+        });
+    };
     let text = format!("points cannot be recovered from a gap on: {}", reason.explain());
     let next = match reason {
         GapReason::VolumeChanged => {

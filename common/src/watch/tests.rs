@@ -226,10 +226,13 @@ fn a_gap_that_nobody_looked_at_is_told() {
     played.told(5, Played::well);
     played.facts.newest_gap = Some(("2026-11-20T14:00:00Z".into(), GapReason::FailedWrite));
     assert_eq!(played.told(1, Played::well), ["+gap"]);
-    assert!(played.watch.alerts("db")[0].text.contains("a write failed"));
+    let alert = &played.watch.alerts("db")[0];
+    assert!(alert.text.contains("was a gap") && alert.text.contains("its region was read again"), "{alert:?}");
+    assert!(alert.next.contains("it is closed"), "{alert:?}");
     assert_eq!(played.told(10, Played::well), ["-gap"]);
     (played.facts.gap, played.facts.data) = (Some(GapReason::RingFull), Data::Resync);
     assert_eq!(played.told(10, Played::well), ["+gap"]);
+    assert!(played.watch.alerts("db")[0].text.contains("are sent again"), "an open one");
     let told = played.told(300, Played::well);
     assert_eq!(told, ["+sync-stalled"], "nothing of it is sent");
     let mut done = 0;

@@ -31,7 +31,7 @@ pub trait Times {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PointError {
     /// It lies in a gap. The points next to it.
-    #[error("it lies in a gap: {}", reason.explain())]
+    #[error("it lies in a gap: {}", if after.is_some() { reason.explain_closed() } else { reason.explain() })]
     InGap {
         /// Why there is a gap.
         reason: GapReason,
@@ -362,5 +362,17 @@ impl Look<'_> {
         }
         self.checked(at.0)?;
         Ok(at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gap_with_points_behind_it_is_told_as_past() {
+        let told = |after| PointError::InGap { reason: GapReason::Rollback, before: None, after }.to_string();
+        assert_eq!(told(Some((8, 1))), "it lies in a gap: the replicas were rolled back or taken over");
+        assert!(told(None).contains("run the same command again"));
     }
 }

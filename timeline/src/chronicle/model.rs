@@ -409,7 +409,7 @@ fn points_and_refusals() {
             "the nearest before: --at 1970-01-01T01:06:32Z; the nearest after: --at 1970-01-01T01:15:04Z",
         ),
         ("pos:abababab:2064", 3, "lies in a gap", "--at"),
-        ("@1", 3, "first sync has not finished", "--at 1970-01-01T00:13:20Z"),
+        ("@1", 3, "first sync had not finished", "--at 1970-01-01T00:13:20Z"),
         ("bookmark:before-upgrad", 5, "no bookmark", "close names: before-upgrade"),
         ("pos:dddd:8", 5, "has this incarnation", "newest position: pos:abababab:6048"),
         ("pos:abababab:999999", 5, "no such offset", "newest position: pos:abababab:6048"),
