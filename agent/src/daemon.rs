@@ -445,6 +445,10 @@ impl Daemon {
             let why = self.view.borrow().reason.clone().unwrap_or_default();
             notes.push(format!("the receiver is not connected now; the first sync begins when it is. {why}"));
         }
+        notes.push(format!(
+            "history is kept until the recovery host's disk is nearly full, unless 'varve retention {group} --age 7d --bytes \
+             100GiB' (or the like) says there how much"
+        ));
         let reply = ProtectReply {
             group: group.clone(),
             volumes: checked

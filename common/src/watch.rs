@@ -155,7 +155,7 @@ alerts! {
     StorageFailed, "storage-failed", Critical, 0, 10;
     /// what has landed is not getting into the replica
     ApplyStalled, "apply-stalled", Critical, 0, 10;
-    /// the window is shorter than `alert_window_hours` or than retention says
+    /// the window is shorter than `alert_window_hours` or old points expire early
     WindowShort, "window-short", Warning, 10, 30;
     /// little space is left where the history is
     DiskLow, "disk-low", Warning, 5, 30;

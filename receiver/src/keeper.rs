@@ -14,7 +14,7 @@ use varve_timeline::timeline::Timeline;
 
 const NS_PER_SECOND: u64 = 1_000_000_000;
 /// How the notice begins that says so.
-pub const SHORTENED: &str = "the window is shorter than retention says";
+pub const SHORTENED: &str = "old points expire early";
 /// Stamps of images lie between heights of the stream.
 const HEIGHT_STEP: u64 = 8;
 
@@ -54,7 +54,7 @@ fn look_after(registry: &Registry, slot: &Slot) -> Result<(), HistoryError> {
         }
     }
     let dir = registry.group_dir(&slot.name);
-    make_room(slot, &timeline, &dir)
+    make_room(slot, &timeline, &policy, &dir)
 }
 
 /// Why the oldest layer is to go, if it is.
@@ -131,7 +131,7 @@ pub fn free_space(dir: &Path) -> Option<(u64, u64)> {
 }
 
 /// On a disk that is nearly full the oldest layers go early; if that does not help, nothing more is taken in.
-fn make_room(slot: &Slot, timeline: &Timeline, dir: &Path) -> Result<(), HistoryError> {
+fn make_room(slot: &Slot, timeline: &Timeline, policy: &Retention, dir: &Path) -> Result<(), HistoryError> {
     let Some((free, floor)) = free_space(dir) else { return Ok(()) };
     if free >= floor {
         slot.board().notice = None;
@@ -139,11 +139,8 @@ fn make_room(slot: &Slot, timeline: &Timeline, dir: &Path) -> Result<(), History
     }
     // One at a time: some file systems show the room that it makes only later.
     if expire(slot, timeline, "the disk is nearly full")? {
-        let text = format!(
-            "the window is shorter than retention says: {free} bytes are free on the disk, {floor} are kept free"
-        );
         tracing::warn!(group = slot.name, free, floor, "old points expired early to keep the disk from filling up");
-        slot.board().notice = Some(text);
+        slot.board().notice = Some(shortened(policy, free, floor));
         return Ok(());
     }
     let text = format!("{free} bytes are free on the disk, {floor} are kept free, and nothing may expire");
@@ -153,6 +150,14 @@ fn make_room(slot: &Slot, timeline: &Timeline, dir: &Path) -> Result<(), History
     }
     slot.board().notice = Some(text);
     Ok(())
+}
+
+fn shortened(policy: &Retention, free: u64, floor: u64) -> String {
+    let against = match *policy == Retention::default() {
+        true => "no retention was set, so history grew until the disk was nearly full",
+        false => "the window is shorter than retention says",
+    };
+    format!("{SHORTENED}: {against}: {free} bytes are free on the disk, {floor} are kept free")
 }
 
 /// Bytes of history that are only there for the point at `height`: retention would let them go, and no older point is held.
@@ -185,6 +190,17 @@ mod tests {
             records: 1,
             open,
         }
+    }
+
+    #[test]
+    fn a_disk_that_is_full_breaks_no_promise_that_nobody_made() {
+        let (unset, set) = (Retention::default(), Retention { age_seconds: Some(60), bytes: None });
+        assert!(shortened(&unset, 1, 2).contains("no retention was set") && !shortened(&unset, 1, 2).contains("says"));
+        assert!(shortened(&set, 1, 2).contains("shorter than retention says"));
+        assert!(
+            [unset, set].iter().all(|policy| shortened(policy, 1, 2).starts_with(SHORTENED)),
+            "the alert sees both"
+        );
     }
 
     #[test]

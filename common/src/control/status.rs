@@ -255,7 +255,7 @@ pub struct HistoryStatus {
     /// What runs here.
     #[serde(default)]
     pub takeover: Option<TakeoverStatus>,
-    /// Something to say: why the window is shorter than retention says, why nothing is taken in.
+    /// Something to say: why old points expire early, why nothing is taken in.
     pub notice: Option<String>,
 }
 

@@ -56,7 +56,7 @@ pub struct Facts {
     pub not_started: bool,
     /// Free bytes where the history is, and how many are kept free (receiver).
     pub free: Option<(u64, u64)>,
-    /// Why the window is shorter than retention says (receiver).
+    /// Why old points expire early (receiver).
     pub shortened: Option<String>,
     /// The replica was rolled back and replication waits: to when (receiver).
     pub held: Option<String>,
