@@ -25,7 +25,7 @@ pub fn check(path: &str, own: &[PathBuf]) -> Result<Checked, Problem> {
         return Err(Problem::usage(
             format!("volume '{path}' is not an absolute path"),
             "the agent does not share your working directory",
-            "give the whole path, best one that does not change at a reboot, such as /dev/disk/by-id/…",
+            "give the whole path",
         ));
     }
     let facts = BlockFacts::of(path).map_err(|error| not_usable(path, &error))?;
@@ -33,12 +33,29 @@ pub fn check(path: &str, own: &[PathBuf]) -> Result<Checked, Problem> {
     refuse_multipath_head(path, &facts.disk_name)?;
     refuse_own_state(path, &facts, own)?;
     let mut notes = Vec::new();
+    if is_kernel_name(path) {
+        notes.push(format!(
+            "{path} may name another disk after a reboot, which would then be copied: protect it by a name of its own \
+             ('ls -l /dev/disk/by-id'), or a logical volume"
+        ));
+    }
     if !facts.swaps.is_empty() {
         notes.push(format!(
             "{path} is swapped on: pages may change while they are written, so that verify can find differences there"
         ));
     }
     Ok(Checked { path: path.to_owned(), spec: spec(&facts), notes })
+}
+
+/// Whether the kernel gives the name to whichever disk it finds first.
+fn is_kernel_name(path: &str) -> bool {
+    let Some(name) = path.strip_prefix("/dev/") else { return false };
+    let after = |prefix: &str, first: fn(&char) -> bool| {
+        name.strip_prefix(prefix).is_some_and(|rest| rest.chars().next().is_some_and(|c| first(&c)))
+    };
+    !name.contains('/')
+        && (["sd", "vd", "xvd"].iter().any(|prefix| after(prefix, char::is_ascii_lowercase))
+            || after("nvme", char::is_ascii_digit))
 }
 
 /// Where the volume lies.
@@ -235,6 +252,18 @@ mod tests {
         let mut lvm = facts();
         lvm.holders = vec!["dm-0".into()];
         assert_eq!(refuse_uncapturable("/dev/vdb", &lvm), Ok(()), "device-mapper clones its bios: they are seen");
+    }
+
+    #[test]
+    fn names_that_a_reboot_may_give_to_another_disk_are_known() {
+        for path in ["/dev/sda", "/dev/sdab3", "/dev/vdb", "/dev/xvda1", "/dev/nvme0n1", "/dev/nvme1n1p2"] {
+            assert!(is_kernel_name(path), "{path}");
+        }
+        for path in
+            ["/dev/disk/by-id/nvme-eui.1", "/dev/vg0/sdb", "/dev/mapper/vdb", "/dev/md0", "/dev/loop0", "/dev/dm-3"]
+        {
+            assert!(!is_kernel_name(path), "{path}");
+        }
     }
 
     #[test]
