@@ -207,13 +207,18 @@ impl Recorder {
     /// that was pushed waits to be committed.
     ///
     /// # Errors
-    /// If the source's clock was set back, which begins a new layer, and that fails.
+    /// If the source's clock was set back, which begins a new layer, or too many points wait for a chunk, and that fails.
     pub fn points(&mut self, points: &[(u64, u64)]) -> Result<(), HistoryError> {
         let first = points.iter().find(|point| point.0 > self.newest_point.0);
         if let Some((height, time_ns)) = first.copied().filter(|first| is_setback(self.newest_point.1, first.1)) {
             let (before, now) = (show_time(self.newest_point.1), show_time(time_ns));
             tracing::warn!(height, before, now, "the source's clock was set back: times before and after it overlap");
             self.set_back(time_ns)?;
+        }
+        // Where nobody writes nothing commits, and canaries never end: what comes with the next write needs room.
+        let waiting = self.points.len();
+        if waiting >= CHUNK_POINTS_MAX / 2 || (waiting > 0 && waiting + points.len() > CHUNK_POINTS_MAX) {
+            self.append_points()?;
         }
         for (height, time_ns) in points {
             if *height > self.newest_point.0 && self.points.len() < CHUNK_POINTS_MAX {
@@ -228,7 +233,7 @@ impl Recorder {
     /// Times within a layer do not fall: what is known so far goes to this one, what comes to the next.
     fn set_back(&mut self, time_ns: u64) -> Result<(), HistoryError> {
         if !self.points.is_empty() {
-            self.append(self.newest_point.0.max(self.complete_to))?;
+            self.append_points()?;
         }
         self.close_layer()?;
         self.chunk = None;
@@ -236,6 +241,11 @@ impl Recorder {
         self.points.clear();
         self.newest_point.1 = time_ns;
         Ok(())
+    }
+
+    /// Makes the points so far durable. Every change of the stream up to them was committed: nothing waits between batches.
+    fn append_points(&mut self) -> Result<(), HistoryError> {
+        self.append(self.newest_point.0.max(self.complete_to))
     }
 
     /// What `height`'s change replaces: whole sectors of one granule.
@@ -406,3 +416,6 @@ impl Current {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
