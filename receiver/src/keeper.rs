@@ -76,7 +76,7 @@ pub fn doomed(layers: &[LayerInfo], policy: &Retention, newest_ns: u64, bytes: u
     let (mut count, mut left) = (0, bytes);
     for (index, layer) in closed.enumerate() {
         let oldest_ns = policy.age_seconds.map(|age| newest_ns.saturating_sub(age.saturating_mul(NS_PER_SECOND)));
-        let old = oldest_ns.is_some_and(|oldest| last_time_ns(&layers[index..]) < oldest);
+        let old = oldest_ns.is_some_and(|oldest| last_time_ns(&layers[index..], newest_ns) < oldest);
         let much = policy.bytes.is_some_and(|most| left > most);
         if !old && !much {
             break;
@@ -87,11 +87,14 @@ pub fn doomed(layers: &[LayerInfo], policy: &Retention, newest_ns: u64, bytes: u
     count
 }
 
-/// When the first of these layers ended, at the latest: the source's clock may have been ahead then, and the next one began
-/// when it had been set back.
-fn last_time_ns(layers: &[LayerInfo]) -> u64 {
-    let began = layers.iter().skip(1).map(|layer| layer.first_time_ns).min().unwrap_or(u64::MAX);
-    layers.first().map_or(0, |layer| layer.last_time_ns.min(began))
+/// When the first of these layers ended, at the latest: if the source's clock was ahead then, the next one of another stretch
+/// began when it had been set back. If it was not, a later one says nothing: the clock may have been behind there.
+fn last_time_ns(layers: &[LayerInfo], newest_ns: u64) -> u64 {
+    let Some(layer) = layers.first().filter(|layer| layer.last_time_ns > newest_ns) else {
+        return layers.first().map_or(0, |layer| layer.last_time_ns);
+    };
+    let began = layers.iter().skip(1).map(|later| later.first_time_ns).find(|first_ns| *first_ns < layer.last_time_ns);
+    layer.last_time_ns.min(began.unwrap_or(u64::MAX))
 }
 
 /// What a takeover needs: the point that it was begun at until the replicas are there, and what an abort goes back to. When one
@@ -114,7 +117,7 @@ fn expire(slot: &Slot, timeline: &Timeline, why: &str) -> Result<bool, HistoryEr
     let kept = chronicle.kept().map(|bookmark| bookmark.height).chain(newest).chain(taken_over_at).min();
     let Some(oldest) = timeline.droppable(kept) else { return Ok(false) };
     let height = oldest.last_height.next_multiple_of(HEIGHT_STEP);
-    let time_ns = last_time_ns(&timeline.layers()).min(oldest.last_time_ns);
+    let time_ns = last_time_ns(&timeline.layers(), newest_ns(timeline)).min(oldest.last_time_ns);
     timeline.tell(&[Event::Expired { height, time_ns }])?;
     let Some(gone) = timeline.drop_oldest(kept)? else { return Ok(false) };
     let (from, to) = (show_time(gone.first_time_ns), show_time(gone.last_time_ns));
@@ -219,6 +222,19 @@ mod tests {
         let mut ahead = layers.clone();
         ahead[1].last_time_ns += 365 * 86_400 * NS_PER_SECOND;
         assert_eq!(super::doomed(&ahead, &Retention { age_seconds: Some(0), bytes: None }, now, 5000), 4);
+        // One that was behind for a while, and set right within a layer. Before that, what came before ended in the future.
+        let mut behind = layers.clone();
+        behind[3].first_time_ns = 1;
+        let doomed = |now_s, age| {
+            let policy = Retention { age_seconds: Some(age), bytes: None };
+            super::doomed(&behind, &policy, now_s * NS_PER_SECOND, 5000)
+        };
+        assert_eq!(doomed(50, 45), 0, "none of them is old");
+        assert_eq!(doomed(50, 30), 1, "as without it");
+        behind.truncate(4);
+        (behind[3].last_time_ns, behind[3].open) = (2, true);
+        let policy = Retention { age_seconds: Some(5), bytes: None };
+        assert_eq!(super::doomed(&behind, &policy, 2, 4000), 0, "nor while it is");
         let closed: Vec<_> = (1..=3).map(|n| layer(n, 1, 10, false)).collect();
         let policy = Retention { age_seconds: Some(0), bytes: None };
         assert_eq!(super::doomed(&closed, &policy, now, 30), 2, "the newest stays");

@@ -26,15 +26,19 @@ pub fn is_setback(before_ns: u64, then_ns: u64) -> bool {
 
 /// Where the source's clock was set back, it showed some times twice. Of the stretches between, the newest that has a time is
 /// the one in which it is looked for, and this is the height at which that ends; a time that none has is later than all.
-/// `None`: the newest one. `newest_ns`: of the newest point.
-fn end_of_time(layers: &[LayerInfo], time_ns: u64, newest_ns: u64) -> Option<u64> {
+/// A clock that was behind leaps when it is set right: that ends a stretch as well, for what it leaps over is the time of
+/// older ones. `None`: the newest one. `newest_ns`: of the newest point.
+pub(crate) fn end_of_time(layers: &[LayerInfo], time_ns: u64, newest_ns: u64) -> Option<u64> {
     let (mut first_ns, mut last_ns, mut end) = (newest_ns, newest_ns, None);
-    let mut next_height = None;
+    let (mut next_height, mut leapt_over) = (None, false);
     for layer in layers.iter().rev() {
-        if is_setback(layer.last_time_ns, first_ns) {
+        // Points that no layer has yet are no leap.
+        let leaps = next_height.is_some() && is_setback(first_ns, layer.last_time_ns);
+        if leaps || is_setback(layer.last_time_ns, first_ns) {
             if (first_ns..=last_ns).contains(&time_ns) {
                 return end;
             }
+            leapt_over |= leaps && is_setback(time_ns, layer.last_time_ns) && time_ns < first_ns;
             // As yet the newest stretch may have marks alone, and no layer.
             end = Some(next_height.unwrap_or(layer.last_height));
             (first_ns, last_ns) = (layer.first_time_ns, layer.last_time_ns);
@@ -42,7 +46,11 @@ fn end_of_time(layers: &[LayerInfo], time_ns: u64, newest_ns: u64) -> Option<u64
         first_ns = first_ns.min(layer.first_time_ns);
         next_height = Some(layer.first_height);
     }
-    end.filter(|_| (first_ns..=last_ns).contains(&time_ns))
+    match (first_ns..=last_ns).contains(&time_ns) {
+        true => end,
+        // What the clock showed while it was behind is not older than the oldest stretch.
+        false => next_height.filter(|_| leapt_over && time_ns < first_ns),
+    }
 }
 
 /// How many points lie in a stretch of time.
@@ -314,5 +322,14 @@ mod tests {
         assert_eq!(end(1390, 1010), Some(501));
         assert_eq!(end(1010, 1010), None);
         assert_eq!(end_of_time(&[], 5, 9), None);
+        // Right, with a rest of which layers know nothing, then far behind, then right again.
+        let layers = [layer(1, 1000, 1100), layer(2, 1100, 1200), layer(3, 10, 20), layer(4, 1210, 1220)];
+        let end = |time| end_of_time(&layers, time * second, 1300 * second);
+        assert_eq!([end(1000), end(1150), end(1200)], [Some(300); 3], "not the last one of those that were behind");
+        assert_eq!(end(15), Some(400), "as it was shown then");
+        assert_eq!([end(1210), end(1250), end(1300)], [None; 3]);
+        assert_eq!(end(1205), None, "while it was behind");
+        assert_eq!(end(500), Some(100), "earlier than all but what was behind: there is none");
+        assert_eq!(end(5), None, "earlier than all");
     }
 }

@@ -24,7 +24,12 @@ pub struct Recorder {
     points: Vec<(u64, u64)>,
     /// All changes of the stream up to here have their before-images in a layer.
     complete_to: u64,
+    /// Height of the newest record, and the stream's time: also of the marks behind it.
     newest_point: (u64, u64),
+    /// The latest time that the source's clock has shown, as far as there are layers of it.
+    highest_ns: u64,
+    /// When the next layer begins: where the one before ended, unless the clock was set in between.
+    begins_ns: Option<u64>,
     next_number: u32,
 }
 
@@ -58,6 +63,8 @@ impl Recorder {
             points: Vec::new(),
             complete_to: facts.height,
             newest_point: (0, 0),
+            highest_ns: 0,
+            begins_ns: None,
             next_number: 1,
         };
         match recorder.timeline.newest_layer()? {
@@ -73,6 +80,7 @@ impl Recorder {
                         Err(other) => return Err(other),
                     };
                     recorder.newest_point = (recorder.complete_to, info.last_time_ns);
+                    recorder.begins_ns = Some(info.last_time_ns);
                 }
             }
             Some((number, false)) => match recorder.open_layer(number, reached) {
@@ -85,7 +93,16 @@ impl Recorder {
         if recorder.next_number > 1 && recorder.complete_to < history {
             recorder.lost_end(history, reached)?;
         }
-        recorder.applied(facts.height, facts.time_ns);
+        let ends = recorder.timeline.layers();
+        recorder.highest_ns = ends.iter().map(|layer| layer.last_time_ns).max().unwrap_or(0);
+        if facts.height > recorder.newest_point.0 {
+            // Points that were only in memory; a leap was seen when it came.
+            if is_setback(recorder.newest_point.1, facts.time_ns) {
+                recorder.begin_stretch(facts.time_ns)?;
+            }
+            recorder.newest_point.1 = recorder.newest_point.1.max(facts.time_ns);
+        }
+        recorder.timeline.set_applied(facts.height, facts.time_ns);
         Ok(recorder)
     }
 
@@ -209,11 +226,8 @@ impl Recorder {
     /// # Errors
     /// If the source's clock was set back, which begins a new layer, or too many points wait for a chunk, and that fails.
     pub fn points(&mut self, points: &[(u64, u64)]) -> Result<(), HistoryError> {
-        let first = points.iter().find(|point| point.0 > self.newest_point.0);
-        if let Some((height, time_ns)) = first.copied().filter(|first| is_setback(self.newest_point.1, first.1)) {
-            let (before, now) = (show_time(self.newest_point.1), show_time(time_ns));
-            tracing::warn!(height, before, now, "the source's clock was set back: times before and after it overlap");
-            self.set_back(time_ns)?;
+        if let Some((height, time_ns)) = points.iter().copied().find(|point| point.0 > self.newest_point.0) {
+            self.look_at_clock(height, time_ns)?;
         }
         // Where nobody writes nothing commits, and canaries never end: what comes with the next write needs room.
         let waiting = self.points.len();
@@ -222,16 +236,44 @@ impl Recorder {
         }
         for (height, time_ns) in points {
             if *height > self.newest_point.0 && self.points.len() < CHUNK_POINTS_MAX {
-                // Set back in the middle of these, it is seen with the next ones: within a layer times do not fall.
-                self.newest_point = (*height, (*time_ns).max(self.newest_point.1));
+                // Set in the middle of these, it is seen with the next ones: see `begin_stretch`.
+                let time_ns = if self.leaps(*time_ns) { 0 } else { *time_ns };
+                self.newest_point = (*height, time_ns.max(self.newest_point.1));
                 self.points.push(self.newest_point);
             }
+        }
+        self.highest_ns = self.highest_ns.max(self.newest_point.1);
+        Ok(())
+    }
+
+    /// Whether the source's clock was set between the newest point and what stands at `height`. Nothing that was pushed waits.
+    fn look_at_clock(&mut self, height: u64, time_ns: u64) -> Result<(), HistoryError> {
+        let before_ns = self.newest_point.1;
+        let (before, now) = (show_time(before_ns), show_time(time_ns));
+        if is_setback(before_ns, time_ns) {
+            tracing::warn!(height, before, now, "the source's clock was set back: times before and after it overlap");
+            return self.begin_stretch(time_ns);
+        }
+        if self.leaps(time_ns) {
+            tracing::warn!(height, before, now, "the source's clock was behind and has been set right");
+            self.begin_stretch(time_ns)?;
+            // At once, for that is how a reader sees it: points alone are only in memory.
+            self.layer = Some(self.begin_layer()?);
         }
         Ok(())
     }
 
-    /// Times within a layer do not fall: what is known so far goes to this one, what comes to the next.
-    fn set_back(&mut self, time_ns: u64) -> Result<(), HistoryError> {
+    /// Whether a clock that was behind what it had shown before is set right by this time. Time that only went on is no leap, for
+    /// canaries come every second; a source that is away until the hour that its clock once showed too early is taken for one.
+    fn leaps(&self, time_ns: u64) -> bool {
+        let before_ns = self.newest_point.1;
+        let was_behind = is_setback(self.highest_ns, before_ns) && !is_setback(self.highest_ns, time_ns);
+        was_behind && is_setback(time_ns, before_ns) && self.next_number > 1
+    }
+
+    /// Within a layer times do not fall, nor leap over what the clock had shown before: what is known so far goes to this one,
+    /// what comes to the next.
+    fn begin_stretch(&mut self, time_ns: u64) -> Result<(), HistoryError> {
         if !self.points.is_empty() {
             self.append_points()?;
         }
@@ -240,6 +282,7 @@ impl Recorder {
         // What is left found no room.
         self.points.clear();
         self.newest_point.1 = time_ns;
+        self.begins_ns = self.begins_ns.and(Some(time_ns));
         Ok(())
     }
 
@@ -293,9 +336,18 @@ impl Recorder {
         self.timeline.tell(events)
     }
 
-    /// The replicas are there.
-    pub fn applied(&self, height: u64, time_ns: u64) {
+    /// The replicas are there. A mark may be the first that the source's clock, set meanwhile, dates: what images replace behind
+    /// it must not go to a layer of the time before, nor that layer reach over the mark.
+    ///
+    /// # Errors
+    /// As [`Recorder::points`].
+    pub fn applied(&mut self, height: u64, time_ns: u64) -> Result<(), HistoryError> {
+        if height > self.newest_point.0 {
+            self.look_at_clock(height, time_ns)?;
+            self.newest_point.1 = self.newest_point.1.max(time_ns);
+        }
         self.timeline.set_applied(height, time_ns);
+        Ok(())
     }
 
     /// There is nothing to do for a while: an old layer is closed, memory goes.
@@ -341,7 +393,8 @@ impl Recorder {
 
     fn begin_layer(&mut self) -> Result<Current, HistoryError> {
         let (number, first_height) = (self.next_number, self.complete_to);
-        let time_ns = self.points.first().map_or(self.newest_point.1, |point| point.1);
+        let first_ns = self.points.first().map_or(self.newest_point.1, |point| point.1);
+        let time_ns = self.begins_ns.map_or(first_ns, |begins_ns| begins_ns.min(first_ns));
         let dir = self.timeline.layers_dir();
         let layer = OpenLayer::create(&dir, self.timeline.group, number, first_height, time_ns)?;
         self.next_number += 1;
@@ -360,6 +413,7 @@ impl Recorder {
     pub fn close_layer(&mut self) -> Result<(), HistoryError> {
         let Some(current) = self.layer.take() else { return Ok(()) };
         let info = current.info();
+        self.begins_ns = Some(info.last_time_ns);
         let complete_to = current.layer.complete_to();
         let chunks = current.layer.chunks().to_vec();
         let file = current.layer.close()?;

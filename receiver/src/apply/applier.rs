@@ -144,7 +144,7 @@ impl Applier {
         let batch = &mut scratch.batch;
         // Before anything that comes after them: a gap must be known when its first image is there.
         self.history.events(&batch.events)?;
-        self.history.applied(&self.cursor.state);
+        self.history.applied(&self.cursor.state)?;
         let counters = &self.live.counters;
         counters.replica_bytes.fetch_add(bytes, Ordering::Relaxed);
         counters.applied_bytes.fetch_add(batch.plain_bytes as u64, Ordering::Relaxed);

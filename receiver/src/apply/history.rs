@@ -152,8 +152,8 @@ impl History {
     }
 
     /// Everything up to here is in the replicas, and what it replaced is kept: such points can be opened.
-    pub fn applied(&mut self, state: &StreamState) {
-        self.recorder.applied(state.height, state.at.time_ns);
+    pub fn applied(&mut self, state: &StreamState) -> Result<(), Failure> {
+        self.recorder.applied(state.height, state.at.time_ns).map_err(|e| history_failed(&e))
     }
 
     fn cut(&mut self, part: &BatchPlan, taken_to: u64) {

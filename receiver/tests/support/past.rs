@@ -200,7 +200,10 @@ impl Past {
             steps.iter().rposition(|landed| landed.step.is_record() == records && landed.time_ns <= time_ns)
         };
         let (record, mark) = (newest(true), newest(false));
-        let Some(mark) = mark else { return Expected::Gap };
+        let Some(mark) = mark else {
+            // A clock that was behind: all marks have later times.
+            return record.filter(|index| self.steps[*index].point).map_or(Expected::Gap, Expected::After);
+        };
         // A gap's own begin is a point.
         if self.steps[mark].time_ns == time_ns && mark > 0 && self.steps[mark - 1].point && !self.steps[mark].point {
             return Expected::After(mark - 1);
@@ -209,19 +212,26 @@ impl Past {
         if self.steps[mark].point && self.steps[index].point { Expected::After(index) } else { Expected::Gap }
     }
 
-    /// Of the stretches between setbacks of the clock the newest counts that has the time.
+    /// Of the stretches between settings of the clock the newest counts that has the time.
     fn end_of_time(&self, time_ns: u64) -> usize {
         let (mut stretches, mut now): (Vec<(usize, u64, u64)>, u64) = (Vec::new(), 0);
+        let (mut highest, mut leapt_over) = (0, false);
         for (index, landed) in self.steps.iter().enumerate() {
-            if onward(now, landed.time_ns) < now || index == 0 {
-                stretches.push((index, landed.time_ns, landed.time_ns));
+            let then = landed.time_ns;
+            // It was behind what it had shown, and no more.
+            let leaps = onward(highest, now) < highest && onward(highest, then) >= highest && onward(then, now) < then;
+            leapt_over |= leaps && onward(time_ns, now) < time_ns && time_ns < then;
+            if onward(now, then) < now || leaps || index == 0 {
+                stretches.push((index, then, then));
             }
-            now = onward(now, landed.time_ns);
+            now = onward(now, then);
+            highest = highest.max(now);
             let last = stretches.last_mut().unwrap();
-            (last.0, last.2) = (index + 1, last.2.max(landed.time_ns));
+            (last.0, last.2) = (index + 1, last.2.max(then));
         }
         let has = |stretch: &&(usize, u64, u64)| (stretch.1..=stretch.2).contains(&time_ns);
-        stretches.iter().rev().find(has).map_or(self.steps.len(), |stretch| stretch.0)
+        let none = if leapt_over && time_ns < stretches[0].1 { 0 } else { self.steps.len() };
+        stretches.iter().rev().find(has).map_or(none, |stretch| stretch.0)
     }
 
     fn expect_position(&self, stream: usize, offset: u64) -> Expected {

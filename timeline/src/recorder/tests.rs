@@ -70,3 +70,70 @@ fn a_write_after_days_of_canaries_has_its_time() {
     recorder.close_layer().expect("close");
     assert_eq!(at(time_ns), Some(height));
 }
+
+/// A machine whose clock was lost boots years ago, and minutes later the network sets it right.
+#[test]
+fn a_clock_that_was_behind_takes_no_time_from_what_came_before() {
+    let dir = directory();
+    let timeline = timeline(dir.path());
+    let mut recorder = open(&timeline);
+    let at = |second: u64| timeline.at_or_before_time(second * SECOND).expect("read").map(|point| point.height);
+    recorder.write(80, 1000 * SECOND);
+    recorder.write(160, 1100 * SECOND);
+    // The mark of its new stream comes first, and images behind it.
+    recorder.applied(168, 10 * SECOND).expect("applied");
+    recorder.push(Address::new(0, 1), 169, Before::Bytes(&[1; 512])).expect("push");
+    recorder.commit(168).expect("commit");
+    let end = crate::points::end_of_time(&timeline.layers(), 1050 * SECOND, 10 * SECOND);
+    assert_eq!(end, Some(160), "not over the mark");
+    recorder.write(240, 11 * SECOND);
+    recorder.write(320, 20 * SECOND);
+    recorder.applied(320, 20 * SECOND).expect("applied");
+    assert_eq!([at(1000), at(1050), at(1100), at(15)], [Some(80), Some(80), Some(160), Some(240)]);
+    // Set right in the middle of a batch, and then only canaries come.
+    recorder.points(&[(368, 21 * SECOND), (416, 1120 * SECOND)]).expect("points");
+    recorder.applied(416, 1120 * SECOND).expect("applied");
+    for second in 1121..1200 {
+        recorder.points(&[(416 + (second - 1120) * CANARY, second * SECOND)]).expect("points");
+    }
+    recorder.applied(416 + 79 * CANARY, 1199 * SECOND).expect("applied");
+    let check = |what: &str| {
+        assert_eq!([at(1000), at(1050), at(1100), at(15)], [Some(80), Some(80), Some(160), Some(240)], "{what}");
+        assert_eq!((at(500), at(30)), (None, None), "{what}: the clock showed no such time");
+    };
+    check("right again");
+    recorder.write(8000, 1200 * SECOND);
+    recorder.applied(8000, 1200 * SECOND).expect("applied");
+    check("and written");
+    assert_eq!((at(1150), at(1200)), (Some(416 + 30 * CANARY), Some(8000)));
+    assert_eq!(at(21), Some(416), "of that batch, what came later");
+    recorder.close_layer().expect("close");
+    check("closed");
+}
+
+/// An hour that was shown too early is not that of the stretch in which it was, when it really comes and nobody writes.
+#[test]
+fn a_clock_that_was_ahead_keeps_no_time_that_comes_again() {
+    let dir = directory();
+    let timeline = timeline(dir.path());
+    let facts =
+        |height, time_ns| StreamFacts { height, time_ns, incarnation: [0; 16], position: 0, epoch: 0, gap: None };
+    let mut recorder = open(&timeline);
+    recorder.write(80, 5000 * SECOND);
+    recorder.write(160, 1100 * SECOND);
+    let mut height = 160;
+    for second in 1101..6000 {
+        height += CANARY;
+        recorder.points(&[(height, second * SECOND)]).expect("points");
+        recorder.applied(height, second * SECOND).expect("applied");
+    }
+    let at = |second: u64| timeline.at_or_before_time(second * SECOND).expect("read").map(|point| point.height);
+    assert_eq!([at(4999), at(5000), at(5500)], [Some(160); 3]);
+    // What was only in memory is gone with the daemon.
+    drop(recorder);
+    let mut recorder = Recorder::open(timeline.clone(), &facts(height, 5999 * SECOND), 160, height).expect("open");
+    recorder.write(height + 80, 6001 * SECOND);
+    recorder.applied(height + 80, 6001 * SECOND).expect("applied");
+    assert_eq!([at(4999), at(5000), at(5500)], [Some(160); 3]);
+    assert_eq!(at(6001), Some(height + 80));
+}
