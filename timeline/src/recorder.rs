@@ -8,6 +8,7 @@ use crate::layer::{Before, Chunk, OpenLayer, Recovered};
 use crate::limits::{CHUNK_POINTS_MAX, GRANULE_SECTORS, LAYER_AGE_MAX};
 use crate::open_index::OpenIndex;
 use crate::points::is_setback;
+use crate::run::RunKey;
 use crate::timeline::{Closing, OpenPart, Timeline};
 use std::sync::Arc;
 use std::time::Instant;
@@ -108,6 +109,9 @@ impl Recorder {
 
     fn open_layer(&mut self, number: u32, reached: u64) -> Result<(), HistoryError> {
         let (layer, found) = OpenLayer::open(&self.timeline.layers_dir(), self.timeline.group, number)?;
+        // Its closing may have failed after the run had its name. Found by the next start, the run would hide what is appended.
+        let run = self.timeline.runs_dir().join(RunKey::of_layer(number).file_name());
+        varve_io::crashsafe::remove_durable(run)?;
         if found.torn {
             tracing::info!(
                 layer = number,

@@ -142,6 +142,9 @@ impl Timeline {
         crashsafe::create_dir_all_durable(&runs)?;
         crashsafe::remove_temporaries(&runs)?;
         let numbers: BTreeSet<u32> = layer::list(&layers)?.into_iter().collect();
+        if let Some(number) = numbers.last() {
+            forget_outgrown(&layers, &runs, group, *number, &cache)?;
+        }
         let loaded = load(&runs, group, &numbers, &cache)?;
         for path in &loaded.left_over {
             crashsafe::remove_durable(path)?;
@@ -670,6 +673,26 @@ impl Timeline {
         runs.iter().try_for_each(|run| crashsafe::remove_durable(run.path()))?;
         Ok(Some(oldest))
     }
+}
+
+/// Removes the run of the newest layer if the layer has grown since: its closing failed after the run had its name, so more
+/// was appended, and what the run says of the layer is not all of it.
+fn forget_outgrown(
+    layers: &Path,
+    runs: &Path,
+    group: [u8; 16],
+    number: u32,
+    cache: &Arc<IndexCache>,
+) -> Result<(), HistoryError> {
+    let path = runs.join(RunKey::of_layer(number).file_name());
+    let layer = layer::path_of(layers, number);
+    // One that cannot be read is looked at later, and so is the layer.
+    let Ok(run) = Run::open(&path, group, cache) else { return Ok(()) };
+    if !std::fs::metadata(&layer).is_ok_and(|layer| layer.len() > run.head().layer_bytes) {
+        return Ok(());
+    }
+    tracing::warn!(layer = number, "the newest layer is longer than its index says: it is still open");
+    Ok(crashsafe::remove_durable(&path)?)
 }
 
 fn open_chronicle(dir: &Path, group: [u8; 16]) -> Result<ChronicleFile, HistoryError> {

@@ -1,6 +1,8 @@
 use super::*;
 use crate::cache::IndexCache;
 use crate::entry::Address;
+use crate::resolve::Origin;
+use crate::timeline::RUNS_NAME;
 
 const GROUP: [u8; 16] = [5; 16];
 const SECOND: u64 = 1_000_000_000;
@@ -24,7 +26,7 @@ impl Recorder {
     /// A record of the stream that changes a sector.
     fn write(&mut self, height: u64, time_ns: u64) {
         self.points(&[(height, time_ns)]).expect("points");
-        self.push(Address::new(0, height % 1000), height, Before::Bytes(&[height as u8 | 1; 512])).expect("push");
+        self.push(Address::new(0, height % 10_000), height, Before::Bytes(&[height as u8 | 1; 512])).expect("push");
         self.commit(height).expect("commit");
     }
 }
@@ -136,4 +138,48 @@ fn a_clock_that_was_ahead_keeps_no_time_that_comes_again() {
     recorder.applied(height + 80, 6001 * SECOND).expect("applied");
     assert_eq!([at(4999), at(5000), at(5500)], [Some(160); 3]);
     assert_eq!(at(6001), Some(height + 80));
+}
+
+/// The run has its name, and then the directory cannot be synced, or there is no file descriptor to open it with.
+#[test]
+fn a_run_of_half_a_layer_hides_nothing() {
+    let begun = || {
+        let dir = directory();
+        let timeline = timeline(dir.path());
+        let mut recorder = open(&timeline);
+        (1..=3).for_each(|number| recorder.write(number * 80, number * SECOND));
+        (dir, timeline, recorder)
+    };
+    let (dir, _closed, mut recorder) = begun();
+    recorder.close_layer().expect("close");
+    let name = format!("{RUNS_NAME}/{}", RunKey::of_layer(1).file_name());
+    let run = std::fs::read(dir.path().join(&name)).expect("its run");
+    let facts =
+        |height| StreamFacts { height, time_ns: SECOND, incarnation: [0; 16], position: 0, epoch: 0, gap: None };
+    // The run is there when the group is opened anew, and when the daemon starts.
+    for daemon_ends in [false, true] {
+        let (dir, timeline, mut recorder) = begun();
+        if daemon_ends {
+            (4..=6).for_each(|number| recorder.write(number * 80, number * SECOND));
+        }
+        drop(recorder);
+        std::fs::write(dir.path().join(&name), &run).expect("write");
+        let timeline = if daemon_ends { self::timeline(dir.path()) } else { timeline };
+        let end = if daemon_ends { 480 } else { 240 };
+        let mut recorder = Recorder::open(timeline.clone(), &facts(end), end, end).expect("open");
+        assert!(!dir.path().join(&name).exists(), "it would hide what is appended");
+        assert_eq!(recorder.complete_to(), end);
+        (end / 80 + 1..=9).for_each(|number| recorder.write(number * 80, number * SECOND));
+        drop(recorder);
+        let timeline = self::timeline(dir.path());
+        let recorder = Recorder::open(timeline.clone(), &facts(720), 720, 720).expect("open");
+        assert_eq!(recorder.complete_to(), 720);
+        assert!(timeline.chronicle().damages().is_empty(), "{:?}", timeline.chronicle().damages());
+        for number in 1..=9 {
+            let found = timeline.at_or_before_time(number * SECOND).expect("read");
+            assert_eq!(found.map(|point| point.height), Some(number * 80));
+            let parts = timeline.resolve(0, number * 80 * 512, 512, number * 80 - 1).expect("resolve");
+            assert!(matches!(parts[0].origin, Origin::Record(entry) if entry.height == number * 80), "{parts:?}");
+        }
+    }
 }
