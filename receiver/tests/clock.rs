@@ -7,10 +7,13 @@ mod support;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use support::host::{Deed, GROUP, Host};
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+use support::host::{Deed, GROUP, Host, now_ns};
 use support::looker::{Looker, parse_time};
 use support::seed;
 use tokio::task::block_in_place;
+use varve_common::control::{ExportKind, FailoverReply, ReceiverRequest};
 use varve_common::point::PointSpec;
 
 const DAY: i64 = 86_400;
@@ -102,4 +105,58 @@ async fn a_day_behind_and_set_right() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_year_behind_set_right_and_the_receiver_killed() {
     a_clock_that_was_wrong(seed(), -365 * DAY, true).await;
+}
+
+/// The source that is lost was an hour ahead: what is written here since then has the time of this machine.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_promoted_stream_is_not_dated_by_a_clock_that_was_ahead() {
+    let mut rng = StdRng::seed_from_u64(seed() ^ 1);
+    let mut host = Host::new(seed(), &[4 << 20], "");
+    host.receiver.start(None);
+    host.enrol().await;
+    assert!(host.connect().await);
+    assert!(host.deed(Deed::Records(20)).await && host.deed(Deed::CloseGap).await);
+    host.catch_up_time();
+    host.set_clock_by(3600);
+    assert!(host.deed(Deed::Records(20)).await && host.settle().await);
+    let looker = Looker { paths: host.receiver.paths.clone(), past: host.past.clone() };
+    let newest = host.past.lock().unwrap().len() - 1;
+    let source_ns = host.past.lock().unwrap().time_ns(newest);
+    host.disconnect();
+    let request = ReceiverRequest::Failover {
+        group: GROUP.into(),
+        at: PointSpec::Latest,
+        test: false,
+        dry_run: false,
+        planned: None,
+        abort_after_seconds: None,
+    };
+    let reply: FailoverReply = block_in_place(|| looker.done(&request));
+    let device = reply.volumes[0].device.clone().unwrap();
+    // Two versions of a block, some seconds apart.
+    let mut between_ns = 0;
+    for version in [0xa5, 0x5a] {
+        let file = std::fs::OpenOptions::new().write(true).open(&device).unwrap();
+        file.write_all_at(&[version; 4096], 8192).unwrap();
+        file.sync_all().unwrap();
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        between_ns = if version == 0xa5 { now_ns() - 500_000_000 } else { between_ns };
+    }
+    let look = |at: PointSpec| {
+        let view = block_in_place(|| looker.open_as(&at, false, ExportKind::Device)).unwrap().unwrap();
+        let bytes = std::fs::read(view.volumes[0].device.as_ref().unwrap()).unwrap();
+        block_in_place(|| looker.close(&view));
+        (bytes[8192], view.point)
+    };
+    assert_eq!(look(PointSpec::Latest).0, 0x5a);
+    let (byte, point) = look(PointSpec::Age(Duration::from_millis(100)));
+    assert_eq!(byte, 0x5a, "a moment ago: {point:?}");
+    assert!(parse_time(&point.time) < source_ns, "{point:?}");
+    let (byte, point) = look(PointSpec::Time(between_ns));
+    assert_eq!(byte, 0xa5, "between the two: {point:?}");
+    // As the source showed it.
+    block_in_place(|| looker.check(&PointSpec::Time(source_ns), &mut rng));
+    let abort = ReceiverRequest::FailoverAbort { group: GROUP.into(), force: true, only_test: false };
+    let _: FailoverReply = block_in_place(|| looker.done(&abort));
+    host.receiver.stop();
 }

@@ -7,6 +7,7 @@ use crate::failpoint;
 use crate::group::meta::{Failback, GroupMeta, Home, hex, unhex};
 use crate::group::open::OpenGroup;
 use crate::group::registry::{Registry, Slot};
+use crate::group::stream::onward_ns;
 use crate::limits::{HOME_CUT_OVER_TIME_MAX, HOME_TOLD_TIME_MAX};
 use crate::promote::{Context, Promotions, catch_up};
 use crate::rollback::land;
@@ -209,7 +210,7 @@ pub async fn begin_at_home(registry: &Registry, slot: &Arc<Slot>, open: &OpenGro
         reason,
         incarnation,
         position: home.position,
-        time_ns: landed.at.time_ns.max(wall_ns()),
+        time_ns: onward_ns(landed.at.time_ns, wall_ns()),
         epoch: meta.epoch,
         height_min: 0,
     };

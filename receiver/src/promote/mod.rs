@@ -38,7 +38,7 @@ use crate::group::live::RollbackWish;
 use crate::group::meta::{GroupMeta, Takeover, hex, unhex};
 use crate::group::open::OpenGroup;
 use crate::group::registry::{Registry, Slot};
-use crate::group::stream::{IMAGE_HEIGHT, StreamState};
+use crate::group::stream::{IMAGE_HEIGHT, StreamState, onward_ns};
 use crate::rollback::land;
 use crate::view::views::Views;
 use again::Missing;
@@ -448,7 +448,7 @@ impl Promotions {
         let landed = open.live.view().landed;
         let incarnation = unhex(&takeover.source_incarnation);
         let epoch = context.meta().epoch;
-        let time_ns = landed.at.time_ns.max(wall_ns());
+        let time_ns = onward_ns(landed.at.time_ns, wall_ns());
         let mark = |kind, reason| Mark {
             kind,
             reason,

@@ -9,7 +9,7 @@ use crate::failpoint;
 use crate::group::meta::{Takeover, unhex};
 use crate::group::open::OpenGroup;
 use crate::group::registry::Slot;
-use crate::group::stream::StreamState;
+use crate::group::stream::{StreamState, onward_ns};
 use crate::landing::fetch::Fetcher;
 use crate::rollback::land;
 use crate::view::hints;
@@ -63,7 +63,7 @@ impl Promotions {
         open.log.open_reserve();
         let mut landed = open.live.view().landed;
         if landed.at.incarnation != incarnation {
-            let time_ns = landed.at.time_ns.max(wall_ns());
+            let time_ns = onward_ns(landed.at.time_ns, wall_ns());
             let begin = mark(MarkKind::Begin, Some(GapReason::Rollback), 0, time_ns);
             land(open, &open.live, begin).await.map_err(failed)?;
             landed = open.live.view().landed;

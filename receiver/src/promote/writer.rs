@@ -13,7 +13,7 @@
 use crate::apply::work::Queue;
 use crate::failure::Failure;
 use crate::group::live::Live;
-use crate::group::stream::MARK_HEIGHT;
+use crate::group::stream::{MARK_HEIGHT, onward_ns};
 use crate::landing::batch::Batch;
 use crate::landing::fetch::{EntryPlace, Fetcher};
 use crate::limits::{PROMOTED_CONTENT_BYTES_MAX, PROMOTED_FRAME_BYTES, PROMOTED_PENDING_BYTES_MAX};
@@ -309,7 +309,8 @@ impl StreamWriter {
             inner = self.wait(inner, Duration::from_millis(5));
         }
         let now_ns = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
-        inner.time_ns = inner.time_ns.max(now_ns);
+        // The source's clock, which dated what came before, may have been ahead.
+        inner.time_ns = onward_ns(inner.time_ns, now_ns);
         let payload = bytes.as_ref().map_or(&[][..], |bytes| &bytes[..]);
         let header = RecordHeader {
             kind: kind as u8,
