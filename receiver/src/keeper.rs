@@ -6,6 +6,7 @@ use crate::promote::is_rolled;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 use varve_common::control::{Retention, show_time};
 use varve_timeline::catalogue::LayerInfo;
 use varve_timeline::chronicle::Event;
@@ -18,43 +19,83 @@ pub const SHORTENED: &str = "old points expire early";
 /// Stamps of images lie between heights of the stream.
 const HEIGHT_STEP: u64 = 8;
 
-/// Works until the registry stops.
+/// Works until the registry stops. What expires comes first, and again and again while indexes are merged: a merge may take
+/// long, or fail for ever, and without room nobody takes anything in.
 pub fn run(registry: &Arc<Registry>) {
-    // Said once: a disk that is full or fails does so every second.
-    let mut said: BTreeMap<String, String> = BTreeMap::new();
+    let (mut expiring, mut merging) = (Said::new("old points cannot expire"), Said::new("indexes cannot be merged"));
     while !registry.is_stopping() {
+        expire_all(registry, &mut expiring);
+        let mut looked = Instant::now();
         for slot in registry.groups() {
-            if registry.is_stopping() {
-                return;
-            }
-            match look_after(registry, &slot).map_err(|error| error.to_string()) {
-                Ok(()) => drop(said.remove(&slot.name)),
-                Err(error) if said.get(&slot.name) == Some(&error) => {}
-                Err(error) => {
-                    tracing::error!(
-                        group = slot.name,
-                        error,
-                        "the history could not be looked after; it is tried again"
-                    );
-                    said.insert(slot.name.clone(), error);
+            let mut go_on = || {
+                if looked.elapsed() >= KEEPER_INTERVAL {
+                    expire_all(registry, &mut expiring);
+                    looked = Instant::now();
                 }
-            }
+                !registry.is_stopping()
+            };
+            let merged = merge(&slot, &mut go_on);
+            merging.look(&slot.name, merged);
         }
         std::thread::sleep(KEEPER_INTERVAL);
     }
 }
 
+/// What went wrong, by group. Said once: a disk that is full or fails does so every second.
+struct Said {
+    what: &'static str,
+    errors: BTreeMap<String, String>,
+}
+
+impl Said {
+    fn new(what: &'static str) -> Self {
+        Self { what, errors: BTreeMap::new() }
+    }
+
+    fn look(&mut self, group: &str, done: Result<(), HistoryError>) {
+        match done.map_err(|error| error.to_string()) {
+            Ok(()) => drop(self.errors.remove(group)),
+            Err(error) if self.errors.get(group) == Some(&error) => {}
+            Err(error) => {
+                tracing::error!(group, error, "{}; it is tried again", self.what);
+                self.errors.insert(group.to_owned(), error);
+            }
+        }
+    }
+}
+
+fn expire_all(registry: &Registry, said: &mut Said) {
+    for slot in registry.groups() {
+        if registry.is_stopping() {
+            return;
+        }
+        let looked = look_after(registry, &slot);
+        said.look(&slot.name, looked);
+    }
+}
+
+fn merge(slot: &Slot, go_on: &mut dyn FnMut() -> bool) -> Result<(), HistoryError> {
+    let Some(timeline) = slot.board().timeline.clone() else { return Ok(()) };
+    while go_on() && timeline.merge_one(&mut *go_on)? {}
+    Ok(())
+}
+
 fn look_after(registry: &Registry, slot: &Slot) -> Result<(), HistoryError> {
     let Some(timeline) = slot.board().timeline.clone() else { return Ok(()) };
-    while timeline.merge_one(|| !registry.is_stopping())? {}
     let policy = slot.board().meta.as_ref().map(|meta| meta.retention).unwrap_or_default();
+    // Room also where an old layer's file cannot be removed.
+    let mut expired = Ok(());
     while let Some(why) = due(&timeline, &policy) {
-        if !expire(slot, &timeline, why)? {
-            break;
+        match expire(slot, &timeline, why) {
+            Ok(true) => {}
+            other => {
+                expired = other.map(drop);
+                break;
+            }
         }
     }
     let dir = registry.group_dir(&slot.name);
-    make_room(slot, &timeline, &policy, &dir)
+    make_room(slot, &timeline, &policy, &dir).and(expired)
 }
 
 /// Why the oldest layer is to go, if it is.

@@ -15,7 +15,7 @@ use support::agent::{Agent, Got, hello};
 use support::media::{Faults, Media, Mounted};
 use support::stream::{Model, Sent, Source, record};
 use support::{LIMIT, Receiver, assert_equal, seed};
-use varve_common::control::{GroupStatus, PointsReply, ReceiverRequest, ScrubReply};
+use varve_common::control::{GroupStatus, PointsReply, ReceiverRequest, RetentionReply, ScrubReply};
 use varve_common::format::MarkKind;
 use varve_common::record::RecordKind;
 use varve_common::wire::messages::{Hello, Refused, RefusedReason};
@@ -527,4 +527,38 @@ async fn what_a_failed_sync_left_in_memory_is_not_believed() {
     bed.host.receiver.start(None);
     bed.is_whole();
     bed.host.receiver.stop();
+}
+
+/// An index that cannot be merged, nor made again: what is old goes nevertheless, else the disk fills up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_merge_that_fails_for_ever_keeps_nothing_from_expiring() {
+    let mut host = Host::new(Script::new(1, 700), None).await;
+    host.goes_well(1).await;
+    let layers = host.receiver.group("db").unwrap().history.unwrap().layers;
+    assert!(layers > 17, "{layers}");
+    host.receiver.stop();
+    let history = host.receiver.paths.receiver_group("db").join("history");
+    for run in std::fs::read_dir(history.join("runs")).unwrap() {
+        let path = run.unwrap().path();
+        if !path.file_name().unwrap().to_string_lossy().starts_with("L0-") {
+            std::fs::remove_file(path).unwrap();
+        }
+    }
+    // The first block of one that is to be merged, and the first chunk of its layer.
+    for (name, at) in [("runs/L0-0000000011.run", 10), ("layers/0000000011.layer", 4096 + 10)] {
+        let path = history.join(name);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[at] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+    }
+    host.receiver.start(None);
+    let request =
+        ReceiverRequest::Retention { group: "db".into(), age_seconds: None, bytes: Some(8 << 20), dry_run: false };
+    host.receiver.wait_for("db", "open", |group| group.history.is_some());
+    let _: RetentionReply = host.receiver.done(&request);
+    let few = |group: &GroupStatus| group.history.as_ref().is_some_and(|history| history.layers < 10);
+    host.receiver.wait_for("db", "expired", few);
+    let said = host.receiver.log().matches("indexes cannot be merged").count();
+    assert!(said <= 1, "said {said} times");
+    host.receiver.stop();
 }

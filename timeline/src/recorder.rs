@@ -84,12 +84,14 @@ impl Recorder {
                     recorder.begins_ns = Some(info.last_time_ns);
                 }
             }
-            Some((number, false)) => match recorder.open_layer(number, reached) {
-                Err(error @ (HistoryError::Damaged { .. } | HistoryError::Format { .. })) => {
-                    recorder.put_aside(number, history, reached, &error)?;
+            Some((number, false)) => {
+                match recorder.open_layer(number, reached).and_then(|()| recorder.close_if_full(number, reached)) {
+                    Err(error @ (HistoryError::Damaged { .. } | HistoryError::Format { .. })) => {
+                        recorder.put_aside(number, history, reached, &error)?;
+                    }
+                    other => other?,
                 }
-                other => other?,
-            },
+            }
         }
         if recorder.next_number > 1 && recorder.complete_to < history {
             recorder.lost_end(history, reached)?;
@@ -139,10 +141,23 @@ impl Recorder {
         let current = Current { layer, last_height, first_height, first_time_ns, begun: Instant::now() };
         let part = OpenPart { reader, index: Arc::new(index), chunks: found.chunks };
         self.timeline.set_open(part, current.info())?;
-        let full = current.is_full(&self.timeline);
         self.layer = Some(current);
-        // It was full already and the daemon ended before its run was there.
-        if full { self.close_layer() } else { Ok(()) }
+        Ok(())
+    }
+
+    /// The newest layer may be full already: the daemon ended before its run was there. On a full disk it stays open, its index
+    /// in memory: a group that does not open lets nothing expire.
+    fn close_if_full(&mut self, number: u32, reached: u64) -> Result<(), HistoryError> {
+        if !self.layer.as_ref().is_some_and(|current| current.is_full(&self.timeline)) {
+            return Ok(());
+        }
+        match self.close_layer() {
+            Err(HistoryError::Io(error)) if error.is_no_space() => {
+                tracing::error!(%error, layer = number, "no room for the newest layer's index: it is closed with the next change");
+                self.open_layer(number, reached)
+            }
+            other => other,
+        }
     }
 
     /// There is no layer. Either nothing was ever replaced: then history begins at the first point; or the layers are gone.
@@ -375,6 +390,10 @@ impl Recorder {
     }
 
     fn append(&mut self, complete_to: u64) -> Result<(), HistoryError> {
+        // One that could not be closed when it was opened.
+        if self.layer.as_ref().is_some_and(|current| current.is_full(&self.timeline)) {
+            self.close_layer()?;
+        }
         let mut current = match self.layer.take() {
             Some(current) => current,
             None => self.begin_layer()?,

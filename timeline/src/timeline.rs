@@ -602,11 +602,24 @@ impl Timeline {
         }
     }
 
-    /// Makes one run of the next level, if one is due; whether it did.
+    /// Makes one run of the next level, if one is due; whether it did. `go_on` is asked now and then. A lower one that is
+    /// damaged is made again first.
     ///
     /// # Errors
     /// If a run cannot be read or written: the lower ones go on to answer.
-    pub fn merge_one(&self, go_on: impl FnMut() -> bool) -> Result<bool, HistoryError> {
+    pub fn merge_one(&self, mut go_on: impl FnMut() -> bool) -> Result<bool, HistoryError> {
+        for _ in 0..RUNS_MENDED_MAX {
+            match self.merge_next(&mut go_on) {
+                Err(HistoryError::Damaged { path, offset, what }) if self.mend(&path)? => {
+                    tracing::warn!(path = %path.display(), offset, what, "an index of the history is damaged; it is made again");
+                }
+                other => return other,
+            }
+        }
+        self.merge_next(&mut go_on)
+    }
+
+    fn merge_next(&self, go_on: &mut dyn FnMut() -> bool) -> Result<bool, HistoryError> {
         let state = self.read();
         let Some(key) = state.catalogue.due_merges().first().copied() else { return Ok(false) };
         let Some(head) = state.catalogue.head_of(self.group, key) else { return Ok(false) };

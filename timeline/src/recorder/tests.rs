@@ -183,3 +183,67 @@ fn a_run_of_half_a_layer_hides_nothing() {
         }
     }
 }
+
+/// With a full disk the last run may not be written. The group must open nevertheless, so that something can expire.
+#[test]
+fn a_full_layer_that_cannot_be_closed_stays_open() {
+    let dir = tempfile::tempdir().expect("directory");
+    let mount = ["-t", "tmpfs", "-o", "size=24m", "tmpfs"];
+    if !std::process::Command::new("mount").args(mount).arg(dir.path()).status().is_ok_and(|done| done.success()) {
+        eprintln!("skipped: no file system can be mounted here");
+        return;
+    }
+    let _mounted = Mounted(dir.path());
+    let timeline = timeline(dir.path());
+    let mut recorder = open(&timeline);
+    (1..=3).for_each(|number| recorder.write(number * 80, number * SECOND));
+    drop(recorder);
+    // What is only reserved would be room.
+    let layer = std::fs::File::options().write(true).open(crate::layer::path_of(&timeline.layers_dir(), 1));
+    layer.and_then(|layer| layer.set_len(timeline.layers()[0].bytes)).expect("cut");
+    let ballast = dir.path().join("ballast");
+    let mut file = std::fs::File::create(&ballast).expect("create");
+    while std::io::Write::write_all(&mut file, &[1; 4096]).is_ok() {}
+    drop(file);
+    timeline.set_layer_bytes(1);
+    let facts = StreamFacts { height: 240, time_ns: SECOND, incarnation: [0; 16], position: 0, epoch: 0, gap: None };
+    let mut recorder = Recorder::open(timeline.clone(), &facts, 240, 240).expect("it opens");
+    assert!(timeline.layers()[0].open);
+    std::fs::remove_file(&ballast).expect("remove");
+    (4..=6).for_each(|number| recorder.write(number * 80, number * SECOND));
+    for number in 1..=6 {
+        let parts = timeline.resolve(0, number * 80 * 512, 512, number * 80 - 1).expect("resolve");
+        assert!(matches!(parts[0].origin, Origin::Record(entry) if entry.height == number * 80), "{parts:?}");
+    }
+}
+
+struct Mounted<'a>(&'a std::path::Path);
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("--lazy").arg(self.0).status();
+    }
+}
+
+/// Indexes that a merge needs are made again; no merge waits for them for ever.
+#[test]
+fn a_damaged_run_that_is_due_for_a_merge_is_made_again() {
+    let dir = directory();
+    let timeline = timeline(dir.path());
+    let mut recorder = open(&timeline);
+    for number in 1..=17 {
+        recorder.write(number * 80, number * SECOND);
+        recorder.close_layer().expect("close");
+    }
+    let run = dir.path().join(RUNS_NAME).join(RunKey::of_layer(11).file_name());
+    let mut bytes = std::fs::read(&run).expect("read");
+    bytes[10] ^= 1;
+    std::fs::write(&run, bytes).expect("write");
+    while timeline.merge_one(|| true).expect("merge") {}
+    let merged: Vec<_> = timeline.runs().iter().map(|run| run.head().key).filter(|key| key.level == 1).collect();
+    assert!(merged.contains(&RunKey { level: 1, first: 8 }), "{merged:?}");
+    for number in 1..=17 {
+        let parts = timeline.resolve(0, number * 80 * 512, 512, number * 80 - 1).expect("resolve");
+        assert!(matches!(parts[0].origin, Origin::Record(entry) if entry.height == number * 80), "{parts:?}");
+    }
+}
