@@ -268,8 +268,9 @@ impl ChronicleFile {
                 says("does not know that it is a point");
                 events.push(Event::GapEnd { height, time_ns });
             }
-            // Every mark that opens a gap moves the position against the height: one that is lost shows here.
-            None if moved && newest.saturating_add(1) < height => {
+            // Every mark that opens a gap moves the position against the height: one that is lost shows here. Behind a rollback
+            // the position stands still until the next mark, so that nothing shows; but the stream only goes on behind one.
+            None if (moved || self.chronicle.marks.stands_still(height)) && newest.saturating_add(1) < height => {
                 events.push(Event::damaged(newest + 1, height, "the end of the chronicle"));
             }
             _ => {}

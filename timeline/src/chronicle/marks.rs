@@ -181,6 +181,12 @@ impl Marks {
         }
     }
 
+    /// Whether `height` is above a mark behind which the position stands still, and no other mark is between.
+    pub(super) fn stands_still(&self, height: u64) -> bool {
+        let mark = self.up_to(height).checked_sub(1).map(|index| &self.marks[index]);
+        mark.is_some_and(|mark| mark.still && mark.height < height)
+    }
+
     /// Where the stream stood at `height`.
     pub(super) fn place(&self, height: u64) -> Option<Place> {
         let index = self.up_to(height).checked_sub(1)?;
