@@ -163,6 +163,17 @@ impl PlayedSource {
     pub fn drop_write(&self, region: u64) -> u64 {
         self.track.set_dirty(region);
         self.troubles.lock().expect("not poisoned").dropped += 1;
+        self.note_position()
+    }
+
+    /// As the capture program does it at the first write to a device in its new size: position, counter. No bit.
+    pub fn resize(&self) -> u64 {
+        let position = self.note_position();
+        self.troubles.lock().expect("not poisoned").resized += 1;
+        position
+    }
+
+    fn note_position(&self) -> u64 {
         let position = self.stream.producer();
         let _ = self.first_drop.compare_exchange(0, position + 1, Ordering::SeqCst, Ordering::SeqCst);
         position
@@ -486,6 +497,29 @@ async fn a_drop_does_not_move_the_begin_of_another_trouble() {
     }));
     stage.until("the gap is marked", |stage| stage.marks().len() > 2).await;
     assert!(stage.marks()[2].position <= straddled.load(Ordering::SeqCst), "{:?}", stage.marks());
+}
+
+/// A volume grew, and the first write to it in its new size comes between a turn's look and the last one before the gap ends: no
+/// bit says so, and what is written to the new part is nowhere.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gap_does_not_end_over_a_growth_that_the_last_look_finds() {
+    let stage = Stage::set().await;
+    stage.protected().await;
+    // Everything but the word about skipped writes is there for the gap to end.
+    stage.misses.note(1, 0);
+    stage.source.drop_write(1);
+    stage.until("the gap is marked", |stage| stage.marks().len() == 3).await;
+    stage.until("the region is done", |stage| stage.source.track.is_at_rest()).await;
+    let misses = stage.misses.clone();
+    *stage.source.after_look.lock().expect("not poisoned") = Some(Box::new(move |source| {
+        source.resize();
+        misses.note(u64::MAX, 0);
+    }));
+    stage.until("the growth is seen", |stage| stage.shared.facts().outgrown).await;
+    let frames = stage.shared.counters.frames.load(Ordering::SeqCst);
+    stage.until("two canaries", |stage| stage.shared.counters.frames.load(Ordering::SeqCst) > frames + 1).await;
+    assert_eq!(stage.marks().len(), 3, "{:?}", stage.marks());
+    assert!(stage.shared.facts().gap.is_some());
 }
 
 /// A region gets dirty and no counter says so (a count below zero, `tend`; or the counter was seen before the bit):

@@ -58,12 +58,12 @@ impl Worker {
         tracing::info!(group = %self.shared.name, "protected");
     }
 
-    /// Whatever put something outside the stream opens a gap; its regions are dirty already.
-    pub(super) fn look_for_trouble(&mut self, state: &mut State, sent: Option<u64>) {
+    /// Whatever put something outside the stream opens a gap; its regions are dirty already. Whether there was something.
+    pub(super) fn look_for_trouble(&mut self, state: &mut State, sent: Option<u64>) -> bool {
         let troubles = self.source.troubles();
         let misses = self.misses.count();
         if troubles == state.troubles && misses == state.misses {
-            return;
+            return false;
         }
         let before = std::mem::replace(&mut state.troubles, troubles);
         let missed = std::mem::replace(&mut state.misses, misses) < misses;
@@ -107,6 +107,7 @@ impl Worker {
         }
         self.gap_begins(state, reason, position);
         self.sync.shared().nudge();
+        true
     }
 
     /// Where nobody has looked whether events were skipped, nobody may be told that all is well.
@@ -217,8 +218,8 @@ impl Worker {
         }
         // Taken after the bitmaps were seen clean: a write that is dropped later stands behind this position.
         let position = self.source.stream().producer();
-        self.look_for_trouble(state, Some(session.sent));
-        if !self.sync.shared().nothing_left(&*self.source) {
+        // Not all of it leaves a dirty bit: what is written to the new part of a volume that grew is in no bitmap.
+        if self.look_for_trouble(state, Some(session.sent)) || !self.sync.shared().nothing_left(&*self.source) {
             return;
         }
         state.gap.complete(position);
