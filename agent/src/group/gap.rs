@@ -65,10 +65,11 @@ impl GapState {
         self.ever_consistent = true;
     }
 
-    /// Something is missing from the stream after `position`. An open gap stays as it is: it began earlier.
-    /// Returns whether a gap was opened.
+    /// Something is missing from the stream after `position`. An open gap begins there if it began later: its mark may still be
+    /// to come, and until it is sent what is before counts as good. Returns whether a gap was opened.
     pub fn begin(&mut self, reason: GapReason, position: u64) -> bool {
-        if self.open.is_some() {
+        if let Some((_, begin)) = &mut self.open {
+            *begin = position.min(*begin);
             return false;
         }
         self.open = Some((reason, position));
@@ -124,12 +125,15 @@ mod tests {
         assert_eq!(kind(&state, false, 200), Some(MarkKind::GapEnd));
         assert_eq!(kind(&state, true, 300), None);
         assert!(state.begin(GapReason::RingFull, 500));
-        assert!(!state.begin(GapReason::FailedWrite, 400), "the first reason and position stay");
-        assert_eq!(state.open(), Some(GapReason::RingFull));
-        assert_eq!(state.cut_limit(true), Some(500));
+        assert!(!state.begin(GapReason::FailedWrite, 600), "it is open, and began before");
+        assert_eq!((state.open(), state.cut_limit(true)), (Some(GapReason::RingFull), Some(500)));
         assert_eq!(kind(&state, true, 480), None, "points before the gap stay good");
+        assert!(!state.begin(GapReason::LateWrite, 450), "it is open");
+        assert_eq!((state.open(), state.cut_limit(true)), (Some(GapReason::RingFull), Some(450)), "and begins earlier");
+        assert_eq!(kind(&state, true, 449), None);
+        assert!(state.covers(451) && !state.covers(450));
         assert_eq!(
-            state.next_mark(true, 500),
+            state.next_mark(true, 480),
             Some(NextMark { kind: MarkKind::GapBegin, reason: Some(GapReason::RingFull) })
         );
         assert_eq!((kind(&state, false, 600), state.cut_limit(false)), (None, None));

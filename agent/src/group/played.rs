@@ -242,6 +242,8 @@ pub struct Script {
     pub stalled: AtomicBool,
     /// The blocks of every region that differ from what is probed.
     pub differs: AtomicU16,
+    /// Answers no probe while set, and reads nothing behind it.
+    pub thinks: AtomicBool,
     pub told: Mutex<Vec<Told>>,
     /// Sessions that it ended because of an image outside a gap, as the real one does.
     pub refused: AtomicU64,
@@ -439,6 +441,9 @@ async fn play(
             FrameKind::Probe => {
                 let probe: Probe = messages::decode(frame.kind, &plain).expect("a probe");
                 tell(Told::Probe(probe.offset));
+                while script.thinks.load(Ordering::SeqCst) {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
                 let differs = script.differs.load(Ordering::SeqCst);
                 (FrameKind::ProbeReply, messages::encode(&ProbeReply { id: probe.id, differs }))
             }
@@ -520,6 +525,56 @@ async fn a_gap_does_not_end_over_a_growth_that_the_last_look_finds() {
     stage.until("two canaries", |stage| stage.shared.counters.frames.load(Ordering::SeqCst) > frames + 1).await;
     assert_eq!(stage.marks().len(), 3, "{:?}", stage.marks());
     assert!(stage.shared.facts().gap.is_some());
+}
+
+/// A write is dropped far ahead of what was sent, and then the replica is found to lack something: what is between is no
+/// good point.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gap_ahead_begins_earlier_when_the_replica_lacks_something() {
+    let stage = Stage::set().await;
+    stage.protected().await;
+    let asked = |stage: &Stage| stage.told().iter().filter(|told| matches!(told, Told::Probe(_))).count();
+    let before = asked(&stage);
+    stage.script.thinks.store(true, Ordering::SeqCst);
+    stage.script.differs.store(0xffff, Ordering::SeqCst);
+    stage.source.track.set_dirty(3);
+    stage.until("the region is asked about", |stage| asked(stage) > before).await;
+    for _ in 0..64 {
+        stage.source.stream.append(RecordKind::Write, 0, &vec![3; 1 << 20]);
+    }
+    let dropped = stage.source.drop_write(1);
+    stage.until("the gap is seen", |stage| stage.shared.facts().gap.is_some()).await;
+    stage.script.thinks.store(false, Ordering::SeqCst);
+    stage.until("the gap is marked", |stage| stage.marks().len() > 2).await;
+    let marks = stage.marks();
+    assert!(marks[2].reason.is_some() && marks[2].position < dropped, "dropped at {dropped}: {marks:?}");
+    stage.protected().await;
+}
+
+/// The same drop is counted by one look and its place was taken by the look before: what was sent meanwhile stays good.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drop_whose_place_is_known_already_moves_no_gap() {
+    let stage = Stage::set().await;
+    stage.protected().await;
+    stage.script.stalled.store(true, Ordering::SeqCst);
+    for _ in 0..64 {
+        stage.source.stream.append(RecordKind::Write, 0, &vec![3; 1 << 20]);
+    }
+    let dropped = Arc::new(AtomicU64::new(u64::MAX));
+    let position = dropped.clone();
+    *stage.source.after_look.lock().expect("not poisoned") = Some(Box::new(move |source| {
+        position.store(source.drop_write(1), Ordering::SeqCst);
+        // Right after the first is seen, and before its place is taken, which is that of both.
+        let again: Hook = Box::new(|source| _ = source.drop_write(1));
+        *source.after_look.lock().expect("not poisoned") = Some(again);
+    }));
+    stage.until("the gap is seen", |stage| stage.shared.facts().gap.is_some()).await;
+    // Both looks are over.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    stage.script.stalled.store(false, Ordering::SeqCst);
+    stage.until("the gap is marked", |stage| stage.marks().len() > 2).await;
+    assert_eq!(stage.marks()[2].position, dropped.load(Ordering::SeqCst), "{:?}", stage.marks());
+    stage.protected().await;
 }
 
 /// A region gets dirty and no counter says so (a count below zero, `tend`; or the counter was seen before the bit):

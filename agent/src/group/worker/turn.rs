@@ -98,10 +98,11 @@ impl Worker {
         };
         let first_drop = self.source.take_first_drop();
         // Only of a write that found no room or another size is the place in the stream known, so it counts only if that
-        // was all.
+        // was all. The look before may have taken it, together with that of the gap that is open since.
         let Troubles { dropped, unreadable, resized, .. } = before;
         let drops_alone = Troubles { dropped, unreadable, resized, ..troubles } == before;
-        let position = first_drop.filter(|_| drops_alone && !missed).unwrap_or(here).max(here);
+        let place = first_drop.or(state.gap.open().map(|_| state.gap.parts().1));
+        let position = place.filter(|_| drops_alone && !missed).unwrap_or(here).max(here);
         if troubles.resized > before.resized {
             self.outgrown(state);
         }
