@@ -127,6 +127,14 @@ pub fn refuse_uncapturable(path: &str, facts: &BlockFacts) -> Result<(), Problem
             &format!("protect /dev/{holder} instead"),
         );
     }
+    if let Some(holder) = facts.request_holders.first().map(|holder| holder.display()) {
+        return refuse(
+            format!(
+                "it is a path of {holder}, which passes requests on to it: no write is seen here before it is done"
+            ),
+            &format!("protect {holder} instead, or what lies on it"),
+        );
+    }
     Ok(())
 }
 
@@ -222,6 +230,7 @@ mod tests {
             dax_mounted: false,
             request_based: true,
             holders: Vec::new(),
+            request_holders: Vec::new(),
             mounts: Vec::new(),
             swaps: Vec::new(),
             loop_backing_file: None,
@@ -234,13 +243,14 @@ mod tests {
     #[test]
     fn what_cannot_be_captured_is_refused_with_the_reason() {
         type Change = fn(&mut BlockFacts);
-        let cases: [(Change, &str); 6] = [
+        let cases: [(Change, &str); 7] = [
             (|facts| facts.zoned = true, "zoned"),
             (|facts| facts.dax_mounted = true, "DAX"),
             (|facts| facts.read_only = true, "read-only"),
             (|facts| facts.bytes = 0, "no size"),
             (|facts| facts.holders = vec!["md127".into()], "protect /dev/md127 instead"),
             (|facts| facts.holders = vec!["bcache0".into()], "/dev/bcache0"),
+            (|facts| facts.request_holders = vec!["/dev/mapper/mpatha".into()], "protect /dev/mapper/mpatha instead"),
         ];
         for (change, word) in cases {
             let mut facts = facts();
@@ -251,7 +261,11 @@ mod tests {
         }
         let mut lvm = facts();
         lvm.holders = vec!["dm-0".into()];
-        assert_eq!(refuse_uncapturable("/dev/vdb", &lvm), Ok(()), "device-mapper clones its bios: they are seen");
+        assert_eq!(
+            refuse_uncapturable("/dev/vdb", &lvm),
+            Ok(()),
+            "most of device-mapper clones its bios: they are seen"
+        );
     }
 
     #[test]

@@ -14,6 +14,7 @@ pub type DevNo = (u32, u32);
 
 /// The unit of `start` and `size` in sysfs, whatever the device's sector.
 const SYSFS_SECTOR_BYTES: u64 = 512;
+const SYS_BLOCK: &str = "/sys/block";
 
 /// What the kernel says of a block device, at one moment. Sizes in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,6 +51,9 @@ pub struct BlockFacts {
     pub request_based: bool,
     /// Kernel names of the devices (dm, md, bcache) built on it or on one of its partitions.
     pub holders: Vec<String>,
+    /// Devices (dm-multipath, mostly) on it, on one of its partitions or on its disk that pass on requests instead of bios: no bio
+    /// of what is written through them is ever seen here.
+    pub request_holders: Vec<PathBuf>,
     /// Mounts of it or of one of its partitions, seen from this mount namespace.
     pub mounts: Vec<Mount>,
     /// What of it is swapped on: kernel names of the device or its partitions.
@@ -104,6 +108,7 @@ impl BlockFacts {
             dax_mounted: uses.mounts.iter().any(|mount| is_dax(mount, dax_capable)),
             // The directory has one entry per hardware queue; drivers that take bios have none.
             request_based: !list(&disk.join("mq"))?.is_empty(),
+            request_holders: request_holders(Path::new(SYS_BLOCK), &uses.holders, &list(&disk.join("holders"))?)?,
             holders: uses.holders,
             mounts: uses.mounts,
             swaps: uses.swaps,
@@ -122,6 +127,21 @@ impl BlockFacts {
 /// `dax` and `dax=always` are DAX for all files; `dax=inode` for some, where the device can.
 fn is_dax(mount: &Mount, dax_capable: bool) -> bool {
     mount.has_option("dax") || mount.has_option("dax=always") || (dax_capable && mount.has_option("dax=inode"))
+}
+
+/// Those of the holders that have hardware queues of their own; see [`BlockFacts::request_holders`].
+fn request_holders(sys_block: &Path, holders: &[String], of_disk: &[String]) -> Result<Vec<PathBuf>, IoError> {
+    let mut found = Vec::new();
+    for name in holders.iter().chain(of_disk.iter().filter(|name| !holders.contains(name))) {
+        let dir = sys_block.join(name);
+        if !list(&dir.join("mq"))?.is_empty() {
+            let mapped = text(&dir.join("dm/name"))?.filter(|mapped| !mapped.is_empty());
+            found.push(
+                mapped.map_or_else(|| Path::new("/dev").join(name), |mapped| Path::new("/dev/mapper").join(mapped)),
+            );
+        }
+    }
+    Ok(found)
 }
 
 /// Who uses a device or, for a whole disk, one of its partitions.
@@ -143,5 +163,25 @@ impl Uses {
         let swap_devs: Vec<DevNo> = swaps()?.iter().filter_map(|path| block_dev_of(path)).collect();
         let swaps = devs.into_iter().filter(|(dev, _)| swap_devs.contains(dev)).map(|(_, name)| name).collect();
         Ok(Self { holders, mounts, swaps })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Test machines have no multipath: two targets that take bios (one of a kernel without the directory) and a path's.
+    #[test]
+    fn holders_that_pass_on_requests() {
+        let sys = tempfile::tempdir().expect("temp dir");
+        for dir in ["dm-0/mq", "dm-1/dm", "dm-2/mq/0", "dm-2/dm", "dm-3/mq/0"] {
+            fs::create_dir_all(sys.path().join(dir)).expect("made");
+        }
+        fs::write(sys.path().join("dm-2/dm/name"), "mpatha\n").expect("written");
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let found = |holders: &[&str], of_disk: &[&str]| request_holders(sys.path(), &names(holders), &names(of_disk));
+        assert_eq!(found(&["dm-0", "dm-1"], &["dm-0"]).expect("read"), Vec::<PathBuf>::new());
+        assert_eq!(found(&["dm-1", "dm-2"], &["dm-2"]).expect("read"), [PathBuf::from("/dev/mapper/mpatha")]);
+        assert_eq!(found(&[], &["dm-3"]).expect("read"), [PathBuf::from("/dev/dm-3")], "a partition of a path");
     }
 }
