@@ -78,6 +78,11 @@ impl Regions {
         self.waiting.is_empty() && self.under_way.is_empty()
     }
 
+    /// Whether a region that is to be sent is under way.
+    pub fn is_sending(&self) -> bool {
+        self.waiting.iter().chain(self.under_way.values()).any(|read| read.purpose == Purpose::Send)
+    }
+
     /// The next region that may go, now that everything before `sent` was sent. `fresh(volume)`: its replica is empty
     /// but for what the stream wrote.
     pub fn next(&mut self, sent: u64, fresh: impl Fn(u16) -> bool) -> Option<Next> {

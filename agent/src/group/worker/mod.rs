@@ -58,6 +58,11 @@ const CANARY_BYTES: u64 = RING_HEADER_BYTES + size_of::<RecordHeader>() as u64;
 const CANARY_EVERY: Duration = Duration::from_secs(1);
 /// Between two reports to the receiver.
 const REPORT_EVERY: Duration = Duration::from_millis(500);
+/// Between two looks at what is left outside a gap.
+const LEFT_LOOK_EVERY: Duration = Duration::from_secs(1);
+/// So many of them in a row may find a region dirty that was not even read. One that is free is compared at once: that another one never is
+/// means that writes to it are not seen to complete, or that its disk cannot be read.
+const LEFT_LOOKS_MAX: u32 = 30;
 /// Pause after a session ended, growing with the failures in a row.
 const RETRY_MIN: Duration = Duration::from_millis(100);
 /// Longest such pause.
@@ -138,6 +143,8 @@ struct State {
     closing: Option<u64>,
     offset: clock::Offset,
     last_canary: Instant,
+    last_left_look: Instant,
+    left_looks: u32,
     read_failed: bool,
     /// Part of the journal could not be read: there is a hole in the stream.
     journal_lost: bool,
@@ -238,6 +245,8 @@ impl Worker {
             closing: None,
             offset: clock::Offset::going_on(self.source.time_offset(), clock::boot_ns()),
             last_canary: now,
+            last_left_look: now,
+            left_looks: 0,
             read_failed: false,
             journal_lost: false,
             quiescing: None,

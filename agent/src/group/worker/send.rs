@@ -37,6 +37,7 @@ impl Worker {
         }
         self.drive_verify(state);
         self.finish_gap(state, session);
+        self.look_for_left(state, session);
         self.report(state, session).await?;
         self.send_replies(state, session).await?;
         Ok(busy)

@@ -226,4 +226,23 @@ impl Worker {
         state.gap.complete(position);
         tracing::debug!(group = %self.shared.name, position, "the replica is complete");
     }
+
+    /// A region that stays dirty outside a gap opens one: whoever looks must not read for ever that all is well.
+    pub(super) fn look_for_left(&self, state: &mut State, session: &Session) {
+        let now = Instant::now();
+        // What waits for the receiver is not stuck, only late, which is told as such.
+        if now.duration_since(state.last_left_look) < LEFT_LOOK_EVERY || session.regions.is_sending() {
+            return;
+        }
+        state.last_left_look = now;
+        let held = session.sent < self.source.stream().consumer();
+        if held || state.gap.open().is_some() || self.sync.shared().nothing_left(&*self.source) {
+            state.left_looks = 0;
+            return;
+        }
+        state.left_looks += 1;
+        if state.left_looks > LEFT_LOOKS_MAX {
+            self.gap_begins(state, GapReason::LateWrite, session.sent);
+        }
+    }
 }
