@@ -3,7 +3,7 @@
 use super::kept::Kept;
 use super::shared::GroupShared;
 use super::source::{Source, Stream, Track, Troubles};
-use super::sync::SyncThread;
+use super::sync::{FromSync, SyncThread};
 use super::worker::{Command, Worker};
 use crate::clock;
 use crate::journal::Settings;
@@ -146,6 +146,8 @@ type Hook = Box<dyn FnMut(&PlayedSource) + Send>;
 pub struct PlayedSource {
     pub stream: PlayedStream,
     pub track: PlayedTrack,
+    /// That of a second volume, which only some tests have.
+    pub second: Option<PlayedTrack>,
     pub troubles: Mutex<Troubles>,
     pub first_drop: AtomicU64,
     pub after_look: Mutex<Option<Hook>>,
@@ -184,11 +186,11 @@ impl Source for PlayedSource {
     fn stream(&self) -> &dyn Stream {
         &self.stream
     }
-    fn track(&self, _: usize) -> &dyn Track {
-        &self.track
+    fn track(&self, number: usize) -> &dyn Track {
+        self.second.as_ref().filter(|_| number == 1).unwrap_or(&self.track)
     }
     fn volumes(&self) -> usize {
-        1
+        1 + usize::from(self.second.is_some())
     }
     fn mark(&self, kind: RecordKind, payload: &[u8]) -> Result<(), Problem> {
         self.stream.append(kind, 0, payload);
@@ -643,6 +645,28 @@ async fn a_dirty_region_that_nobody_can_read_opens_a_gap() {
     assert_eq!(stage.marks()[2].reason, Some(GapReason::LateWrite));
     stage.source.track.in_flight.store(false, Ordering::SeqCst);
     stage.until("protected again", |stage| stage.marks().len() == 4 && stage.shared.facts().gap.is_none()).await;
+}
+
+/// As many regions of the first volume as are waited for at once are never free to be read: the second one gets its turn.
+#[tokio::test]
+async fn a_busy_volume_leaves_the_others_their_turn() {
+    let source = PlayedSource { second: Some(PlayedTrack::default()), ..PlayedSource::default() };
+    source.track.in_flight.store(true, Ordering::SeqCst);
+    source.track.set_all_dirty();
+    source.track(1).set_dirty(2);
+    let files: Vec<_> = (0..2).map(|_| tempfile::NamedTempFile::new().expect("a file")).collect();
+    let open = |file: &tempfile::NamedTempFile| {
+        file.as_file().set_len(REGIONS * REGION_BYTES).expect("sized");
+        DirectFile::open_read(file.path()).expect("opens")
+    };
+    let volumes = files.iter().map(open).collect();
+    let (out, mut from_sync) = mpsc::channel(SYNC_REGIONS_MAX);
+    let pool = BufPool::new(8, REGION_BYTES as usize);
+    let sync = SyncThread::start("played", Arc::new(source), volumes, pool, out).expect("a thread");
+    sync.shared().start(1, Vec::new());
+    let read = tokio::time::timeout(Duration::from_secs(10), from_sync.recv()).await.expect("it has its turn");
+    assert!(matches!(read, Some(FromSync::Read(read)) if (read.volume, read.region) == (1, 2)));
+    from_sync.close();
 }
 
 /// Completions that could be anywhere make everything dirty only until capture has settled, so it is asked for that although

@@ -222,6 +222,7 @@ impl SyncThread {
             reads,
             shared: shared.clone(),
             cursors,
+            first: 0,
             failed: false,
             ours: Arc::default(),
         };
@@ -288,6 +289,8 @@ struct Reader {
     reads: ReadAhead<PooledBuf, Taken>,
     shared: Arc<SyncShared>,
     cursors: Vec<u64>,
+    /// The volume whose turn it is: until once round it, or until a region of it is too busy.
+    first: usize,
     failed: bool,
     /// As many as the group has buffers, and one.
     ours: Arc<()>,
@@ -374,13 +377,17 @@ impl Reader {
         if !orders.active || orders.session != session || self.shared.held.load(Ordering::Acquire) {
             return None;
         }
-        for number in 0..self.source.volumes() {
+        let volumes = self.source.volumes();
+        for number in (self.first..volumes).chain(0..self.first) {
             let Some(region) = self.next_free(number) else { continue };
             let track = self.source.track(number);
             // Counted before the bit goes: between the two nobody may see neither.
             self.shared.takes.fetch_add(1, Ordering::SeqCst);
             self.shared.in_hand.fetch_add(1, Ordering::SeqCst);
             if track.take_dirty(region) {
+                if region < self.cursors[number] {
+                    self.first = (number + 1) % volumes;
+                }
                 self.cursors[number] = region + 1;
                 return Some((Purpose::Send, number as u16, region));
             }
@@ -413,6 +420,9 @@ impl Reader {
             } else if Instant::now() < until {
                 self.draining.push_back(Draining { region, until, buf });
             } else {
+                if region.purpose == Purpose::Send {
+                    self.first = (volume + 1) % self.source.volumes();
+                }
                 self.put_back(region);
                 put_back += 1;
             }
