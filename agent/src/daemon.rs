@@ -23,7 +23,7 @@ use varve_common::problem::{Problem, check_name};
 use varve_common::record::RECORD_BYTES_MAX;
 use varve_common::state::{Data, GapReason, Link, Role};
 use varve_io::aligned::BufPool;
-use varve_io::blockdev::BlockFacts;
+use varve_io::blockdev::{BlockFacts, Identity};
 use varve_io::watcher::Watcher;
 
 /// Frames under way to the receiver, over all groups.
@@ -172,7 +172,9 @@ impl Daemon {
 
     async fn start_open_group(self: &Arc<Self>, file: &GroupFile) -> Result<(), Problem> {
         let volumes = self.check_volumes(&file.name, &file.volumes)?;
-        let (mut file, mut grew) = (file.clone(), false);
+        refuse_exchanged(file, &volumes)?;
+        let mut file = file.clone();
+        let mut changed = remember_identities(&mut file, &volumes);
         for (volume, bytes) in volumes.iter().zip(&mut file.bytes) {
             if volume.spec.bytes < *bytes {
                 return Err(Problem::refused(
@@ -192,10 +194,10 @@ impl Daemon {
             if volume.spec.bytes > *bytes {
                 tracing::info!(group = %file.name, "{} grew from {bytes} to {} bytes", volume.path, volume.spec.bytes);
                 *bytes = volume.spec.bytes;
-                grew = true;
+                changed = true;
             }
         }
-        if grew {
+        if changed {
             self.store.save(&file)?;
         }
         self.run_group(file, &volumes).await
@@ -214,6 +216,7 @@ impl Daemon {
         link: Option<watch::Receiver<LinkView>>,
     ) -> Result<GroupHandle, Problem> {
         let volumes = self.check_volumes(&file.name, &file.volumes)?;
+        refuse_exchanged(&file, &volumes)?;
         self.group_of(file, &volumes, link).await
     }
 
@@ -466,7 +469,8 @@ impl Daemon {
             return Ok(reply);
         }
         let bytes = checked.iter().map(|volume| volume.spec.bytes).collect();
-        let file = GroupFile::new(group, volumes, bytes, replicas);
+        let mut file = GroupFile::new(group, volumes, bytes, replicas);
+        remember_identities(&mut file, &checked);
         // The file first: a group that is captured is a group that is remembered.
         self.store.save(&file)?;
         if let Err(problem) = self.run_group(file.clone(), &checked).await {
@@ -777,6 +781,25 @@ impl Daemon {
     }
 }
 
+fn refuse_exchanged(file: &GroupFile, volumes: &[Checked]) -> Result<(), Problem> {
+    let next = format!(
+        "if it was exchanged, 'varve unprotect {0}' and protect it again: then '{0}' gets the content of the new one",
+        file.name
+    );
+    volumes.iter().zip(&file.identities).try_for_each(|(volume, known)| volume::refuse_another(volume, known, &next))
+}
+
+/// What identifies the volumes, where nothing is known yet; whether there was something.
+pub fn remember_identities(file: &mut GroupFile, volumes: &[Checked]) -> bool {
+    file.identities.resize_with(volumes.len(), Identity::new);
+    let mut new = false;
+    for (known, volume) in file.identities.iter_mut().zip(volumes).filter(|(known, _)| known.is_empty()) {
+        known.clone_from(&volume.identity);
+        new |= !known.is_empty();
+    }
+    new
+}
+
 /// Takes over what is pinned, or loads anew.
 fn open_capture(options: &CaptureOptions, pins: &Path, store: &Store) -> Result<Capture, CaptureError> {
     let capture = Capture::open(options, pins)?;
@@ -805,7 +828,10 @@ impl Failed {
             link: Link::Disconnected,
             data: if self.file.synced_once { Data::Gap } else { Data::InitialSync },
             reason: Some(format!("not protected: {}. {}", self.problem, self.problem.next)),
-            gap_reason: self.problem.what.ends_with(SHRANK).then_some(GapReason::VolumeChanged),
+            gap_reason: [SHRANK, volume::EXCHANGED]
+                .iter()
+                .any(|end| self.problem.what.ends_with(end))
+                .then_some(GapReason::VolumeChanged),
             epoch: 1,
             rpo_seconds: None,
             lag_bytes: 0,

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use varve_common::problem::Problem;
+use varve_io::blockdev::Identity;
 use varve_io::crashsafe;
 
 /// Version of the file. A file of another version is refused by name.
@@ -20,6 +21,9 @@ pub struct GroupFile {
     pub volumes: Vec<String>,
     /// Their sizes when they were protected.
     pub bytes: Vec<u64>,
+    /// What identifies the volumes beyond their paths: none or one for each. None: it was protected by an agent that did not ask.
+    #[serde(default)]
+    pub identities: Vec<Identity>,
     /// Replica paths as the operator gave them; none or one per volume.
     pub replicas: Vec<String>,
     /// Whether the replica was complete at least once.
@@ -73,8 +77,8 @@ pub type Loaded = (String, Result<GroupFile, Problem>);
 impl GroupFile {
     /// A new group.
     pub fn new(name: String, volumes: Vec<String>, bytes: Vec<u64>, replicas: Vec<String>) -> Self {
-        let (synced_once, epoch, returning, armed) = (false, first_epoch(), false, None);
-        Self { version: VERSION, name, volumes, bytes, replicas, synced_once, epoch, returning, armed }
+        let (identities, synced_once, epoch, returning, armed) = (Vec::new(), false, first_epoch(), false, None);
+        Self { version: VERSION, name, volumes, bytes, identities, replicas, synced_once, epoch, returning, armed }
     }
 
     /// See [`GroupFile::armed`]; zeroes: none.
@@ -207,6 +211,7 @@ fn read(path: &Path) -> Result<GroupFile, Problem> {
     }
     let named = path.file_stem().is_some_and(|stem| stem == file.name.as_str());
     let whole = file.volumes.len() == file.bytes.len() && !file.volumes.is_empty();
+    let whole = whole && (file.identities.is_empty() || file.identities.len() == file.volumes.len());
     if !named || !whole || !(file.replicas.is_empty() || file.replicas.len() == file.volumes.len()) {
         return Err(damaged("its parts contradict each other".to_owned()));
     }
@@ -223,7 +228,11 @@ mod tests {
         let store = Store::open(dir.path()).expect("empty directory");
         let file = GroupFile::new("db".into(), vec!["/dev/vdb".into()], vec![1 << 30], vec![]);
         store.save(&file).expect("save");
-        assert_eq!(store.load().expect("list"), [("db".to_owned(), Ok(file))]);
+        assert_eq!(store.load().expect("list"), [("db".to_owned(), Ok(file.clone()))]);
+        let mut text: serde_json::Value = serde_json::to_value(&file).expect("JSON");
+        text.as_object_mut().expect("an object").remove("identities").expect("it has them");
+        std::fs::write(store.path("db"), text.to_string()).expect("write");
+        assert_eq!(store.load().expect("list"), [("db".to_owned(), Ok(file))], "an agent's before there were any");
         std::fs::write(store.path("bad"), b"{\"version\": 7}").expect("write");
         let loaded = store.load().expect("list");
         assert!(

@@ -6,7 +6,7 @@ use varve_bpf::VolumeSpec;
 use varve_common::limits::VOLUME_BYTES_MAX;
 use varve_common::problem::Problem;
 use varve_io::IoError;
-use varve_io::blockdev::{BlockFacts, disks_behind};
+use varve_io::blockdev::{BlockFacts, Identity, disks_behind, is_another};
 
 /// A volume that can be captured.
 #[derive(Clone, Debug)]
@@ -15,6 +15,8 @@ pub struct Checked {
     pub path: String,
     /// Where it lies.
     pub spec: VolumeSpec,
+    /// What identifies it.
+    pub identity: Identity,
     /// Things to know that are not errors.
     pub notes: Vec<String>,
 }
@@ -44,7 +46,8 @@ pub fn check(path: &str, own: &[PathBuf]) -> Result<Checked, Problem> {
             "{path} is swapped on: pages may change while they are written, so that verify can find differences there"
         ));
     }
-    Ok(Checked { path: path.to_owned(), spec: spec(&facts), notes })
+    let identity = facts.identity().map_err(|error| not_usable(path, &error))?;
+    Ok(Checked { path: path.to_owned(), spec: spec(&facts), identity, notes })
 }
 
 /// Whether the kernel gives the name to whichever disk it finds first.
@@ -149,6 +152,23 @@ fn refuse_multipath_head(path: &str, disk_name: &str) -> Result<(), Problem> {
         format!("{path} cannot be protected yet"),
         "it is an NVMe multipath device, whose completed writes cannot be told from those under way",
         "protect a device-mapper volume on it (LVM, for example), or boot with nvme_core.multipath=N",
+    ))
+}
+
+/// How the problem of a volume ends that was exchanged.
+pub const EXCHANGED: &str = "is another disk than the one protected";
+
+/// A path may name another disk after a reboot: with that disk's content the replica would go on as if nothing were, and what comes
+/// home would overwrite it. `next`: what to do if it is meant.
+pub fn refuse_another(volume: &Checked, known: &Identity, next: &str) -> Result<(), Problem> {
+    let Some(why) = is_another(known, &volume.identity) else { return Ok(()) };
+    Err(Problem::refused(
+        format!("{} {EXCHANGED}", volume.path),
+        why,
+        format!(
+            "if the names were dealt anew, have {} name its disk again (a path below /dev/disk/by-id always does); {next}",
+            volume.path
+        ),
     ))
 }
 
@@ -285,6 +305,7 @@ mod tests {
         let volume = |start_bytes, bytes| Checked {
             path: "/dev/vdb".into(),
             spec: VolumeSpec { disk: (254, 16), start_bytes, bytes, request_based: true },
+            identity: Identity::new(),
             notes: Vec::new(),
         };
         let existing = volume(1 << 20, 1 << 20).spec;
@@ -292,5 +313,17 @@ mod tests {
         assert!(refused(volume(0, 1 << 30)), "the whole disk");
         assert!(refused(volume((2 << 20) - 512, 512)));
         assert!(!refused(volume(2 << 20, 1 << 20)), "the next partition");
+    }
+
+    #[test]
+    fn another_disk_is_refused_with_what_to_do() {
+        let serial = |serial: &str| Identity::from([("serial".to_owned(), serial.to_owned())]);
+        let spec = VolumeSpec { disk: (254, 16), start_bytes: 0, bytes: 1 << 30, request_based: true };
+        let volume = Checked { path: "/dev/vdb".into(), spec, identity: serial("b"), notes: Vec::new() };
+        assert_eq!(refuse_another(&volume, &serial("b"), ""), Ok(()));
+        assert_eq!(refuse_another(&volume, &Identity::new(), ""), Ok(()), "nothing was known");
+        let problem = refuse_another(&volume, &serial("a"), "or leave it").expect_err("another");
+        assert_eq!(problem.what, "/dev/vdb is another disk than the one protected");
+        assert!(problem.why.contains("'a'") && problem.next.contains("by-id"), "{problem:?}");
     }
 }

@@ -11,7 +11,7 @@ use std::path::Path;
 use common::{Detach, Loop, Mounted, Zram, disk_dir, mkfs_btrfs, need_root, run, sparse_file, tmpfs_dir};
 use nix::sys::stat::{major, minor};
 use varve_io::DirectFile;
-use varve_io::blockdev::{BlockFacts, DevNo, disks_behind, in_use};
+use varve_io::blockdev::{BlockFacts, DevNo, disks_behind, in_use, is_another};
 
 fn dev_of(path: &Path) -> DevNo {
     let dev = fs::metadata(path).unwrap().rdev();
@@ -43,6 +43,9 @@ fn a_loop_device_by_a_symbolic_link() {
     assert_eq!(facts.logical_block_bytes, 512);
     assert!(facts.request_based && !facts.read_only && !facts.zoned && !facts.dax_mounted && !facts.is_partition());
     assert_eq!(facts.loop_backing_file.as_deref(), Some(device.backing.as_path()));
+    let identity = facts.identity().unwrap();
+    let file = device.backing.to_str().unwrap();
+    assert_eq!((identity.len(), identity["loop-file"].as_str()), (1, file));
     assert!(facts.holders.is_empty() && facts.mounts.is_empty() && facts.swaps.is_empty());
     assert!(facts.discard_max_bytes > 0 && facts.discard_granularity_bytes > 0);
     assert_eq!(in_use(&device.path), None);
@@ -68,8 +71,12 @@ fn partitions_and_who_mounts_them() {
     assert_eq!((facts.dev, facts.disk), (dev_of(&parts[0]), dev_of(&device.path)));
     assert_eq!((facts.start_bytes, facts.bytes), (1 << 20, 16 << 20));
     assert!(facts.is_partition() && facts.request_based);
+    let identity = facts.identity().unwrap();
+    assert_eq!(identity["partition-place"], "1 at 1048576");
     let second = BlockFacts::of(&parts[1]).unwrap();
     assert_eq!((second.start_bytes, second.bytes), (17 << 20, 8 << 20));
+    assert!(is_another(&identity, &identity).is_none());
+    assert!(is_another(&identity, &second.identity().unwrap()).is_some());
 
     run("mkfs.ext4", &["-q", parts[0].to_str().unwrap()]);
     let mount = Mounted::new(&[parts[0].to_str().unwrap()]);
@@ -148,6 +155,7 @@ fn disks_under_stacked_loops() {
     both.sort();
     assert_eq!(disks_behind(&inner.0).unwrap(), both);
     fs::remove_file(&file).unwrap();
+    assert!(BlockFacts::of(&inner.0).unwrap().identity().unwrap().is_empty());
     let error = disks_behind(&inner.0).unwrap_err();
     assert!(error.chain().contains("was removed"), "{}", error.chain());
     drop(inner);

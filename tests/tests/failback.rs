@@ -588,6 +588,41 @@ fn another_host_with_a_blank_disk_gets_it() {
     assert_at_home(&pair, &[blank.path()], &replicas, 0);
 }
 
+/// The host was booted while the group comes home, and the names of two disks were swapped: the other one is not overwritten.
+#[test]
+fn another_disk_under_the_name_of_ours_is_not_overwritten() {
+    require_root();
+    let scratch = Scratch::disk();
+    let (mine, other) = (LoopDevice::new(&scratch, "mine", 16 << 20), LoopDevice::new(&scratch, "other", 16 << 20));
+    std::fs::write(other.path(), vec![9; 16 << 20]).unwrap();
+    let link = scratch.join("disk");
+    let name = |device: &LoopDevice| {
+        let _ = std::fs::remove_file(&link);
+        std::os::unix::fs::symlink(device.path(), &link).unwrap();
+    };
+    name(&mine);
+    let mut pair = Pair::new();
+    pair.protect("g", &[&link]);
+    pair.wait_protected("g", LIMIT);
+    take_over(&pair);
+    pair.recovery.varve(&["failback", "g", "--yes"]).ok();
+    wait_following(&pair);
+    let before = digest_device(other.path());
+    pair.production.stop(Role::Agent);
+    name(&other);
+    pair.production.start(Role::Agent);
+    wait_until(LIMIT, "the other disk is refused", || {
+        let status = pair.production.group("g").unwrap();
+        status["reason"].as_str().is_some_and(|why| why.contains("another disk than the one protected"))
+    });
+    assert_eq!(digest_device(other.path()), before);
+    name(&mine);
+    wait_following(&pair);
+    pair.recovery.varve(&["failback", "g", "--cut-over", "--yes"]).ok();
+    pair.wait_protected("g", LIMIT);
+    assert_eq!(digest_device(other.path()), before);
+}
+
 #[test]
 fn wrong_orders_are_refused_with_words() {
     require_root();

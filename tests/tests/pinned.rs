@@ -390,7 +390,7 @@ fn pins_of_another_layout_are_replaced_and_named() {
     assert_eq!(pins(&pair.production), Vec::<PathBuf>::new(), "the older ones, too");
 }
 
-/// A volume whose number names another disk now.
+/// A volume whose number names another disk now, and nothing tells it from the one before (most virtual disks have no serial).
 #[test]
 fn another_disk_behind_the_same_number_begins_a_new_ring() {
     require_root();
@@ -405,11 +405,50 @@ fn another_disk_behind_the_same_number_begins_a_new_ring() {
     let other = scratch.file("other", 8 << 20);
     std::fs::write(&other, vec![9; 8 << 20]).unwrap();
     run_ok("losetup", &["--detach", path]);
-    run_ok("losetup", &[path, other.to_str().unwrap()]);
+    std::fs::rename(&other, device.backing()).unwrap();
+    run_ok("losetup", &[path, device.backing().to_str().unwrap()]);
     pair.production.start(Role::Agent);
     let status = pair.production.group("db").unwrap();
     assert!(status["ring"]["origin"].as_str().unwrap().contains("is not the disk that it was"), "{status:#}");
     wait_until(LIMIT, "a new ring", || pair.production.log(Role::Agent)[from..].contains("resumed=false"));
     assert_equal(&pair, "db", &[device.path()], &replicas);
     assert_ne!(incarnation(&pair, "db"), name);
+}
+
+/// The names of two disks of one size are swapped, over a boot or while the agent runs: the replica does not become the other one's.
+#[test]
+fn a_path_that_names_another_disk_is_refused_until_it_names_its_own() {
+    require_root();
+    let scratch = Scratch::memory();
+    let (mine, other) = (LoopDevice::new(&scratch, "mine", 8 << 20), LoopDevice::new(&scratch, "other", 8 << 20));
+    std::fs::write(other.path(), vec![9; 8 << 20]).unwrap();
+    let link = scratch.join("disk");
+    let name = |device: &LoopDevice| {
+        let _ = std::fs::remove_file(&link);
+        std::os::unix::fs::symlink(device.path(), &link).unwrap();
+    };
+    name(&mine);
+    let mut pair = Pair::new();
+    let replicas = pair.protect("db", &[&link]);
+    pair.wait_protected("db", LIMIT);
+    let refused = |pair: &Pair| {
+        wait_until(LIMIT, "the other disk is refused", || {
+            let status = pair.production.group("db").unwrap();
+            status["reason"].as_str().is_some_and(|why| why.contains("another disk than the one protected"))
+        });
+        let status = pair.production.group("db").unwrap();
+        assert!(status["data"] == "gap" && status["gap_reason"] == "volume-changed", "{status:#}");
+    };
+    pair.production.stop(Role::Agent);
+    run(pair.production.command(Role::Agent).arg("--unpin-all")).ok();
+    name(&other);
+    pair.production.start(Role::Agent);
+    refused(&pair);
+    name(&mine);
+    pair.wait_protected("db", LIMIT);
+    name(&other);
+    refused(&pair);
+    name(&mine);
+    pair.wait_protected("db", LIMIT);
+    assert_equal(&pair, "db", &[mine.path()], &replicas);
 }

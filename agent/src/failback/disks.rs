@@ -59,8 +59,20 @@ pub fn look(file: &GroupFile) -> Result<Arc<Vec<DirectFile>>, Problem> {
 }
 
 fn check(file: &GroupFile, own: &[PathBuf]) -> Result<(), Problem> {
-    for (path, bytes) in file.volumes.iter().zip(&file.bytes) {
+    let known = file.identities.iter().map(Some).chain(std::iter::repeat(None));
+    for ((path, bytes), known) in file.volumes.iter().zip(&file.bytes).zip(known) {
         let checked = volume::check(path, own)?;
+        if let Some(known) = known {
+            let next = format!(
+                "if it was exchanged and may be overwritten, 'varve unprotect {0}' here, then 'varve failback {0} --volume PATH'",
+                file.name
+            );
+            volume::refuse_another(&checked, known, &next).map_err(|other| Problem {
+                what: format!("'{}' cannot come home", file.name),
+                why: format!("{}: {}", other.what, other.why),
+                ..other
+            })?;
+        }
         if checked.spec.bytes != *bytes {
             let why = format!("{path} had {bytes} bytes and has {} now", checked.spec.bytes);
             let next = "give a device of exactly that size";

@@ -2,7 +2,7 @@
 
 use super::disks::{self, Claim};
 use super::{Armed, Held};
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, remember_identities};
 use crate::store::GroupFile;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -118,7 +118,8 @@ impl Daemon {
         check_name("group", &group)?;
         let checked = self.check_protect_volumes(&group, &volumes)?;
         let bytes: Vec<u64> = checked.iter().map(|volume| volume.spec.bytes).collect();
-        let file = GroupFile::new(group.clone(), volumes, bytes, Vec::new());
+        let mut file = GroupFile::new(group.clone(), volumes, bytes, Vec::new());
+        remember_identities(&mut file, &checked);
         let returning = self.remember_return(file);
         let begin = Instant::now();
         while begin.elapsed() < ANSWER_LIMIT {

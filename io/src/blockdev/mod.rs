@@ -3,6 +3,7 @@
 mod claim;
 mod disks;
 mod facts;
+mod identity;
 mod mounts;
 mod sysfs;
 mod usage;
@@ -10,6 +11,7 @@ mod usage;
 pub use claim::{Claim, writers};
 pub use disks::disks_behind;
 pub use facts::{BlockFacts, DevNo};
+pub use identity::{Identity, is_another};
 pub use mounts::Mount;
 pub(crate) use sysfs::logical_block_bytes_of_dev;
 pub use usage::in_use;
