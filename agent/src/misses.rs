@@ -48,7 +48,8 @@ impl Misses {
         }
     }
 
-    fn look(&self) -> Option<Result<(), CaptureError>> {
+    /// Looks now. `None`: nothing is captured.
+    pub fn look(&self) -> Option<Result<(), CaptureError>> {
         let mut look = self.look.lock().unwrap_or_else(PoisonError::into_inner);
         let began_ns = clock::boot_ns();
         match look.as_ref()?() {
@@ -72,9 +73,14 @@ impl Misses {
         self.count.load(Ordering::Acquire)
     }
 
+    /// When the last look began, by the boot-time clock. Read before [`Misses::count`], it is not newer than that.
+    pub fn looked_ns(&self) -> u64 {
+        self.looked_ns.load(Ordering::Acquire)
+    }
+
     /// Whether it is not known any more how many there are.
     pub fn are_unknown(&self) -> bool {
-        clock::boot_ns().saturating_sub(self.looked_ns.load(Ordering::Acquire)) > AGE_NS_MAX
+        clock::boot_ns().saturating_sub(self.looked_ns()) > AGE_NS_MAX
     }
 }
 

@@ -723,6 +723,26 @@ async fn there_is_no_bookmark_in_a_gap() {
     assert!(ask("late").await.is_err());
 }
 
+/// A write before a bookmark was skipped by the kernel, which is found a moment after the bookmark is durable: nobody was told that
+/// it is good.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bookmark_waits_for_a_look_for_skipped_writes() {
+    let stage = Stage::set().await;
+    stage.protected().await;
+    stage.misses.note(clock::boot_ns(), 0);
+    let durable = |stage: &Stage| stage.shared.durable.load(Ordering::SeqCst);
+    for (name, skipped) in [("before", 0), ("after", 1)] {
+        let before = durable(&stage);
+        let (answer, answered) = tokio::sync::oneshot::channel();
+        stage.commands.send(Command::Bookmark(name.into(), answer)).await.expect("taken");
+        stage.until("it is durable", |stage| durable(stage) > before).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        stage.misses.note(clock::boot_ns(), skipped);
+        let outcome = answered.await.expect("answered");
+        assert_eq!(outcome.is_ok_and(|(_, _, durable)| durable), skipped == 0, "{name}");
+    }
+}
+
 /// Nobody has looked for some seconds whether the kernel skipped writes: until somebody does, no gap ends, no point gets a
 /// name, and status does not say that all is well.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

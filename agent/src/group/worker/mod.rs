@@ -89,6 +89,8 @@ struct Pending {
     name: String,
     met: Option<(u64, u64)>,
     since: Instant,
+    /// When its record was in the stream, by the boot-time clock.
+    set_ns: u64,
     answer: oneshot::Sender<Result<(u64, u64, bool), Problem>>,
 }
 
@@ -129,6 +131,8 @@ struct State {
     gap: GapState,
     troubles: Troubles,
     misses: u64,
+    /// When the look began that found so many.
+    looked_ns: u64,
     /// What was left for the next worker.
     kept: Option<Kept>,
     /// Records before were walked.
@@ -235,6 +239,7 @@ impl Worker {
             gap: kept.gap,
             troubles: kept.troubles,
             misses: kept.misses,
+            looked_ns: 0,
             kept: None,
             walked: self.source.stream().consumer(),
             sessions: 0,

@@ -30,7 +30,8 @@ impl Worker {
                     let _ = answer.send(Err(problem));
                     return;
                 }
-                state.bookmarks.push(Pending { name, met: None, since: Instant::now(), answer });
+                let set_ns = clock::boot_ns();
+                state.bookmarks.push(Pending { name, met: None, since: Instant::now(), set_ns, answer });
             }
             Command::Verify(repair, answer) => {
                 let begun = if streaming {

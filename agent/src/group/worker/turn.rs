@@ -61,6 +61,7 @@ impl Worker {
     /// Whatever put something outside the stream opens a gap; its regions are dirty already. Whether there was something.
     pub(super) fn look_for_trouble(&mut self, state: &mut State, sent: Option<u64>) -> bool {
         let troubles = self.source.troubles();
+        state.looked_ns = self.misses.looked_ns();
         let misses = self.misses.count();
         if troubles == state.troubles && misses == state.misses {
             return false;
@@ -105,6 +106,13 @@ impl Worker {
         let position = place.filter(|_| drops_alone && !missed).unwrap_or(here).max(here);
         if troubles.resized > before.resized {
             self.outgrown(state);
+        }
+        if missed {
+            // Which side of them it happened on is not known, and the gap may begin behind them.
+            for pending in state.bookmarks.drain(..) {
+                // Whoever asked may be gone.
+                let _ = pending.answer.send(Err(receive::no_bookmark(&self.shared.name, &pending.name, reason)));
+            }
         }
         self.gap_begins(state, reason, position);
         self.sync.shared().nudge();
@@ -177,10 +185,14 @@ impl Worker {
 
     pub(super) fn answer_bookmarks(&self, state: &mut State) {
         let durable = self.shared.durable.load(Ordering::Acquire);
-        let mut index = 0;
+        let (mut index, mut unlooked) = (0, false);
         while index < state.bookmarks.len() {
             let pending = &state.bookmarks[index];
-            let is_durable = pending.met.is_some_and(|(position, _)| position <= durable);
+            let mut is_durable = pending.met.is_some_and(|(position, _)| position <= durable);
+            // Of a write before it that the kernel skipped one hears only by a look that began after it.
+            if is_durable && state.looked_ns <= pending.set_ns {
+                (is_durable, unlooked) = (false, true);
+            }
             if !is_durable && pending.since.elapsed() < BOOKMARK_WAIT {
                 index += 1;
                 continue;
@@ -201,6 +213,11 @@ impl Worker {
             });
             // Whoever asked may be gone.
             let _ = pending.answer.send(answer);
+        }
+        if unlooked {
+            // Whoever waits for it may hold a file system still. What it finds is seen in the next turn; if it fails, the thread
+            // that looks says so.
+            let _ = self.misses.look();
         }
     }
 
