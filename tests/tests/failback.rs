@@ -660,6 +660,16 @@ fn wrong_orders_are_refused_with_words() {
     let copy = Mount::existing(&scratch, "look", device.path(), "ro,noload");
     assert_eq!(std::fs::read_to_string(copy.path().join("mine")).unwrap(), "branch", "it can be looked at");
     copy.unmount();
+    // Open in a program that claims nothing.
+    let mut program =
+        std::process::Command::new("sh").args(["-c", "exec sleep 600 3<>$0"]).arg(device.path()).spawn().unwrap();
+    wait_until(LIMIT, "it has the volume open", || {
+        std::fs::read_link(format!("/proc/{}/fd/3", program.id())).is_ok_and(|path| path == device.path())
+    });
+    refused(&["failback", "g", "--yes"], 3, "open for writing: sleep");
+    pair.recovery.varve(&["failback", "g", "--stop", "--yes"]).ok();
+    program.kill().unwrap();
+    program.wait().unwrap();
     // And then it comes home, but not while it is in use here.
     pair.recovery.varve(&["failback", "g", "--yes"]).ok();
     let here = Mount::existing(&scratch, "here", &promoted(&pair, 0), "rw");

@@ -15,7 +15,7 @@ use varve_common::wire::Image;
 use varve_common::wire::digest::block_digest;
 use varve_common::wire::messages::{ImageDone, Probe, ProbeReply};
 use varve_io::aligned::AlignedBuf;
-use varve_io::blockdev::in_use;
+use varve_io::blockdev::{in_use, writers};
 use varve_io::direct::DirectFile;
 use varve_io::{IoError, sparse};
 
@@ -47,6 +47,14 @@ pub fn claim(file: &GroupFile, own: &[PathBuf]) -> Result<Claim, Problem> {
     };
     check(file, own)?;
     let files = file.volumes.iter().map(|path| open(path)).collect::<Result<Vec<_>, _>>()?;
+    // A database on the bare device claims nothing, and would go on writing to what is being overwritten.
+    for path in &file.volumes {
+        let writers = writers(path);
+        if !writers.is_empty() {
+            let why = format!("{path} is open for writing: {}", writers.join(", "));
+            return Err(Problem::refused(&what, why, "stop it: what the volume holds is going to be overwritten"));
+        }
+    }
     // 0 means none.
     Ok(Claim { id: rand::random::<u64>() | 1, files: Arc::new(files) })
 }
