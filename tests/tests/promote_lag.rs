@@ -60,6 +60,8 @@ impl Model {
             file.write_all_at(&content, at as u64).unwrap();
             self.bytes[at..at + len].copy_from_slice(&content);
         }
+        // Zeroes are not written through: whoever is killed next may forget those at the end.
+        file.sync_data().unwrap();
     }
 
     /// Everything is as it should be; read in pieces of different sizes.
