@@ -5,7 +5,7 @@ use crate::chronicle::{Event, StreamFacts};
 use crate::entry::{Address, Entry};
 use crate::error::HistoryError;
 use crate::layer::{Before, Chunk, OpenLayer, Recovered};
-use crate::limits::{CHUNK_POINTS_MAX, GRANULE_SECTORS, LAYER_AGE_MAX};
+use crate::limits::{CHUNK_POINTS_MAX, GRANULE_SECTORS, LAYER_AGE_MAX, LEAP_NS_MIN};
 use crate::open_index::OpenIndex;
 use crate::points::is_setback;
 use crate::run::RunKey;
@@ -282,12 +282,14 @@ impl Recorder {
         Ok(())
     }
 
-    /// Whether a clock that was behind what it had shown before is set right by this time. Time that only went on is no leap, for
+    /// Whether a clock that was behind what it had shown before is set right by this time, or nearer to it: a host without a clock
+    /// begins with the time that it saved last, and hears the right one later. Time that only went on is no leap, for
     /// canaries come every second; a source that is away until the hour that its clock once showed too early is taken for one.
     fn leaps(&self, time_ns: u64) -> bool {
         let before_ns = self.newest_point.1;
-        let was_behind = is_setback(self.highest_ns, before_ns) && !is_setback(self.highest_ns, time_ns);
-        was_behind && is_setback(time_ns, before_ns) && self.next_number > 1
+        let is_right = !is_setback(self.highest_ns, time_ns) || time_ns.saturating_sub(before_ns) >= LEAP_NS_MIN;
+        let was_behind = is_setback(self.highest_ns, before_ns);
+        was_behind && is_right && is_setback(time_ns, before_ns) && self.next_number > 1
     }
 
     /// Within a layer times do not fall, nor leap over what the clock had shown before: what is known so far goes to this one,

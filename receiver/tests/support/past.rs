@@ -218,8 +218,9 @@ impl Past {
         let (mut highest, mut leapt_over) = (0, false);
         for (index, landed) in self.steps.iter().enumerate() {
             let then = landed.time_ns;
-            // It was behind what it had shown, and no more.
-            let leaps = onward(highest, now) < highest && onward(highest, then) >= highest && onward(then, now) < then;
+            // It was behind what it had shown, and no more, or a minute less at once.
+            let right = onward(highest, then) >= highest || then.saturating_sub(now) >= 60_000_000_000;
+            let leaps = onward(highest, now) < highest && right && onward(then, now) < then;
             leapt_over |= leaps && onward(time_ns, now) < time_ns && time_ns < then;
             if onward(now, then) < now || leaps || index == 0 {
                 stretches.push((index, then, then));

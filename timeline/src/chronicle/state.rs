@@ -81,13 +81,16 @@ impl Chronicle {
     }
 
     /// What makes room where there are too many marks: the oldest quarter goes (not one at a time, so that it is not done with
-    /// every mark), but nothing that a kept bookmark needs. `None`: there is room, or none can be made.
+    /// every mark), but nothing that a kept bookmark needs, nor the last point before an open gap. `None`: there is room, or none
+    /// can be made.
     pub(super) fn makes_room(&self) -> Option<Event> {
         if self.marks.len() <= MARKS_MAX {
             return None;
         }
         let kept = self.bookmarks.iter().find(|bookmark| bookmark.kept).map(|bookmark| bookmark.height);
-        let oldest = self.marks.height_to_keep(MARKS_MAX / 4 * 3)?.min(kept.unwrap_or(u64::MAX));
+        let last_good = self.gap_above(u64::MAX).and_then(|gap| gap.from).map(|from| from.0);
+        let needed = kept.into_iter().chain(last_good).min().unwrap_or(u64::MAX);
+        let oldest = self.marks.height_to_keep(MARKS_MAX / 4 * 3)?.min(needed);
         let (height, time_ns) = self.marks.at_or_below(oldest)?;
         (height > self.oldest.0).then_some(Event::Expired { height, time_ns })
     }

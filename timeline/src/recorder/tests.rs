@@ -113,6 +113,23 @@ fn a_clock_that_was_behind_takes_no_time_from_what_came_before() {
     check("closed");
 }
 
+/// A host without a clock begins with the time of its build, then with what it saved last, and hears the right one in the end.
+#[test]
+fn a_clock_that_is_set_right_in_steps_takes_no_time_either() {
+    let dir = directory();
+    let timeline = timeline(dir.path());
+    let mut recorder = open(&timeline);
+    let at = |second: u64| timeline.at_or_before_time(second * SECOND).expect("read").map(|point| point.height);
+    recorder.write(80, 1000 * SECOND);
+    recorder.write(160, 1100 * SECOND);
+    for (height, second) in [(240, 11), (320, 12), (400, 1050), (480, 1051), (560, 1120)] {
+        recorder.write(height, second * SECOND);
+        recorder.applied(height, second * SECOND).expect("applied");
+    }
+    assert_eq!([at(1000), at(1040), at(1049), at(1080), at(1100)], [80, 80, 80, 80, 160].map(Some));
+    assert_eq!([at(11), at(1120)], [240, 560].map(Some));
+}
+
 /// An hour that was shown too early is not that of the stretch in which it was, when it really comes and nobody writes.
 #[test]
 fn a_clock_that_was_ahead_keeps_no_time_that_comes_again() {
