@@ -33,10 +33,7 @@ fn answer(request: &Value) -> Vec<Step> {
     match request["command"].as_str().expect("a command") {
         "hosts" => done(json!({ "invites": [], "hosts": [{ "name": "db1", "revoked": false, "connected": true,
             "joined": POINT, "fingerprint": "00ff", "address": "10.0.0.1:5" }] })),
-        "points" => done(json!({ "group": group, "window": { "from": null, "to": null }, "points": 0, "records": 0,
-            "bytes": 0, "bookmarks": [{ "name": "b", "time": POINT, "position": "abababab:64", "consistency": "crash",
-                "recoverable": true, "kept": true, "kept_bytes": 1 }],
-            "gaps": [], "damaged": [], "stretches": [], "rollbacks": [], "density": [] })),
+        "keep" => done(json!({ "group": group, "name": "b", "time": POINT, "kept": true, "bytes": 1 })),
         "rollback" => {
             done(json!({ "group": group, "from_point": point(), "to_point": point(), "bytes": 0, "blocks": 0,
             "seconds": 0.0, "dry_run": dry_run, "held": true }))

@@ -316,17 +316,15 @@ fn scrub() {
 fn bookmarks_are_kept_and_let_go() {
     let root = Root::recovery();
     const TIME: &str = "2026-11-18T10:00:00.123456789Z";
-    // The newest of a name is the one that is meant.
-    let bookmark = |name: &str, bytes: Value| {
-        json!({"name": name, "time": TIME, "position": "abababab:64", "consistency": "crash", "recoverable": true,
-            "kept": !bytes.is_null(), "kept_bytes": bytes})
-    };
-    let old = [bookmark("b", json!(7)), bookmark("idle", json!(0)), bookmark("b", json!(1048576))];
-    let asked = root.daemon("receiver", move |request| match request["command"].as_str() {
-        Some("points") => done(json!({"group": "db", "window": {"from": null, "to": null}, "points": 0, "records": 0,
-            "bytes": 0, "bookmarks": old, "gaps": [], "damaged": [], "stretches": [], "rollbacks": [], "density": []})),
-        _ => done(json!({"group": "db", "name": request["bookmark"], "time": TIME, "kept": request["keep"],
-            "bytes": 1048576})),
+    let asked = root.daemon("receiver", |request| {
+        let (name, dry_run) = (&request["bookmark"], request["dry_run"] == true);
+        if name == "none" {
+            let problem = json!({"kind": "not-found", "what": "no bookmark 'none' in 'db'", "why": "it was not set",
+                "next": "'varve points db' lists them"});
+            return vec![Step::Line(json!({ "problem": problem }))];
+        }
+        let bytes = if name == "idle" { 0 } else { 1048576 };
+        done(json!({"group": "db", "name": name, "time": TIME, "kept": dry_run || request["keep"] == true, "bytes": bytes}))
     });
     let said = root.varve(&["bookmark", "db", "b", "--keep"]);
     let expected = "bookmark 'b' of group 'db' at 2026-11-18 10:00:00.123456789Z is kept
@@ -342,7 +340,14 @@ fn bookmarks_are_kept_and_let_go() {
     let expected = json!({"group": "db", "name": "b", "time": TIME, "kept": true, "bytes": 1048576, "dry_run": true});
     assert_eq!(json, expected);
     root.varve(&["bookmark", "db", "none", "--release", "--yes"]).problem(5, "no bookmark 'none'", "", "points db");
-    let released = || asked.lock().expect("fine").iter().filter(|request| request["keep"] == false).count();
+    let released = || {
+        asked
+            .lock()
+            .expect("fine")
+            .iter()
+            .filter(|request| request["keep"] == false && request["dry_run"] == false)
+            .count()
+    };
     assert_eq!(released(), 0);
     // Where nothing is lost nobody is asked.
     assert_eq!(root.varve(&["bookmark", "db", "idle", "--release"]).code, 0);
@@ -352,6 +357,6 @@ fn bookmarks_are_kept_and_let_go() {
   1.0 MiB of history may expire now
 ";
     assert_eq!((said.code, said.out.as_str()), (0, expected));
-    let expected = json!({"command": "keep", "group": "db", "bookmark": "b", "keep": true});
+    let expected = json!({"command": "keep", "group": "db", "bookmark": "b", "keep": true, "dry_run": false});
     assert_eq!(asked.lock().expect("fine")[0], expected);
 }

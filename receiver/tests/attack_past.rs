@@ -368,7 +368,7 @@ async fn a_kept_bookmark_before_the_first_write_outlives_a_restart() {
     world.bookmark("kept").await;
     world.bookmark("another").await;
     world.settle().await;
-    let keep = ReceiverRequest::Keep { group: GROUP.into(), bookmark: "kept".into(), keep: true };
+    let keep = ReceiverRequest::Keep { group: GROUP.into(), bookmark: "kept".into(), keep: true, dry_run: false };
     let _: varve_common::control::KeepReply = block_in_place(|| world.looker.done(&keep));
     assert_eq!(world.byte_at(&named("kept"), 0), 0);
     tokio::time::sleep(Duration::from_millis(500)).await;

@@ -6,7 +6,7 @@ use crate::confirm::confirm;
 use crate::context::{Context, DONE, Outcome};
 use crate::words;
 use serde::Serialize;
-use varve_common::control::{AgentRequest, BookmarkReply, KeepReply, PointsReply, ReceiverRequest};
+use varve_common::control::{AgentRequest, BookmarkReply, KeepReply, ReceiverRequest};
 use varve_common::problem::{Problem, check_name};
 
 const EXAMPLE: &str = "Example, production host:
@@ -50,7 +50,7 @@ pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
         return release(context, args);
     }
     if args.keep {
-        let request = ReceiverRequest::Keep { group, bookmark: name, keep: true };
+        let request = ReceiverRequest::Keep { group, bookmark: name, keep: true, dry_run: false };
         let reply: KeepReply = ask_receiver(context, &request, PATIENT)?;
         context.answer(&reply, kept_text);
         return Ok(DONE);
@@ -71,29 +71,18 @@ struct Released {
 /// Points that are only there because of it may expire at once, and do not come back.
 fn release(context: &Context, args: &Args) -> Outcome {
     let (group, name) = (&args.group, &args.name);
-    let request = ReceiverRequest::Points { group: group.clone(), from_ns: None, to_ns: None };
-    let points: PointsReply = ask_receiver(context, &request, PATIENT)?;
-    // Of several with one name the newest is meant.
-    let bookmark = points.bookmarks.into_iter().rev().find(|bookmark| bookmark.name == *name).ok_or_else(|| {
-        Problem::not_found(
-            format!("no bookmark '{name}' in '{group}'"),
-            "it was not set, has not arrived yet, or has expired",
-            format!("'{}' lists them", context.suggest(&format!("points {group}"))),
-        )
-    })?;
-    let bytes = bookmark.kept_bytes.unwrap_or(0);
-    let mut released = Released {
-        reply: KeepReply { group: group.clone(), name: name.clone(), time: bookmark.time, kept: bookmark.kept, bytes },
-        dry_run: true,
-    };
+    let request =
+        |dry_run| ReceiverRequest::Keep { group: group.clone(), bookmark: name.clone(), keep: false, dry_run };
+    let reply: KeepReply = ask_receiver(context, &request(true), PATIENT)?;
+    let bytes = reply.bytes;
+    let mut released = Released { reply, dry_run: true };
     if !args.dry_run {
         if bytes > 0 {
             let bytes = words::bytes(bytes);
             let question = format!("let {bytes} of the history of group '{group}' expire, kept for '{name}'?");
             confirm(args.yes, &question, &context.suggest(&format!("bookmark {group} {name} --release")))?;
         }
-        let request = ReceiverRequest::Keep { group: group.clone(), bookmark: name.clone(), keep: false };
-        released = Released { reply: ask_receiver(context, &request, PATIENT)?, dry_run: false };
+        released = Released { reply: ask_receiver(context, &request(false), PATIENT)?, dry_run: false };
     }
     context.answer(&released, |released| match released.dry_run {
         false => kept_text(&released.reply),

@@ -245,6 +245,9 @@ pub enum ReceiverRequest {
         bookmark: String,
         /// Pin it.
         keep: bool,
+        /// Only say what it would cost, or let expire.
+        #[serde(default)]
+        dry_run: bool,
     },
 }
 

@@ -340,7 +340,13 @@ pub async fn scrub(
     }
 }
 
-pub async fn keep(daemon: &Arc<Daemon>, group: String, name: String, keep: bool) -> Result<KeepReply, Problem> {
+pub async fn keep(
+    daemon: &Arc<Daemon>,
+    group: String,
+    name: String,
+    keep: bool,
+    dry_run: bool,
+) -> Result<KeepReply, Problem> {
     let daemon = daemon.clone();
     blocking(move || {
         let (slot, timeline) = timeline_of(&daemon, &group)?;
@@ -354,13 +360,20 @@ pub async fn keep(daemon: &Arc<Daemon>, group: String, name: String, keep: bool)
         };
         let event = if keep { Event::Keep { name: name.clone() } } else { Event::Release { name: name.clone() } };
         let what = format!("the bookmark '{name}' was not changed");
-        timeline.tell(&[event]).map_err(|e| history_problem(&what, &e))?;
-        let others = held(&daemon, &slot, &timeline, keep.then_some(bookmark.height));
+        if !dry_run {
+            timeline.tell(&[event]).map_err(|e| history_problem(&what, &e))?;
+        }
+        let is_kept = if dry_run { bookmark.kept } else { keep };
+        let others = held(&daemon, &slot, &timeline, is_kept.then_some(bookmark.height));
+        if dry_run && !keep && !is_kept {
+            // Nothing stays because of it.
+            return Ok(KeepReply { group, name, time: show_time(bookmark.time_ns), kept: false, bytes: 0 });
+        }
         let bytes = match bytes_held_by(&timeline, &policy(&slot), bookmark.height, &others) {
             0 if keep => bytes_from(&timeline, bookmark.height),
             bytes => bytes,
         };
-        Ok(KeepReply { group, name, time: show_time(bookmark.time_ns), kept: keep, bytes })
+        Ok(KeepReply { group, name, time: show_time(bookmark.time_ns), kept: is_kept, bytes })
     })
     .await
 }

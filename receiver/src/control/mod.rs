@@ -123,8 +123,8 @@ async fn answer_history(daemon: &Arc<Daemon>, peer: &mut LocalPeer, request: Rec
             follow(peer, told, work).await
         }
         ReceiverRequest::FailbackStop { group } => wait_for(peer, failback::stop(daemon, &group)).await,
-        ReceiverRequest::Keep { group, bookmark, keep } => {
-            wait_for(peer, history::keep(daemon, group, bookmark, keep)).await
+        ReceiverRequest::Keep { group, bookmark, keep, dry_run } => {
+            wait_for(peer, history::keep(daemon, group, bookmark, keep, dry_run)).await
         }
         other => {
             let why = format!("{other:?} is none of the history's");
