@@ -44,13 +44,17 @@ impl Worker {
     }
 
     /// Nobody can write any more: what is in the stream now is all that there will be.
-    pub(super) fn quiet(&self, state: &mut State, id: u64, outcome: Result<Quiet, Problem>) {
+    pub(super) fn quiet(&mut self, state: &mut State, id: u64, outcome: Result<Quiet, Problem>) {
         if state.quiescing != Some(id) {
             // Whoever wanted it has gone, and nobody heard that it was done.
             return self.order(Order::Resume(self.shared.name.clone(), id, "refused"));
         }
         let reply = match outcome {
             Ok(Quiet { read_only, hook }) => {
+                // Of a write that the kernel skipped one hears only by a look that begins after it; if it fails, whoever looks
+                // says so. A gap's mark goes before the answer.
+                let _ = self.misses.look();
+                self.look_for_trouble(state, None);
                 let hook_ms = hook.map(|hook| hook.as_millis() as u64);
                 AskReply::Quiesced { id, position: self.barrier(), read_only, hook_ms }
             }
