@@ -90,9 +90,11 @@ impl<B: OwnedBuf, T> ReadAhead<B, T> {
     /// Starts filling `buf`. What cannot be read is told when it is given back.
     ///
     /// # Panics
-    /// If the queue [is full](Self::is_full), or a part is not within the buffer.
+    /// If the queue [is full](Self::is_full), or a part is not within the buffer, or of no file.
     pub fn start(&mut self, files: &[&DirectFile], reads: &[ReadInto], mut buf: B, tag: T) {
         let number = self.slots.iter().position(Option::is_none).expect("asked to read ahead beyond the depth");
+        // Before anything names its memory: a panic would take it away.
+        assert!(reads.iter().all(|(file, _, range)| *file < files.len() && buf.get(range.clone()).is_some()));
         let (mut left, mut error) = (0, None);
         for (file, offset, range) in reads {
             let target = &mut buf[range.clone()];
