@@ -23,7 +23,7 @@ use varve_common::problem::{Problem, check_name};
 use varve_common::record::RECORD_BYTES_MAX;
 use varve_common::state::{Data, GapReason, Link, Role};
 use varve_io::aligned::BufPool;
-use varve_io::blockdev::{BlockFacts, Identity};
+use varve_io::blockdev::BlockFacts;
 use varve_io::watcher::Watcher;
 
 /// Frames under way to the receiver, over all groups.
@@ -174,7 +174,8 @@ impl Daemon {
         let volumes = self.check_volumes(&file.name, &file.volumes)?;
         refuse_exchanged(file, &volumes)?;
         let mut file = file.clone();
-        let mut changed = remember_identities(&mut file, &volumes);
+        let asked = remember_identities(&mut file, &volumes);
+        let mut changed = false;
         for (volume, bytes) in volumes.iter().zip(&mut file.bytes) {
             if volume.spec.bytes < *bytes {
                 return Err(Problem::refused(
@@ -199,6 +200,9 @@ impl Daemon {
         }
         if changed {
             self.store.save(&file)?;
+        } else if asked && let Err(problem) = self.store.save(&file) {
+            // The group ran without it until now.
+            tracing::warn!(group = %file.name, "what identifies its volumes was not written down: {}", problem.why);
         }
         self.run_group(file, &volumes).await
     }
@@ -789,15 +793,14 @@ fn refuse_exchanged(file: &GroupFile, volumes: &[Checked]) -> Result<(), Problem
     volumes.iter().zip(&file.identities).try_for_each(|(volume, known)| volume::refuse_another(volume, known, &next))
 }
 
-/// What identifies the volumes, where nothing is known yet; whether there was something.
+/// What identifies the volumes, if nobody asked yet; whether there was something. A disk that had nothing then is not told from
+/// the one that stands under its name now.
 pub fn remember_identities(file: &mut GroupFile, volumes: &[Checked]) -> bool {
-    file.identities.resize_with(volumes.len(), Identity::new);
-    let mut new = false;
-    for (known, volume) in file.identities.iter_mut().zip(volumes).filter(|(known, _)| known.is_empty()) {
-        known.clone_from(&volume.identity);
-        new |= !known.is_empty();
+    if file.identities.len() == volumes.len() {
+        return false;
     }
-    new
+    file.identities = volumes.iter().map(|volume| volume.identity.clone()).collect();
+    true
 }
 
 /// Takes over what is pinned, or loads anew.

@@ -29,6 +29,8 @@ const READ_REGIONS_MAX: usize = 4;
 const DRAIN_WAIT: Duration = Duration::from_millis(50);
 /// Pause between looks at a region's writes in flight.
 const DRAIN_POLL: Duration = Duration::from_micros(200);
+/// Looks at writes in flight, with nothing to read, between two looks for other regions.
+const TAKE_POLLS: u32 = 25;
 /// Pause after a region could not be read, or all regions are busy.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
 
@@ -299,13 +301,17 @@ struct Reader {
 impl Reader {
     fn run(&mut self) {
         while let Some(session) = self.wait_for_work() {
-            let mut worked = false;
+            let (mut worked, mut polls) = (false, 0);
             loop {
-                self.take(session);
+                // It looks through whole bitmaps: not each time that writes in flight are looked at.
+                if polls % TAKE_POLLS == 0 {
+                    self.take(session);
+                }
                 let put_back = self.drain();
                 // While this one is digested the others are read.
                 let read = self.next_read();
                 worked |= put_back > 0 || read.is_some();
+                polls = if read.is_none() && !self.draining.is_empty() { polls + 1 } else { 0 };
                 match read {
                     Some(Ok(read)) => self.hand_over(read),
                     Some(Err(())) => std::thread::park_timeout(RETRY_PAUSE),

@@ -231,7 +231,7 @@ fn stop(context: &Context, args: &Args) -> Outcome {
         context.answer(&WouldStop { group: group.clone(), dry_run: true, failback }, |would| {
             let (host, sent) = (&would.failback.host, words::bytes(would.failback.sent_bytes));
             format!(
-                "group '{group}' would stay here; nothing was changed\n  the volumes on '{host}' would be left as they are:                  partly overwritten, {sent} were sent\n"
+                "group '{group}' would stay here; nothing was changed\n  the volumes on '{host}' would be left as they are: partly overwritten, {sent} were sent\n"
             )
         });
         return Ok(DONE);

@@ -51,7 +51,15 @@ pub fn is_another(known: &Identity, now: &Identity) -> Option<String> {
 }
 
 fn differs(known: &Identity, now: &Identity, words: &[&str]) -> Option<String> {
-    if let Some((word, was, is)) = words.iter().find_map(|word| Some((word, known.get(*word)?, now.get(*word)?))) {
+    let mut decisive = words.iter().filter_map(|word| Some((word, known.get(*word)?, now.get(*word)?))).peekable();
+    // A kernel that no longer believes what an NVMe disk says of itself makes its wwid of the serial.
+    let made = |wwid: &str| wwid.starts_with("nvme.");
+    if decisive.peek().is_some_and(|(word, was, is)| **word == "wwid" && made(was) != made(is))
+        && known.contains_key("serial")
+    {
+        decisive.next();
+    }
+    if let Some((word, was, is)) = decisive.next() {
         return (was != is).then(|| format!("its {word} was '{was}' and is '{is}' now"));
     }
     let first = |identity: &Identity| words.iter().find_map(|word| Some((*word, identity.get(*word)?.clone())));
@@ -84,6 +92,15 @@ mod tests {
         assert!(!same(&[("serial", "a")], &[("loop-file", "/f")]));
         assert!(same(&[("loop-file", "/f")], &[]), "the file was removed");
         assert!(same(&[("md-uuid", "u")], &[]), "an older kernel");
+        assert!(
+            same(&[("wwid", "eui.1"), ("serial", "a")], &[("wwid", "nvme.a-1"), ("serial", "a")]),
+            "another kernel"
+        );
+        assert!(!same(&[("wwid", "eui.1"), ("serial", "a")], &[("wwid", "nvme.b-1"), ("serial", "b")]));
+        assert!(
+            !same(&[("wwid", "nvme.a-1"), ("serial", "a")], &[("wwid", "nvme.a-2"), ("serial", "a")]),
+            "namespaces"
+        );
         let part = [("serial", "a"), ("partition-place", "1 at 1048576")];
         assert!(same(&part, &part) && !same(&part, &[("serial", "a"), ("partition-place", "2 at 1048576")]));
         assert!(!same(&part, &[("serial", "b"), ("partition-place", "1 at 1048576")]));
