@@ -52,7 +52,7 @@ vm: need-root need-cargo ## panics, lost power and capture on Debian's kernels 6
 	$(CARGO) test $(CARGO_FLAGS) -p varve-tests --test vm -- --ignored --nocapture --test-threads=1
 
 # Long and random; `make test` has a short version of each. SOAK_SECONDS=1800.
-soak: need-root need-cargo ## random load and random faults for half an hour, every round judged
+soak: need-root need-cargo ## random load and random faults for the better part of an hour, every round judged
 	@scripts/install-deps build test
 	$(CARGO) build $(CARGO_FLAGS) --workspace --bins --tests
 	CARGO_FLAGS="$(CARGO_FLAGS)" scripts/soak
