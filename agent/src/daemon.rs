@@ -37,6 +37,9 @@ const RETRY_TICKS: u64 = 10;
 /// Ticks between two looks at whether the volumes are still what they were. (A volume that is written says so itself.)
 const LOOK_TICKS: u64 = 3;
 
+/// How long a stop waits for a look at volumes.
+const SEAL_LIMIT: Duration = Duration::from_secs(5);
+
 /// How the problem of a volume that shrank ends.
 const SHRANK: &str = "shrank";
 
@@ -335,6 +338,7 @@ impl Daemon {
             lagging_after: config.lagging_after,
             compression: config.compression,
             journal: Some(self.journals(&config)),
+            seal: self.store.take_seal(&file.name).filter(|_| !config.compare_after_boot),
             authority: self.authorities.known(&file.name),
             orders: self.orders.0.clone(),
         };
@@ -780,7 +784,26 @@ impl Daemon {
         let _changes = self.changes.lock().await;
         let groups = std::mem::take(&mut *self.groups.write().unwrap_or_else(PoisonError::into_inner));
         for handle in groups.values() {
-            handle.stop().await;
+            if handle.stop().await {
+                self.seal(handle).await;
+            }
+        }
+    }
+
+    /// What spares a comparison if nobody writes before the next start.
+    async fn seal(&self, handle: &Arc<GroupHandle>) {
+        let (name, misses, sealed) = (handle.file.name.clone(), self.misses.clone(), handle.clone());
+        let pressed = tokio::task::spawn_blocking(move || sealed.seal(&misses));
+        let outcome = match tokio::time::timeout(SEAL_LIMIT, pressed).await {
+            Ok(Ok(pressed)) => pressed.and_then(|seal| self.store.save_seal(&name, &seal).map_err(|e| e.to_string())),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err("its volumes do not answer".to_owned()),
+        };
+        match outcome {
+            Ok(()) => {
+                tracing::info!(group = %name, "sealed: if nobody writes before the next start, nothing is compared")
+            }
+            Err(why) => tracing::info!(group = %name, "not sealed, a boot means a comparison: {why}"),
         }
     }
 }

@@ -9,6 +9,7 @@ mod journal;
 mod link;
 mod misses;
 mod quiesce;
+mod seal;
 mod store;
 mod volume;
 mod watch;

@@ -1,5 +1,6 @@
 //! What the agent must remember over restarts: one JSON file per group, written atomically.
 
+use crate::seal::Seal;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use varve_common::problem::Problem;
@@ -97,6 +98,7 @@ impl GroupFile {
 pub struct Store {
     dir: PathBuf,
     authority: PathBuf,
+    seals: PathBuf,
 }
 
 impl Store {
@@ -108,7 +110,10 @@ impl Store {
         let authority = state_dir.join("authority");
         crashsafe::create_dir_all_durable(&authority).map_err(|e| cannot("make", &authority, e))?;
         crashsafe::remove_temporaries(&authority).map_err(|e| cannot("clean", &authority, e))?;
-        Ok(Self { dir, authority })
+        let seals = state_dir.join("seals");
+        crashsafe::create_dir_all_durable(&seals).map_err(|e| cannot("make", &seals, e))?;
+        crashsafe::remove_temporaries(&seals).map_err(|e| cannot("clean", &seals, e))?;
+        Ok(Self { dir, authority, seals })
     }
 
     fn authority_path(&self, name: &str) -> PathBuf {
@@ -146,6 +151,27 @@ impl Store {
         crashsafe::write_atomic(&path, &text, MODE).map_err(|e| cannot("write", &path, e))
     }
 
+    fn seal_path(&self, name: &str) -> PathBuf {
+        self.seals.join(format!("{name}.json"))
+    }
+
+    /// Writes a group's seal, durably.
+    pub fn save_seal(&self, name: &str, seal: &Seal) -> Result<(), Problem> {
+        let (path, text) = (self.seal_path(name), serde_json::to_vec_pretty(seal).unwrap_or_default());
+        crashsafe::write_atomic(&path, &text, MODE).map_err(|e| cannot("write", &path, e))
+    }
+
+    /// Breaks a group's seal: what it says counts once. One that cannot be taken away is none, nor is one that is not understood.
+    pub fn take_seal(&self, name: &str) -> Option<Seal> {
+        let path = self.seal_path(name);
+        let text = std::fs::read(&path).ok()?;
+        if let Err(error) = crashsafe::remove_durable(&path) {
+            tracing::warn!(group = %name, "its seal is not used: {}", error.chain());
+            return None;
+        }
+        serde_json::from_slice(&text).ok()
+    }
+
     fn path(&self, name: &str) -> PathBuf {
         self.dir.join(format!("{name}.json"))
     }
@@ -175,6 +201,8 @@ impl Store {
     pub fn remove(&self, name: &str) -> Result<(), Problem> {
         // First what would be nobody's.
         self.save_authority(name, &Authority::default())?;
+        let seal = self.seal_path(name);
+        crashsafe::remove_durable(&seal).map_err(|e| cannot("remove", &seal, e))?;
         let path = self.path(name);
         crashsafe::remove_durable(&path).map_err(|e| cannot("remove", &path, e))
     }

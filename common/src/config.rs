@@ -21,6 +21,8 @@ pub struct AgentFile {
     pub lagging_seconds: Option<f64>,
     /// Compress frames where it pays.
     pub compression: Option<bool>,
+    /// Compare all after a boot, whatever proves that nobody wrote.
+    pub compare_after_boot: Option<bool>,
     /// Most MiB that one group's journal may take on disk: 0 (no journal), or 64 to 4194304.
     pub journal_max_mib: Option<u32>,
     /// Alert when the RPO is longer than this many seconds; 0: never.
@@ -52,6 +54,8 @@ pub struct AgentConfig {
     pub lagging_after: Duration,
     /// Compress frames where it pays.
     pub compression: bool,
+    /// Compare all after a boot, whatever proves that nobody wrote.
+    pub compare_after_boot: bool,
     /// Most bytes of one group's journal; 0: there is none.
     pub journal_bytes_max: u64,
     /// What is watched and who is told.
@@ -236,6 +240,7 @@ impl AgentConfig {
             ring_bytes: ring_bytes as u32,
             lagging_after: Duration::from_secs_f64(lagging),
             compression: file.compression.unwrap_or(true),
+            compare_after_boot: file.compare_after_boot.unwrap_or(false),
             journal_bytes_max: u64::from(journal) << 20,
             watch,
         })

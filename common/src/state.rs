@@ -122,7 +122,7 @@ impl GapReason {
     pub fn explain(self) -> &'static str {
         match self {
             Self::InitialSync => "the first sync has not finished yet",
-            Self::NewRing => "the agent began a new capture, so the whole volume is compared",
+            Self::NewRing => "the agent began a new capture, and what may have been written before it is compared",
             Self::RingFull => "the ring was full, the regions written meanwhile are sent again",
             Self::UnreadablePage => "a page of a write could not be read, its region is sent again",
             Self::FailedWrite => "a write failed at the source, its region is read again",
@@ -145,7 +145,7 @@ impl GapReason {
     pub fn explain_closed(self) -> &'static str {
         match self {
             Self::InitialSync => "the first sync had not finished",
-            Self::NewRing => "the agent had begun a new capture, the whole volume was compared",
+            Self::NewRing => "the agent had begun a new capture",
             Self::RingFull => "the ring was full, the regions written meanwhile were sent again",
             Self::UnreadablePage => "a page of a write could not be read, its region was sent again",
             Self::FailedWrite => "a write failed at the source, its region was read again",

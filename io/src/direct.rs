@@ -355,6 +355,15 @@ impl DirectFile {
         Ok(())
     }
 
+    /// What the page cache holds of it is written. Its own cache is not flushed, which on a block device would be one more request
+    /// that capture sees.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn write_back(&self) -> Result<(), IoError> {
+        sys::write_back(&self.buffered).map_err(|e| IoError::new("write back", &self.path, e))
+    }
+
     /// Makes everything written before durable, tail and size included.
     ///
     /// Once it has failed it fails for ever: the kernel reports a write-back error once and then

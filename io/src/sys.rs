@@ -80,6 +80,13 @@ pub(crate) fn block_zero_out(file: &File, offset: u64, len: u64) -> io::Result<(
     check(i64::from(unsafe { libc::ioctl(file.as_raw_fd(), BLKZEROOUT, range.as_ptr()) })).map(drop)
 }
 
+/// Writes what the page cache holds of a file or device, and waits for it; the device's own cache is not flushed.
+pub(crate) fn write_back(file: &File) -> io::Result<()> {
+    let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    // SAFETY: the descriptor is open as long as `file` is borrowed; there is no memory among the arguments.
+    check(i64::from(unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, flags) })).map(drop)
+}
+
 const _: () = assert!(size_of::<usize>() == 8, "the ioctls above are written for 64-bit kernels");
 
 /// Memory that this thread, and those it starts from here on, ask for is not waited for on the disks that they serve.

@@ -30,6 +30,7 @@ use crate::clock;
 use crate::link::LinkView;
 use crate::misses::Misses;
 use crate::quiesce::{Order, Shown};
+use crate::seal::Seal;
 use crate::store::{Fence, GroupFile};
 use crate::volume::Checked;
 use source::Source as _;
@@ -51,6 +52,8 @@ const COMMANDS_MAX: usize = 32;
 const GAP_LIMIT: Duration = Duration::from_secs(3);
 /// Between two looks at whether it was told.
 const GAP_LOOK: Duration = Duration::from_millis(20);
+/// How long a look at the volumes may take that spares a comparison.
+const SEAL_LIMIT: Duration = Duration::from_secs(3);
 /// How long a group may take to end.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
@@ -76,6 +79,8 @@ pub struct Surroundings {
     pub journal: Option<crate::journal::Settings>,
     /// The replicas are equal to the volumes, and the receiver's stream stands where a new ring begins.
     pub equal: bool,
+    /// What the last stop left.
+    pub seal: Option<Seal>,
     /// What is remembered of who may write.
     pub authority: (Option<Fence>, Option<Shown>),
     /// To the daemon.
@@ -211,11 +216,16 @@ impl GroupHandle {
             volumes.iter().map(|volume| DirectFile::open_read(&volume.path)).collect();
         let files = files.map_err(|error| cannot(error.chain()))?;
         let specs: Vec<_> = volumes.iter().map(|volume| volume.spec.clone()).collect();
+        let misses_before = surroundings.misses.count();
         let (group, origin) = begin_capture(&name, &specs, file.synced_once, surroundings)?;
         let source: Arc<Group> = Arc::new(group);
+        let paths: Vec<_> = volumes.iter().map(|volume| (volume.path.clone(), volume.spec.bytes)).collect();
+        // Before anybody is told that capture runs: then volumes are mounted, and are not as they were any more.
+        let seal = surroundings.seal.clone().filter(|_| source.kept().is_none());
+        let sealed = seal.map(|seal| seal.holds_within(&paths, SEAL_LIMIT).map(|()| seal.end()));
         let shared = Arc::new(GroupShared::new(
             name.clone(),
-            volumes.iter().map(|volume| (volume.path.clone(), volume.spec.bytes)).collect(),
+            paths,
             source.incarnation(),
             source.clone(),
             surroundings.lagging_after,
@@ -254,6 +264,8 @@ impl GroupHandle {
                 })
                 .collect(),
             compression: surroundings.compression,
+            misses_before,
+            sealed,
             journal: surroundings.journal.clone(),
             orders: surroundings.orders.clone(),
             on_consistent: Box::new(on_consistent),
@@ -294,6 +306,17 @@ impl GroupHandle {
             return false;
         }
         true
+    }
+
+    /// After a stop: what proves at the next start that nobody wrote in between. It looks at the volumes, and may wait for them.
+    pub fn seal(&self, misses: &Misses) -> Result<Seal, String> {
+        let rest = *self.shared.rest();
+        let rest = rest.ok_or("the receiver did not have everything, nor the journal")?;
+        let seal = Seal::press(&self.shared.volumes, self.shared.incarnation, rest.end)?;
+        // Who wrote while the volumes were looked at is in the stream, or among the events.
+        let looked = matches!(misses.look(), Some(Ok(()))) && misses.count() == rest.misses;
+        let still = self.group.ring().producer() == rest.end && self.group.troubles() == rest.troubles;
+        if looked && still { Ok(seal) } else { Err("something was written meanwhile".to_owned()) }
     }
 
     /// Whether somebody has told it to end.

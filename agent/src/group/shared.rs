@@ -1,7 +1,7 @@
 //! What the rest of the daemon may see of a group while its worker runs.
 
 use super::cut::oldest_write_ns;
-use super::source::Source;
+use super::source::{Source, Troubles};
 use crate::clock;
 use crate::journal::Journal;
 use crate::quiesce::Shown;
@@ -93,6 +93,18 @@ pub struct GroupShared {
     time_offset: AtomicU64,
     /// Where records end that are dated too late, and by how much: this host's clock was set back there.
     setbacks: Mutex<Vec<(u64, u64)>>,
+    rest: Mutex<Option<Rest>>,
+}
+
+/// How a worker that has ended left its group, with nothing missing at the receiver or in the journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rest {
+    /// Where the stream ends.
+    pub end: u64,
+    /// Events skipped until then.
+    pub misses: u64,
+    /// The other events until then.
+    pub troubles: Troubles,
 }
 
 /// Counted since the daemon started; docs/json.md says what each is.
@@ -168,7 +180,13 @@ impl GroupShared {
             journal: OnceLock::new(),
             time_offset,
             setbacks: Mutex::default(),
+            rest: Mutex::default(),
         }
+    }
+
+    /// See [`Rest`].
+    pub fn rest(&self) -> MutexGuard<'_, Option<Rest>> {
+        self.rest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Everything before `position` is durable at the receiver: its space goes back to the kernel.

@@ -43,6 +43,13 @@ impl Bed {
     #[track_caller]
     pub fn boot(&self) -> Guest {
         let mut guest = self.machine.boot();
+        self.settle_in(&mut guest);
+        guest
+    }
+
+    /// The rest of a boot.
+    #[track_caller]
+    pub fn settle_in(&self, guest: &mut Guest) {
         guest.shell(
             "mkdir /mnt/state /mnt/volume && mount /dev/vda /mnt/state && mkdir -p /mnt/state/etc /mnt/state/lib",
         );
@@ -50,7 +57,6 @@ impl Bed {
         if guest.shell_within(LIMIT, "[ -e /etc/varve/agent.toml ]").code == 0 {
             guest.start_agent();
         }
-        guest
     }
 
     /// The first boot: enrols.

@@ -4,6 +4,7 @@
 #![allow(missing_docs, reason = "tests say what they test by their names")]
 
 mod bed;
+mod boots;
 mod capture;
 mod crashes;
 mod log;

@@ -10,6 +10,8 @@ use varve_io::AlignedBuf;
 const FLUSH_LIMIT: Duration = Duration::from_secs(5);
 /// How long the receiver may take to end the session of a drained journal before the next one begins.
 const END_LIMIT: Duration = Duration::from_secs(2);
+/// More than this part of the ring is not left without a look for skipped events.
+const LOOK_PARTS: u64 = 16;
 /// Between two looks at what was acknowledged of a drained journal.
 const DRAIN_LOOK: Duration = Duration::from_millis(5);
 
@@ -71,13 +73,16 @@ impl Worker {
         }
     }
 
-    /// What was walked may be spilled: every gap before it is known.
-    pub(super) fn offer(&self, state: &State, sent: Option<u64>) {
-        let Some(journal) = self.shared.journal() else { return };
+    /// What was looked at may be spilled: every gap before it is known.
+    pub(super) fn offer(&mut self, state: &mut State, sent: Option<u64>) {
+        let Some(journal) = self.shared.journal().cloned() else { return };
         let extent = self.shared.extent();
+        if state.walked.saturating_sub(state.looked_to) > extent.2 / LOOK_PARTS {
+            self.look_ahead(state, sent);
+        }
         // A receiver that has never known this ring will be told of its begin, and that is where the ring begins then.
         if sent.is_some() || extent.0 > 0 {
-            journal.offer(state.walked, open_gap(state), sent.is_none(), extent);
+            journal.offer(state.looked_to, open_gap(state), sent.is_none(), extent);
         }
     }
 
@@ -87,11 +92,12 @@ impl Worker {
         for _ in 0..self.source.stream().capacity() / TURN_BYTES + 1 {
             self.every_turn(state, None);
         }
-        let (walked, gap) = (state.walked, open_gap(state));
+        self.look_ahead(state, None);
+        let (until, gap) = (state.looked_to, open_gap(state));
         let (consumer, _, _) = self.shared.extent();
-        let journal = self.shared.journal().filter(|_| walked > consumer && consumer > 0).cloned();
+        let journal = self.shared.journal().filter(|_| until > consumer && consumer > 0).cloned();
         let flush = move || {
-            let flushed = journal.is_none_or(|journal| journal.flush(walked, gap, FLUSH_LIMIT));
+            let flushed = journal.is_none_or(|journal| journal.flush(until, gap, FLUSH_LIMIT));
             drop(spilling);
             flushed
         };
@@ -211,8 +217,8 @@ impl Worker {
 
     /// Sends a journal that the ring does not go on from, under its own ring's name. `None`: there is none (any more).
     pub(super) async fn drain(&mut self, state: &mut State, connection: &quinn::Connection) -> Option<Ended> {
-        let journal = self.shared.journal()?.clone();
-        let detached = journal.detached()?;
+        let detached = self.earlier(state)?;
+        let journal = self.shared.journal().cloned();
         self.shared.facts().link = Link::Handshaking;
         let hello = Hello {
             group: self.shared.name.clone(),
@@ -238,10 +244,12 @@ impl Worker {
                 let mut recv = recv;
                 let end = tokio::time::timeout(END_LIMIT, recv.read_to_end(1 << 16));
                 let _ = self.meanwhile(state, None, end).await;
+                self.stands(state, detached.incarnation, welcome.resume, welcome.consistent);
                 None
             }
             Drain::From(position) => {
                 tracing::info!(group = %name, position, end = detached.end, "the journal of an earlier ring is sent");
+                let journal = journal.clone()?;
                 // A gap that only what is there already knows of was told long ago.
                 journal.release_detached(position);
                 let detached = journal.detached()?;
@@ -282,10 +290,14 @@ impl Worker {
                 // The next session of this group is refused as long as the receiver has this one.
                 let _ = self.meanwhile(state, None, tokio::time::timeout(END_LIMIT, reader)).await;
                 tracing::info!(group = %name, "the journal of an earlier ring was sent");
+                self.stands(state, detached.incarnation, Some(detached.end), session.remote_consistent);
                 None
             }
         };
-        journal.discard();
+        if let Some(journal) = journal {
+            journal.discard();
+        }
+        self.settle(state).await;
         ended
     }
 

@@ -2,6 +2,7 @@
 //! Nothing else changes the group's state; others send commands or read [`GroupShared`].
 
 mod backlog;
+mod onward;
 mod quiet;
 mod receive;
 mod send;
@@ -13,7 +14,7 @@ use super::gap::GapState;
 use super::kept::Kept;
 use super::regions::{Next, Regions, image_extents, touched_blocks};
 use super::session::{self, Ended, Event};
-use super::shared::{Counters, GroupShared, MISSES_UNKNOWN};
+use super::shared::{Counters, GroupShared, MISSES_UNKNOWN, Rest};
 use super::source::{Source, Troubles, dirty_regions, set_all_dirty};
 use super::sync::{FromSync, Purpose, RegionRead, SyncThread};
 use super::verify::VerifyRun;
@@ -25,6 +26,7 @@ use crate::quiesce::{Order, Quiet};
 use crate::store::Fence;
 use backlog::Backlog;
 use bytes::Bytes;
+use onward::Onward;
 use quinn::SendStream;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -89,8 +91,6 @@ struct Pending {
     name: String,
     met: Option<(u64, u64)>,
     since: Instant,
-    /// When its record was in the stream, by the boot-time clock.
-    set_ns: u64,
     answer: oneshot::Sender<Result<(u64, u64, bool), Problem>>,
 }
 
@@ -118,6 +118,10 @@ pub struct Worker {
     pub volumes: Vec<VolumeHello>,
     /// Compress where it pays.
     pub compression: bool,
+    /// Skipped events before its capture began.
+    pub misses_before: u64,
+    /// Where an earlier ring ended, if nobody wrote since; or why that is not known. `None`: the ring is not new, or there was none.
+    pub sealed: Option<Result<(Incarnation, u64), String>>,
     /// Where the journal lies; `None`: there is none.
     pub journal: Option<Settings>,
     /// To the daemon.
@@ -131,8 +135,10 @@ struct State {
     gap: GapState,
     troubles: Troubles,
     misses: u64,
-    /// When the look began that found so many.
-    looked_ns: u64,
+    /// No event was skipped before this place: a look that began after it was walked found nothing. Nothing behind it is sent or spilled.
+    looked_to: u64,
+    /// A place that was walked, and when: what the next look says counts up to there.
+    to_look: (u64, u64),
     /// What was left for the next worker.
     kept: Option<Kept>,
     /// Records before were walked.
@@ -158,6 +164,8 @@ struct State {
     replies: Vec<AskReply>,
     /// See [`Worker::outgrown`].
     outgrown: bool,
+    /// See [`onward`].
+    onward: Option<Onward>,
 }
 
 /// What lasts as long as one session.
@@ -239,7 +247,8 @@ impl Worker {
             gap: kept.gap,
             troubles: kept.troubles,
             misses: kept.misses,
-            looked_ns: 0,
+            looked_to: self.source.stream().consumer(),
+            to_look: (0, 0),
             kept: None,
             walked: self.source.stream().consumer(),
             sessions: 0,
@@ -257,11 +266,13 @@ impl Worker {
             quiescing: None,
             replies: Vec::new(),
             outgrown: false,
+            onward: None,
         };
         if self.shared.facts().ever_consistent {
             state.gap.note_ever_consistent();
         }
         let spilling = self.open_journal(&mut state).await;
+        self.begin_onward(&mut state);
         let mut retry = RETRY_MIN;
         while !*self.stop.borrow() {
             let Some(connection) = self.wait_for_connection(&mut state).await else { break };
@@ -279,6 +290,7 @@ impl Worker {
             self.idle(&mut state, retry).await;
         }
         self.flush_journal(&mut state, spilling).await;
+        *self.shared.rest() = self.rest(&state);
         if let Some(run) = state.verify.as_mut().filter(|run| !run.outcome().finished) {
             run.fail("the group ended");
             self.shared.facts().verify = Some(run.outcome().clone());
@@ -536,6 +548,7 @@ impl Worker {
         }
         // That a begin was sent does not mean that it came there.
         state.known_there |= resumable.is_some();
+        state.onward.take_if(|_| state.known_there);
         tracing::info!(
             group = %self.shared.name,
             position = session.sent,
@@ -564,6 +577,9 @@ impl Worker {
 
     /// The receiver does not know this ring (or cannot go on with it): everything is compared.
     async fn begin(&mut self, state: &mut State, session: &mut Session) -> Result<(), Ended> {
+        if self.goes_on(state, session.remote_consistent) {
+            return self.go_on(state, session).await;
+        }
         let reason = match (state.known_there, state.gap.ever_consistent()) {
             _ if std::mem::take(&mut state.journal_lost) => GapReason::JournalLost,
             (true, _) => GapReason::ReplicaChanged,

@@ -30,8 +30,7 @@ impl Worker {
                     let _ = answer.send(Err(problem));
                     return;
                 }
-                let set_ns = clock::boot_ns();
-                state.bookmarks.push(Pending { name, met: None, since: Instant::now(), set_ns, answer });
+                state.bookmarks.push(Pending { name, met: None, since: Instant::now(), answer });
             }
             Command::Verify(repair, answer) => {
                 let begun = if streaming {

@@ -88,9 +88,11 @@ impl Worker {
         let turn_end = session.sent + TURN_BYTES;
         let mut busy = false;
         while session.sent < turn_end {
+            self.look_ahead(state, Some(session.sent));
             // Looked at for every frame: a gap may begin while one is on its way.
             let limit = state.gap.cut_limit(session.remote_consistent);
-            let until = limit.map_or(state.walked, |limit| state.walked.min(limit.max(session.sent)));
+            let good = state.looked_to.max(session.sent);
+            let until = limit.map_or(good, |limit| good.min(limit.max(session.sent)));
             let (end, body) = match self.next_stretch(state, session, until).await? {
                 Stretch::Bytes(end, body) => (end, body),
                 Stretch::End => break,

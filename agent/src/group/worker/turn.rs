@@ -51,7 +51,7 @@ impl Worker {
 
     /// The receiver has the `GapEnd`: only now may anybody be told.
     pub(super) fn gap_is_closed(&self, state: &mut State) {
-        state.closing = None;
+        (state.closing, state.onward) = (None, None);
         state.known_there = true;
         self.shared.gap_closed();
         (self.on_consistent)();
@@ -61,8 +61,11 @@ impl Worker {
     /// Whatever put something outside the stream opens a gap; its regions are dirty already. Whether there was something.
     pub(super) fn look_for_trouble(&mut self, state: &mut State, sent: Option<u64>) -> bool {
         let troubles = self.source.troubles();
-        state.looked_ns = self.misses.looked_ns();
+        let looked_ns = self.misses.looked_ns();
         let misses = self.misses.count();
+        if misses == state.misses {
+            Self::looked(state, looked_ns);
+        }
         if troubles == state.troubles && misses == state.misses {
             return false;
         }
@@ -90,13 +93,10 @@ impl Worker {
         } else {
             GapReason::LateWrite
         };
-        // Without a session nothing after the durable position was promised to anybody. What was spilled to the journal was
-        // seen before by a look that found nothing; only of skipped events one hears later than they happen.
-        let here = match sent {
-            Some(sent) if missed => sent,
-            None if missed => self.shared.durable.load(Ordering::Acquire),
-            sent => sent.unwrap_or(0).max(self.source.stream().consumer()),
-        };
+        // What was sent or spilled was seen before by a look that found nothing. Of skipped events one hears later than they happen,
+        // but not later than the next look.
+        let here = sent.unwrap_or(0).max(self.source.stream().consumer());
+        let here = if missed { here.max(state.looked_to) } else { here };
         let first_drop = self.source.take_first_drop();
         // Only of a write that found no room or another size is the place in the stream known, so it counts only if that
         // was all. The look before may have taken it, together with that of the gap that is open since.
@@ -117,6 +117,27 @@ impl Worker {
         self.gap_begins(state, reason, position);
         self.sync.shared().nudge();
         true
+    }
+
+    /// A look for skipped events that began then found no new one.
+    fn looked(state: &mut State, began_ns: u64) {
+        let (place, walked_ns) = state.to_look;
+        if began_ns > walked_ns {
+            state.looked_to = state.looked_to.max(place);
+            state.to_look = (state.walked, clock::boot_ns());
+        }
+    }
+
+    /// Looks for skipped events now, if something was walked since the last look that counts. A write that the kernel skipped
+    /// is not in the stream and nothing in the stream tells: so what is behind it goes out only after a look that began later, and
+    /// no point behind it is ever called good. If the look fails nothing goes out; whoever looks says so.
+    pub(super) fn look_ahead(&mut self, state: &mut State, sent: Option<u64>) {
+        if state.looked_to >= state.walked {
+            return;
+        }
+        state.to_look = (state.walked, clock::boot_ns());
+        let _ = self.misses.look();
+        self.look_for_trouble(state, sent);
     }
 
     /// Where nobody has looked whether events were skipped, nobody may be told that all is well.
@@ -185,14 +206,10 @@ impl Worker {
 
     pub(super) fn answer_bookmarks(&self, state: &mut State) {
         let durable = self.shared.durable.load(Ordering::Acquire);
-        let (mut index, mut unlooked) = (0, false);
+        let mut index = 0;
         while index < state.bookmarks.len() {
             let pending = &state.bookmarks[index];
-            let mut is_durable = pending.met.is_some_and(|(position, _)| position <= durable);
-            // Of a write before it that the kernel skipped one hears only by a look that began after it.
-            if is_durable && state.looked_ns <= pending.set_ns {
-                (is_durable, unlooked) = (false, true);
-            }
+            let is_durable = pending.met.is_some_and(|(position, _)| position <= durable);
             if !is_durable && pending.since.elapsed() < BOOKMARK_WAIT {
                 index += 1;
                 continue;
@@ -213,11 +230,6 @@ impl Worker {
             });
             // Whoever asked may be gone.
             let _ = pending.answer.send(answer);
-        }
-        if unlooked {
-            // Whoever waits for it may hold a file system still. What it finds is seen in the next turn; if it fails, the thread
-            // that looks says so.
-            let _ = self.misses.look();
         }
     }
 
