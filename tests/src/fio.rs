@@ -26,6 +26,8 @@ pub struct FioResult {
     pub write_p99: Duration,
     /// Reads a second.
     pub read_iops: f64,
+    /// Reads finished.
+    pub reads: u64,
     /// Errors that the job went on after (see [`Fio::ignore_errors`]).
     pub errors: u64,
     /// The errno that ended the job early, or 0.
@@ -35,6 +37,12 @@ pub struct FioResult {
 impl Fio {
     /// A job on a device or file.
     pub fn new(target: &Path) -> Self {
+        // Overlapping writes that are under way together have no order: neither a disk nor a replica owes one.
+        Self::each_block_once(target).option("norandommap=1").option("serialize_overlap=1")
+    }
+
+    /// A job that ends when it has come to every block, none of them twice.
+    pub fn each_block_once(target: &Path) -> Self {
         let args = [
             "--name=job",
             "--ioengine=libaio",
@@ -44,9 +52,6 @@ impl Fio {
             "--group_reporting",
             "--output-format=json",
             "--refill_buffers=1",
-            "--norandommap=1",
-            // Overlapping writes that are under way together have no order: neither a disk nor a replica owes one.
-            "--serialize_overlap=1",
         ];
         let mut args: Vec<String> = args.map(String::from).into();
         args.push(format!("--filename={}", target.display()));
@@ -99,6 +104,13 @@ impl Fio {
     #[track_caller]
     pub fn run_failing(&self, scratch: &Scratch) -> FioResult {
         self.start(scratch).collect(&[0, 1])
+    }
+
+    /// As [`Fio::run_failing`], with what fio complains of.
+    #[track_caller]
+    pub fn run_with_words(&self, scratch: &Scratch) -> (FioResult, String) {
+        let mut run = self.start(scratch);
+        (run.collect(&[0, 1]), run.child.log())
     }
 
     /// Starts it in the background.
@@ -173,6 +185,7 @@ impl FioRun {
             write_p50: percentile("50.000000"),
             write_p99: percentile("99.000000"),
             read_iops: read["iops"].as_f64().unwrap(),
+            reads: read["total_ios"].as_u64().unwrap(),
             errors: job["total_err"].as_u64().unwrap_or(0),
             fatal_errno: job["error"].as_u64().unwrap_or(0),
         }

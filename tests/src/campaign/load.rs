@@ -2,9 +2,9 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -17,14 +17,17 @@ use crate::{Aligned, run};
 /// Largest write in sectors: 4 MiB, which is several bios.
 const SECTORS_MAX: u64 = 8192;
 
+/// How long a device may refuse to be read.
+const UNREADABLE_MAX: Duration = Duration::from_secs(30);
+
 /// A volume that the load writes to.
 #[derive(Debug, Clone)]
 pub struct LoadVolume {
     /// The device.
     pub path: PathBuf,
-    /// Its size.
+    /// Its size at first.
     pub bytes: u64,
-    /// So many bytes at its end are filled once and never written again.
+    /// So many bytes at the end of that are filled once and never written again.
     pub kept_bytes: u64,
 }
 
@@ -42,6 +45,8 @@ struct State {
 
 struct Shared {
     state: Mutex<State>,
+    /// Of the newest deed.
+    stamp: AtomicU32,
     bytes_per_s: AtomicU64,
     written: AtomicU64,
     failed: AtomicU64,
@@ -72,6 +77,7 @@ impl Load {
         let image = Image::zeroes(&bytes);
         let shared = Arc::new(Shared {
             state: Mutex::new(State { base: image.clone(), image, ops: Vec::new() }),
+            stamp: AtomicU32::new(0),
             bytes_per_s: AtomicU64::new(8 << 20),
             written: AtomicU64::new(0),
             failed: AtomicU64::new(0),
@@ -101,11 +107,48 @@ impl Load {
         self.shared.failed.load(Ordering::Relaxed)
     }
 
-    /// From now on no write reaches over a page of the volumes behind the first. A loop device that has written a part of
+    /// From now on no write reaches over a page of the volumes behind the first, which get more of them. A loop device that has written a part of
     /// what it was given, its file's disk being full, says that it has written all: that is no failure that anybody could
     /// see, so it must not happen here.
     pub fn small(&self, small: bool) {
         self.quiet(|_| self.shared.small.store(small, Ordering::Release));
+    }
+
+    /// Changes sectors of a volume by way of the file below its device: no block layer knows of it. `told` is run before anything
+    /// else is written.
+    #[track_caller]
+    pub fn unseen(&self, volume: usize, from: u64, sectors: u64, backing: &Path, told: impl FnOnce()) {
+        let mut bytes = Aligned::new(sectors as usize * SECTOR, 0);
+        self.quiet(|_| {
+            let mut op = Op { unseen: true, ..self.shared.begin(Deed::Write, volume, from, sectors) };
+            model::fill_all(&op, &mut bytes);
+            let file = File::options().write(true).open(backing).unwrap();
+            file.write_all_at(&bytes, from * SECTOR as u64).unwrap();
+            op.ended_ns = now_ns();
+            told();
+            self.shared.end(&op, None);
+            // Past the device's own page cache, but not past that of the file: who reads the device reads what was written.
+            let mut there = Aligned::new(bytes.len(), 0);
+            let device = open(&self.volumes[volume].path);
+            device.read_exact_at(&mut there, from * SECTOR as u64).unwrap();
+            assert!(there[..] == bytes[..], "what is written to {} is not on its device", backing.display());
+        });
+    }
+
+    /// A volume becomes larger by `grow`, by so many sectors, which are zeroes. From then on the new part is written, too.
+    #[track_caller]
+    pub fn grow(&self, volume: usize, sectors: u64, grow: impl FnOnce()) {
+        self.quiet(|image| {
+            let mut op = self.shared.begin(Deed::Grow, volume, image.sectors(volume), sectors);
+            grow();
+            op.ended_ns = now_ns();
+            self.shared.end(&op, None);
+        });
+    }
+
+    /// Everybody has noticed by now how large the volumes are.
+    pub fn settle(&self) {
+        lock(&self.shared.state).image.settle();
     }
 
     /// Volumes that it writes to.
@@ -144,6 +187,27 @@ impl Load {
     }
 }
 
+impl Shared {
+    /// From now on the log has it.
+    fn begin(&self, deed: Deed, volume: usize, from: u64, sectors: u64) -> Op {
+        let stamp = self.stamp.fetch_add(1, Ordering::Relaxed) + 1;
+        let (began_ns, ended_ns) = (now_ns(), u64::MAX);
+        let op = Op { stamp, deed, volume, from, sectors, began_ns, ended_ns, failed: false, unseen: false };
+        lock(&self.state).ops.push(op);
+        op
+    }
+
+    /// It is done; `found`: what it left is not what it should have.
+    fn end(&self, op: &Op, found: Option<&[model::Stamp]>) {
+        let mut state = lock(&self.state);
+        *state.ops.last_mut().unwrap() = *op;
+        match found {
+            Some(stamps) => state.image.set(op.volume, op.from, stamps),
+            None => state.image.apply(op),
+        }
+    }
+}
+
 impl Drop for Load {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Release);
@@ -160,19 +224,18 @@ struct Writer {
     shared: Arc<Shared>,
     rng: StdRng,
     buffer: Aligned,
-    stamp: u32,
+}
+
+fn open(path: &Path) -> File {
+    let file = OpenOptions::new().read(true).write(true).custom_flags(nix::libc::O_DIRECT).open(path);
+    file.unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
 impl Writer {
     fn new(volumes: Vec<LoadVolume>, shared: Arc<Shared>, seed: u64) -> Self {
-        let open = |volume: &LoadVolume| {
-            let mut options = OpenOptions::new();
-            let file = options.read(true).write(true).custom_flags(nix::libc::O_DIRECT).open(&volume.path);
-            file.unwrap_or_else(|error| panic!("{}: {error}", volume.path.display()))
-        };
-        let files = volumes.iter().map(open).collect();
+        let files = volumes.iter().map(|volume| open(&volume.path)).collect();
         let buffer = Aligned::new(SECTORS_MAX as usize * SECTOR, 0);
-        Writer { volumes, files, shared, rng: StdRng::seed_from_u64(seed), buffer, stamp: 0 }
+        Writer { volumes, files, shared, rng: StdRng::seed_from_u64(seed), buffer }
     }
 
     fn prefill(&mut self) {
@@ -217,8 +280,10 @@ impl Writer {
 
     /// One deed at random; how many bytes it had.
     fn any(&mut self) -> u64 {
-        let volume = if self.rng.random_bool(0.7) { 0 } else { self.rng.random_range(0..self.volumes.len()) };
-        let room = self.volumes[volume].sectors();
+        let small = self.shared.small.load(Ordering::Acquire);
+        let first = self.rng.random_bool(if small { 0.2 } else { 0.7 });
+        let volume = if first { 0 } else { self.rng.random_range(0..self.volumes.len()) };
+        let (first, room) = self.part(volume);
         let order = self.rng.random_range(0..=13);
         let mut sectors = self.rng.random_range(1u64 << order..=(2u64 << order).min(SECTORS_MAX)).min(room / 2);
         let near = if self.rng.random_bool(0.4) { room / 8 } else { room };
@@ -233,29 +298,26 @@ impl Writer {
             (from, sectors) = (from / 8 * 8, sectors.next_multiple_of(8));
             sectors = sectors.min(room / 8 * 8 - from);
         }
-        if volume > 0 && self.shared.small.load(Ordering::Acquire) {
+        if volume > 0 && small {
             sectors = (sectors - 1) % (8 - from % 8) + 1;
         }
-        self.done(deed, volume, from, sectors);
+        self.done(deed, volume, first + from, sectors);
         if self.rng.random_bool(0.05) {
             self.files[volume].sync_data().unwrap();
         }
         sectors * SECTOR as u64
     }
 
+    /// Where to write: first sector and how many. Mostly what was always there, sometimes what the volume has got since.
+    fn part(&mut self, volume: usize) -> (u64, u64) {
+        let then = self.volumes[volume].bytes / SECTOR as u64;
+        let now = lock(&self.shared.state).image.sectors(volume);
+        let new = (now - then) / 8 * 8;
+        if new >= 16 && self.rng.random_bool(0.2) { (then, new) } else { (0, self.volumes[volume].sectors()) }
+    }
+
     fn done(&mut self, deed: Deed, volume: usize, from: u64, sectors: u64) {
-        self.stamp += 1;
-        let mut op = Op {
-            stamp: self.stamp,
-            deed,
-            volume,
-            from,
-            sectors,
-            began_ns: now_ns(),
-            ended_ns: u64::MAX,
-            failed: false,
-        };
-        lock(&self.shared.state).ops.push(op);
+        let mut op = self.shared.begin(deed, volume, from, sectors);
         op.failed = !self.act(&op);
         op.ended_ns = now_ns();
         let seen = op.failed.then(|| self.look(&op));
@@ -263,13 +325,7 @@ impl Writer {
             let left = stamps.iter().filter(|stamp| **stamp == op.leaves()).count();
             println!("  {op:?} failed: {left} of {sectors} sectors are what it would have left");
         }
-        let mut state = lock(&self.shared.state);
-        *state.ops.last_mut().unwrap() = op;
-        match seen {
-            Some(stamps) => state.image.set(volume, from, &stamps),
-            None => state.image.apply(&op),
-        }
-        drop(state);
+        self.shared.end(&op, seen.as_deref());
         self.shared.written.fetch_add(sectors * SECTOR as u64, Ordering::Relaxed);
         self.shared.failed.fetch_add(op.failed.into(), Ordering::Relaxed);
     }
@@ -278,8 +334,7 @@ impl Writer {
     fn act(&mut self, op: &Op) -> bool {
         let (at, bytes) = (op.from * SECTOR as u64, op.sectors as usize * SECTOR);
         if op.deed == Deed::Write {
-            let sectors = self.buffer[..bytes].chunks_mut(SECTOR);
-            sectors.enumerate().for_each(|(index, out)| model::fill(op.volume, op.from + index as u64, op.stamp, out));
+            model::fill_all(op, &mut self.buffer[..bytes]);
             return self.files[op.volume].write_at(&self.buffer[..bytes], at).is_ok_and(|written| written == bytes);
         }
         let mut command = Command::new("blkdiscard");
@@ -293,7 +348,12 @@ impl Writer {
     /// What is there now.
     fn look(&mut self, op: &Op) -> Vec<model::Stamp> {
         let bytes = op.sectors as usize * SECTOR;
-        self.files[op.volume].read_exact_at(&mut self.buffer[..bytes], op.from * SECTOR as u64).unwrap();
+        let (file, at, began) = (&self.files[op.volume], op.from * SECTOR as u64, Instant::now());
+        while let Err(error) = file.read_exact_at(&mut self.buffer[..bytes], at) {
+            // What cannot be read now will tell later what it holds.
+            assert!(began.elapsed() < UNREADABLE_MAX, "volume {} cannot be read: {error}", op.volume);
+            std::thread::sleep(Duration::from_millis(20));
+        }
         let sectors = self.buffer[..bytes].chunks(SECTOR).enumerate();
         sectors.map(|(index, bytes)| model::stamp_of(op.volume, op.from + index as u64, bytes)).collect()
     }

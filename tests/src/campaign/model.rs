@@ -31,6 +31,13 @@ pub(super) fn fill(volume: usize, sector: u64, stamp: Stamp, out: &mut [u8]) {
     }
 }
 
+/// What a write puts there.
+pub(super) fn fill_all(op: &Op, out: &mut [u8]) {
+    for (sector, out) in (op.from..).zip(out.chunks_mut(SECTOR)) {
+        fill(op.volume, sector, op.stamp, out);
+    }
+}
+
 /// Which write a sector's bytes came with.
 pub(super) fn stamp_of(volume: usize, sector: u64, bytes: &[u8]) -> Stamp {
     if bytes.iter().all(|byte| *byte == 0) {
@@ -51,6 +58,8 @@ pub enum Deed {
     Zero,
     /// Discarded.
     Discard,
+    /// The volume got these sectors at its end.
+    Grow,
 }
 
 /// One deed of the load. They are done one after the other, so they have one order over all volumes.
@@ -72,6 +81,8 @@ pub struct Op {
     pub ended_ns: u64,
     /// The device refused it: nobody knows what it left.
     pub failed: bool,
+    /// It went past the block layer: no capture can have seen it.
+    pub unseen: bool,
 }
 
 impl Op {
@@ -88,35 +99,70 @@ impl Op {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
     volumes: Vec<Vec<Stamp>>,
+    /// Sectors that each has at least: fewer than above if it grew and nothing was written to it since. Until somebody writes,
+    /// nobody need have noticed.
+    least: Vec<usize>,
 }
 
 impl Image {
     /// Zeroes.
     pub fn zeroes(bytes: &[u64]) -> Self {
-        Image { volumes: bytes.iter().map(|bytes| vec![0; *bytes as usize / SECTOR]).collect() }
+        Self::of(bytes.iter().map(|bytes| vec![0; *bytes as usize / SECTOR]).collect())
     }
 
     /// What devices or files hold, in the order of the volumes.
     #[track_caller]
     pub fn read<P: AsRef<Path>>(paths: &[P]) -> Self {
-        Image { volumes: paths.iter().enumerate().map(|(volume, path)| read_volume(volume, path.as_ref())).collect() }
+        Self::of(paths.iter().enumerate().map(|(volume, path)| read_volume(volume, path.as_ref())).collect())
+    }
+
+    fn of(volumes: Vec<Vec<Stamp>>) -> Self {
+        Image { least: volumes.iter().map(Vec::len).collect(), volumes }
     }
 
     /// The same after `op` was done.
     pub fn apply(&mut self, op: &Op) {
-        self.volumes[op.volume][op.range()].fill(op.leaves());
+        let volume = &mut self.volumes[op.volume];
+        if op.deed == Deed::Grow {
+            return volume.resize(op.range().end, 0);
+        }
+        volume[op.range()].fill(op.leaves());
+        if !op.unseen {
+            self.least[op.volume] = volume.len();
+        }
+    }
+
+    /// Everybody has noticed by now how large the volumes are.
+    pub fn settle(&mut self) {
+        self.least = self.volumes.iter().map(Vec::len).collect();
+    }
+
+    /// Sectors of a volume.
+    pub(super) fn sectors(&self, volume: usize) -> u64 {
+        self.volumes[volume].len() as u64
+    }
+
+    /// What is at a place; behind the end of a volume are zeroes.
+    fn at(&self, volume: usize, sector: usize) -> Stamp {
+        self.volumes[volume].get(sector).copied().unwrap_or(0)
+    }
+
+    /// Whether `other` may show this volume in the size that it has there.
+    fn may_have_size_of(&self, other: &Image, volume: usize) -> bool {
+        (self.least[volume]..=self.volumes[volume].len()).contains(&other.volumes[volume].len())
     }
 
     /// What sectors hold that somebody looked at.
     pub(super) fn set(&mut self, volume: usize, from: u64, stamps: &[Stamp]) {
         self.volumes[volume][from as usize..from as usize + stamps.len()].copy_from_slice(stamps);
+        self.least[volume] = self.volumes[volume].len();
     }
 
     /// `None` if `other` holds the same, but for sectors that `ignore` names; else in words what it holds instead.
     pub fn differs(&self, other: &Image, ignore: impl Fn(usize, u64) -> bool) -> Option<String> {
         let (mut count, mut named) = (0u64, String::new());
         for (volume, (mine, theirs)) in self.volumes.iter().zip(&other.volumes).enumerate() {
-            if mine.len() != theirs.len() {
+            if !self.may_have_size_of(other, volume) {
                 return Some(format!("volume {volume} has {} sectors instead of {}", theirs.len(), mine.len()));
             }
             let both = mine.iter().zip(theirs).enumerate();
@@ -175,21 +221,22 @@ fn read_volume(volume: usize, path: &Path) -> Vec<Stamp> {
 pub fn locate(base: &Image, ops: &[Op], seen: &Image, volumes: &[usize]) -> Result<Vec<usize>, String> {
     let mut now = base.clone();
     let differing = |now: &Image, volume: usize, range: std::ops::Range<usize>| {
-        let both = now.volumes[volume][range.clone()].iter().zip(&seen.volumes[volume][range]);
-        both.filter(|(a, b)| a != b).count()
+        range.filter(|sector| now.at(volume, *sector) != seen.at(volume, *sector)).count()
     };
-    let mut wrong: usize = volumes.iter().map(|v| differing(&now, *v, 0..now.volumes[*v].len())).sum();
+    let whole = |v: usize| 0..now.volumes[v].len().max(seen.volumes[v].len());
+    let mut wrong: usize = volumes.iter().map(|v| differing(&now, *v, whole(*v))).sum();
     let (mut found, mut nearest) = (Vec::new(), (usize::MAX, 0));
     for count in 0..=ops.len() {
         let next = ops.get(count).filter(|op| volumes.contains(&op.volume));
         // Of what differs, this much is the next op, begun.
         let begun = next.map_or(0, |op| {
-            let both = now.volumes[op.volume][op.range()].iter().zip(&seen.volumes[op.volume][op.range()]);
-            both.filter(|(now, seen)| now != seen && **seen == op.leaves()).count()
+            let both = op.range().map(|sector| (now.at(op.volume, sector), seen.at(op.volume, sector)));
+            both.filter(|(now, seen)| now != seen && *seen == op.leaves()).count()
         });
         // Done completely, it is the next state.
-        let done = |op: &Op| seen.volumes[op.volume][op.range()].iter().all(|stamp| *stamp == op.leaves());
-        if wrong == begun && !(begun > 0 && next.is_some_and(done)) {
+        let done = |op: &Op| op.range().all(|sector| seen.at(op.volume, sector) == op.leaves());
+        let sizes = volumes.iter().all(|volume| now.may_have_size_of(seen, *volume));
+        if wrong == begun && sizes && !(begun > 0 && next.is_some_and(done)) {
             found.push(count);
         }
         nearest = nearest.min((wrong - begun, count));
@@ -213,7 +260,7 @@ mod tests {
     use super::*;
 
     fn op(stamp: Stamp, deed: Deed, volume: usize, from: u64, sectors: u64) -> Op {
-        Op { stamp, deed, volume, from, sectors, began_ns: 0, ended_ns: 0, failed: false }
+        Op { stamp, deed, volume, from, sectors, began_ns: 0, ended_ns: 0, failed: false, unseen: false }
     }
 
     #[test]
@@ -256,5 +303,37 @@ mod tests {
         assert_eq!(locate(&base, &ops, &without, &[0]), Ok(vec![3]), "of this volume nothing is missing");
         assert!(now.differs(&without, |_, _| false).is_some());
         assert_eq!(without.differs(&without.clone(), |_, _| false), None);
+    }
+    #[test]
+    fn a_volume_that_grew_has_its_old_size_until_it_is_written() {
+        let base = Image::zeroes(&[16 * 512, 16 * 512]);
+        let mut unseen = op(3, Deed::Write, 0, 2, 1);
+        unseen.unseen = true;
+        let ops = [
+            op(1, Deed::Grow, 0, 16, 8),
+            op(2, Deed::Write, 1, 0, 4),
+            unseen,
+            op(4, Deed::Write, 0, 0, 1),
+            op(5, Deed::Write, 0, 20, 4),
+        ];
+        let after = |ops: &[Op]| {
+            let mut image = base.clone();
+            ops.iter().for_each(|op| image.apply(op));
+            image
+        };
+        let in_old_size = |mut image: Image| {
+            image.volumes[0].truncate(16);
+            image
+        };
+        assert_eq!(locate(&base, &ops, &base, &[0, 1]), Ok(vec![0, 1]));
+        assert_eq!(locate(&base, &ops, &after(&ops[..1]), &[0, 1]), Ok(vec![1]), "the new size is not there before");
+        assert_eq!(locate(&base, &ops, &in_old_size(after(&ops[..3])), &[0, 1]), Ok(vec![3]));
+        assert!(locate(&base, &ops, &in_old_size(after(&ops[..4])), &[0, 1]).is_err(), "it was written");
+        assert_eq!(locate(&base, &ops, &after(&ops), &[0, 1]), Ok(vec![5]));
+        let mut followed = after(&ops[..3]);
+        assert_eq!(followed.differs(&in_old_size(followed.clone()), |_, _| false), None);
+        followed.settle();
+        assert!(followed.differs(&in_old_size(followed.clone()), |_, _| false).is_some());
+        assert!(after(&ops).differs(&in_old_size(after(&ops)), |_, _| false).is_some());
     }
 }

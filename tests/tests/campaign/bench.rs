@@ -5,7 +5,7 @@ use rand::rngs::StdRng;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use varve_tests::campaign::{Client, Commits, Image, Load, LoadVolume, Op, Watcher};
+use varve_tests::campaign::{Checked, Checking, Client, Commits, Image, Load, LoadVolume, Op, SECTOR, Watcher};
 use varve_tests::*;
 
 pub const GROUP: &str = "soak";
@@ -14,16 +14,33 @@ pub const LIMIT: Duration = Duration::from_secs(180);
 /// Written once, and then only by those who change a replica behind its back.
 pub const KEPT_BYTES: u64 = MIB;
 const A_BYTES: u64 = 48 * MIB;
+/// Sectors of the first volume that the load writes to.
+pub const WRITTEN_SECTORS: u64 = (A_BYTES - KEPT_BYTES) / SECTOR as u64;
 const B_BYTES: u64 = 16 * MIB;
+const C_BYTES: u64 = 8 * MIB;
+const CHECKED_BYTES: u64 = 32 * MIB;
 const FS_BYTES: u64 = 256 * MIB;
 /// The receiver's disk.
 const SMALL_BYTES: u64 = 2 * GIB;
 const PACE: u64 = 8 << 20;
 
+/// Volumes that the load writes to: the first ones.
+pub const LOADED: usize = 3;
+/// The one that fio writes to.
+pub const CHECKED: usize = LOADED;
+/// The one with the file system, which is the last.
+pub const MOUNTED: usize = CHECKED + 1;
+/// A medium that takes writes again fails reads for so long still.
+const UNREADABLE_LONGER: Duration = Duration::from_millis(300);
+/// So much a volume may grow in a cycle.
+const GROWTH_MAX: u64 = 8 * MIB;
+
 /// A bookmark, and what the volumes held there.
 pub struct Moment {
     pub name: String,
     pub image: Image,
+    /// What fio knows of its volume, which it wrote nothing to at that time.
+    pub checked: Option<Checked>,
     pub time: String,
     pub durable: bool,
     /// Commits acknowledged before it was asked for, and asked for when it was there.
@@ -38,6 +55,7 @@ pub struct Excuse {
     pub ring_full: bool,
     pub failed_write: bool,
     pub repair: bool,
+    pub grown: bool,
     pub window: bool,
     /// Verifies look at regions, too.
     pub verify: bool,
@@ -54,6 +72,9 @@ pub struct Tally {
     pub cuts: u64,
     pub in_gap: u64,
     pub databases: u64,
+    /// Blocks of points that fio found as it had left them.
+    pub checked: u64,
+    pub failed_writes: u64,
     pub comparisons: u64,
     pub expired: u64,
     pub looks: u64,
@@ -68,6 +89,8 @@ impl Tally {
         self.cuts += other.cuts;
         self.in_gap += other.in_gap;
         self.databases += other.databases;
+        self.checked += other.checked;
+        self.failed_writes += other.failed_writes;
         self.comparisons += other.comparisons;
         self.expired += other.expired;
         self.looks += other.looks;
@@ -80,10 +103,16 @@ pub struct Bench {
     pub watcher: Watcher,
     pub commits: Commits,
     pub load: Load,
+    pub checking: Option<Checking>,
     pub mount: Mount,
     pub pair: Pair,
     pub link: Impair,
-    pub devices: Vec<LoopDevice>,
+    /// All volumes.
+    pub devices: Vec<PathBuf>,
+    /// Those that can grow: the first one and the last.
+    growing: [(usize, LoopDevice); 2],
+    _steady: [LoopDevice; 2],
+    pub failing: Failing,
     pub full: FullTmpfs,
     pub small: Mount,
     _small_device: LoopDevice,
@@ -96,6 +125,8 @@ pub struct Bench {
     pub tally: Tally,
     /// Sectors of the first replica that were changed behind its back, and when that was mended.
     pub tainted: Vec<(std::ops::Range<u64>, Instant)>,
+    /// Events that the agent is to believe the kernel has skipped.
+    missed: u64,
     /// Bytes on the volumes when nothing waited to be sent.
     drained_at: u64,
     /// The receiver could not be reached since then.
@@ -104,6 +135,44 @@ pub struct Bench {
     pub known_gaps: Vec<Value>,
     pub known_streams: Vec<Value>,
     pub written_before: u64,
+}
+
+/// A volume whose reads and writes fail while somebody wants it.
+pub struct Failing {
+    device: SlowDevice,
+    writes: PathBuf,
+    reads: PathBuf,
+}
+
+impl Failing {
+    fn new(scratch: &Scratch) -> Self {
+        let [writes, reads] = ["writes-fail", "reads-fail"].map(|name| scratch.join(name));
+        let mut parameters = Vec::new();
+        for (way, trigger) in [("pwrite", &writes), ("zero", &writes), ("trim", &writes), ("pread", &reads)] {
+            parameters.push(format!("error-{way}=EIO"));
+            parameters.push(format!("error-{way}-rate=100%"));
+            parameters.push(format!("error-{way}-file={}", trigger.display()));
+        }
+        let parameters: Vec<&str> = parameters.iter().map(String::as_str).collect();
+        let device = SlowDevice::with_filters(scratch, "c", C_BYTES, &["error"], &parameters);
+        Failing { device, writes, reads }
+    }
+
+    /// Fails all writes for a while; the second half of it reads, too.
+    pub fn fail(&self, reads: bool, time: Duration) {
+        std::fs::write(&self.writes, "").unwrap();
+        std::thread::sleep(time / 2);
+        if reads {
+            std::fs::write(&self.reads, "").unwrap();
+        }
+        std::thread::sleep(time / 2);
+        std::fs::remove_file(&self.writes).unwrap();
+        if reads {
+            // Last: what has failed cannot be read for a moment yet.
+            std::thread::sleep(UNREADABLE_LONGER);
+            std::fs::remove_file(&self.reads).unwrap();
+        }
+    }
 }
 
 impl Bench {
@@ -118,20 +187,23 @@ impl Bench {
         let backing = full.path().join("b");
         std::fs::File::create(&backing).unwrap().set_len(B_BYTES).unwrap();
         let b = LoopDevice::over(&backing, LoopOptions::default());
+        let failing = Failing::new(&scratch);
+        let checked = LoopDevice::new(&scratch, "checked", CHECKED_BYTES);
         let fs = LoopDevice::new(&scratch, "fs", FS_BYTES);
         let mount = Mount::format(&scratch, "mnt", Filesystem::Ext4, fs.path());
         let volumes = vec![
             LoadVolume { path: a.path().to_owned(), bytes: A_BYTES, kept_bytes: KEPT_BYTES },
             LoadVolume { path: b.path().to_owned(), bytes: B_BYTES, kept_bytes: 0 },
+            LoadVolume { path: failing.device.path().to_owned(), bytes: C_BYTES, kept_bytes: 0 },
         ];
         let ring_mib = [16, 32, 64][rng.random_range(0..3)];
         let journal_mib = [0, 64, 256][rng.random_range(0..3)];
         let load = Load::start(volumes, seed);
         load.pace(PACE);
         let commits = Commits::start(&scratch, &mount);
-        let (pair, link) = pair(&small, ring_mib, journal_mib, &Seed::of(seed));
-        let devices = vec![a, b, fs];
-        let paths: Vec<&Path> = devices.iter().map(LoopDevice::path).collect();
+        let (pair, link) = pair(&small, ring_mib, journal_mib, &Seed::of(seed), &missed_file(&scratch));
+        let paths = [a.path(), b.path(), failing.device.path(), checked.path(), fs.path()];
+        let devices = paths.map(Path::to_owned).into();
         let replicas = pair.protect(GROUP, &paths);
         let watcher = Watcher::start(pair.production.client(), GROUP);
         pair.wait_protected(GROUP, LIMIT);
@@ -141,10 +213,14 @@ impl Bench {
             watcher,
             commits,
             load,
+            checking: None,
             mount,
             pair,
             link,
             devices,
+            growing: [(0, a), (MOUNTED, fs)],
+            _steady: [b, checked],
+            failing,
             full,
             small,
             _small_device: small_device,
@@ -156,6 +232,7 @@ impl Bench {
             excuse: Excuse::default(),
             tally: Tally::default(),
             tainted: Vec::new(),
+            missed: 0,
             drained_at: 0,
             away_since: false,
             round: 0,
@@ -179,12 +256,14 @@ impl Bench {
         let load = &self.load;
         load.quiet(|_| load.forget());
         self.note_drained();
+        let device = &self.devices[CHECKED];
+        self.checking = Some(Checked::start(&self.scratch, device, CHECKED_BYTES, rng.random::<u32>().into()));
     }
 
     /// Bytes that the kernel says were written to the volumes: by the load, the database, the file system.
     pub fn written(&self) -> u64 {
-        let sectors = |device: &LoopDevice| -> u64 {
-            let name = device.path().file_name().unwrap().to_string_lossy().into_owned();
+        let sectors = |device: &PathBuf| -> u64 {
+            let name = device.file_name().unwrap().to_string_lossy().into_owned();
             let stat = std::fs::read_to_string(format!("/sys/block/{name}/stat")).unwrap();
             stat.split_whitespace().nth(6).unwrap().parse().unwrap()
         };
@@ -218,17 +297,52 @@ impl Bench {
     }
 
     /// Kills or stops the agent, waits, starts it: a ring that half of it would fill is not excused.
-    pub fn agent_away(&mut self, kill: bool, away: Duration, between: impl FnOnce(&mut Pair)) {
+    pub fn agent_away(&mut self, kill: bool, away: Duration, between: impl FnOnce(&mut Bench)) {
         let before = self.written();
         match kill {
             true => self.pair.production.kill(Role::Agent),
             false => self.pair.production.stop(Role::Agent),
         }
-        between(&mut self.pair);
+        between(self);
         std::thread::sleep(away);
         self.pair.production.start(Role::Agent);
         self.excuse.ring_full |= (self.written() - before) * 100 >= self.ring_bytes * 45;
         self.receiver_was_away();
+    }
+
+    /// A write to the first volume that no capture can have seen, and the agent hears that there was one.
+    pub fn unseen(&mut self, from: u64, sectors: u64) {
+        self.missed += 1;
+        let file = missed_file(&self.scratch);
+        self.load.unseen(0, from, sectors, self.growing[0].1.backing(), || {
+            let new = file.with_extension("new");
+            std::fs::write(&new, self.missed.to_string()).unwrap();
+            std::fs::rename(new, file).unwrap();
+        });
+    }
+
+    /// So many unseen writes were there up to now.
+    pub fn missed(&self) -> u64 {
+        self.missed
+    }
+
+    /// The first volume or the last becomes larger; `false`: it has become large enough.
+    pub fn grow(&mut self, last: bool, sectors: u64) -> bool {
+        let (volume, device) = &self.growing[usize::from(last)];
+        let (then, now) = (if last { FS_BYTES } else { A_BYTES }, size_bytes(device.path()));
+        let bytes = now + sectors * SECTOR as u64;
+        if bytes > then + GROWTH_MAX {
+            return false;
+        }
+        self.excuse.grown = true;
+        if last {
+            // Its file system stays as it is: to enlarge it while it is mounted takes CAP_SYS_RESOURCE, which root of a container
+            // has not.
+            device.resize(bytes);
+        } else {
+            self.load.grow(*volume, sectors, || device.resize(bytes));
+        }
+        true
     }
 
     /// A bookmark, with what the volumes hold at it. `None`: the product refused to promise it.
@@ -237,10 +351,17 @@ impl Bench {
         let (client, acknowledged): (Client, u64) = (self.pair.production.client(), self.commits.acknowledged());
         let (out, image) =
             self.load.quiet(|image| (client.varve(&["bookmark", GROUP, &name, "--json"]), image.clone()));
-        self.note_moment(name, &out, image, acknowledged)
+        self.note_moment(name, &out, image, None, acknowledged)
     }
 
-    pub fn note_moment(&mut self, name: String, out: &Output, image: Image, acknowledged: u64) -> bool {
+    pub fn note_moment(
+        &mut self,
+        name: String,
+        out: &Output,
+        image: Image,
+        checked: Option<Checked>,
+        acknowledged: u64,
+    ) -> bool {
         match out.code {
             0 => {}
             // In a gap; or nobody is there to set it; or the ring is full.
@@ -255,6 +376,7 @@ impl Bench {
         self.moments.push(Moment {
             name,
             image,
+            checked,
             time: reply["time"].as_str().unwrap().to_owned(),
             durable: reply["durable"] == true,
             commits: (acknowledged, self.commits.issued()),
@@ -281,8 +403,13 @@ pub fn streams(points: &Value) -> Vec<Value> {
     points["stretches"].as_array().unwrap().iter().map(|stretch| stretch["incarnation"].clone()).collect()
 }
 
+/// Where the agent looks for how many events were skipped (agent/src/misses.rs).
+fn missed_file(scratch: &Scratch) -> PathBuf {
+    scratch.join("missed")
+}
+
 /// A pair whose receiver has a small disk, and whose link can be cut.
-fn pair(small: &Mount, ring_mib: u64, journal_mib: u64, seed: &Seed) -> (Pair, Impair) {
+fn pair(small: &Mount, ring_mib: u64, journal_mib: u64, seed: &Seed, missed: &Path) -> (Pair, Impair) {
     let address = format!("127.0.0.1:{}", free_port());
     let mut recovery = Installation::inside(small.path());
     recovery.varve(&["receiver", "init", "--listen", &address]).ok();
@@ -298,6 +425,7 @@ fn pair(small: &Mount, ring_mib: u64, journal_mib: u64, seed: &Seed) -> (Pair, I
     std::fs::write(production.root().join("etc/varve/agent.toml"), config).unwrap();
     let link = Impair::new(&address, seed);
     production.varve(&["join", &link.address(), token["token"].as_str().unwrap()]).ok();
+    production.set_env("VARVE_MISSED", missed.to_str().unwrap());
     production.start(Role::Agent);
     (Pair { production, recovery, address }, link)
 }

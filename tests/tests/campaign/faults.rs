@@ -1,6 +1,6 @@
 //! The faults, and what each of them excuses.
 
-use crate::bench::{Bench, GROUP, KEPT_BYTES, LIMIT};
+use crate::bench::{Bench, GROUP, KEPT_BYTES, LIMIT, WRITTEN_SECTORS};
 use nix::sys::signal::Signal;
 use rand::Rng;
 use rand::rngs::StdRng;
@@ -52,6 +52,13 @@ pub enum Fault {
     ReceiverDiskFull(u64),
     /// The disk below the second volume has no room.
     WritesFail(u64),
+    /// The disk below the third volume fails writes (`true`: and reads).
+    MediumFails(u64, bool),
+    /// The first volume changes in these sectors (the first and how many), and the kernel has skipped the event; also while the
+    /// agent is away.
+    EventMissed(u64, u64, Option<u64>),
+    /// The first volume (`true`: the last, below its file system) has so many sectors more; also while the agent is away.
+    VolumeGrown(bool, u64, Option<u64>),
     /// Sectors of the first replica, from this one of those that the load leaves alone.
     ReplicaChanged(u64, u64),
     /// What a reboot leaves: no capture, and writes that nobody saw.
@@ -64,7 +71,7 @@ impl Fault {
     /// One at random.
     pub fn any(rng: &mut StdRng) -> Self {
         let away = rng.random_range(0..2500);
-        match rng.random_range(0..100) {
+        match rng.random_range(0..115) {
             0..=11 => {
                 let times = rng.random_range(1..=3);
                 Fault::AgentKilled((0..times).map(|_| (rng.random_range(0..900), rng.random_range(0..300))).collect())
@@ -87,6 +94,16 @@ impl Fault {
                 Fault::ReplicaChanged(rng.random_range(0..KEPT_BYTES / SECTOR as u64 - sectors), sectors)
             }
             94..=96 => Fault::CaptureLost,
+            97..=101 => Fault::MediumFails(rng.random_range(200..2500), rng.random_bool(0.5)),
+            102..=106 => {
+                let sectors = rng.random_range(1..=64);
+                let away = rng.random_bool(0.3).then(|| rng.random_range(0..300));
+                Fault::EventMissed(rng.random_range(0..WRITTEN_SECTORS - sectors), sectors, away)
+            }
+            107..=111 => {
+                let (last, sectors) = (rng.random_bool(0.3), rng.random_range(1..2 * MIB / SECTOR as u64));
+                Fault::VolumeGrown(last, sectors, rng.random_bool(0.3).then(|| rng.random_range(0..300)))
+            }
             _ => Fault::Verified,
         }
     }
@@ -152,6 +169,24 @@ impl Fault {
                 bench.full.free();
                 bench.load.small(false);
                 bench.excuse.failed_write |= bench.load.failed() > 0;
+            }
+            Fault::MediumFails(time, reads) => {
+                bench.load.small(true);
+                bench.failing.fail(*reads, Duration::from_millis(*time));
+                bench.load.small(false);
+                bench.excuse.failed_write |= bench.load.failed() > 0;
+            }
+            Fault::EventMissed(from, sectors, away) => event_missed(bench, *from, *sectors, *away),
+            Fault::VolumeGrown(last, sectors, away) => {
+                let grow = |bench: &mut Bench| {
+                    if !bench.grow(*last, *sectors) {
+                        println!("  it has grown enough");
+                    }
+                };
+                match away {
+                    Some(away) => bench.agent_away(true, Duration::from_millis(*away), grow),
+                    None => grow(bench),
+                }
             }
             Fault::ReplicaChanged(from, sectors) => replica_changed(bench, *from, *sectors),
             Fault::CaptureLost => capture_lost(bench),
@@ -276,10 +311,31 @@ fn replica_changed(bench: &mut Bench, from: u64, sectors: u64) {
     assert_eq!(again.last().unwrap()["differing_bytes"], 0, "{again:?}");
 }
 
+fn event_missed(bench: &mut Bench, from: u64, sectors: u64, away: Option<u64>) {
+    // Inside of another gap it would be no gap of its own, and nobody could count it.
+    ready(bench);
+    let gaps = |bench: &Bench| {
+        let points = bench.points();
+        points["gaps"].as_array().unwrap().iter().filter(|gap| gap["reason"] == "missed-events").count()
+    };
+    let before = gaps(bench);
+    bench.excuse.comparisons += 1;
+    match away {
+        Some(away) => bench.agent_away(true, Duration::from_millis(away), |bench| bench.unseen(from, sectors)),
+        None => {
+            bench.unseen(from, sectors);
+            // It has the write, or there is none.
+            bench.moment(&format!("missed{}", bench.missed()));
+        }
+    }
+    wait_until(LIMIT, "the gap is known at the receiver", || gaps(bench) > before);
+    bench.pair.wait_protected(GROUP, LIMIT);
+}
+
 fn capture_lost(bench: &mut Bench) {
     let before = bench.load.written();
-    bench.agent_away(false, Duration::ZERO, |pair| {
-        run(pair.production.command(Role::Agent).arg("--unpin-all")).ok();
+    bench.agent_away(false, Duration::ZERO, |bench| {
+        run(bench.pair.production.command(Role::Agent).arg("--unpin-all")).ok();
     });
     // Somebody must have written what nobody saw, or there is nothing to find.
     assert!(bench.load.written() >= before);
