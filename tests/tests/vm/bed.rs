@@ -23,6 +23,12 @@ impl Bed {
     /// With an ext4 volume of so many bytes, and more disks behind it.
     #[track_caller]
     pub fn new(series: &str, bytes: u64, more: &[(&str, u64)]) -> Self {
+        Self::with(series, bytes, more, &["sqlite3", "dmsetup"], "")
+    }
+
+    /// The same with other programs and more modules.
+    #[track_caller]
+    pub fn with(series: &str, bytes: u64, more: &[(&str, u64)], programs: &[&str], modules: &str) -> Self {
         let scratch = Scratch::disk();
         let (state, volume) = (scratch.file("state.img", GIB), scratch.file("volume.img", bytes));
         Filesystem::Ext4.make(&state);
@@ -30,7 +36,7 @@ impl Bed {
         let more: Vec<PathBuf> = more.iter().map(|(name, bytes)| scratch.file(name, *bytes)).collect();
         let mut disks = vec![state.as_path(), volume.as_path()];
         disks.extend(more.iter().map(PathBuf::as_path));
-        let machine = Machine::new(&scratch, series, &["sqlite3", "dmsetup"], &disks);
+        let machine = Machine::with(&scratch, series, programs, &disks, modules, "1G");
         let port = free_port();
         let mut recovery = Installation::new();
         recovery.varve(&["receiver", "init", "--listen", &format!("127.0.0.1:{port}")]).ok();

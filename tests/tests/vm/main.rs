@@ -9,6 +9,7 @@ mod capture;
 mod crashes;
 mod log;
 mod log_writes;
+mod passthrough;
 mod units;
 
 /// The series of Debian's cloud kernels that are tested.
