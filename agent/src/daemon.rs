@@ -6,6 +6,7 @@ use crate::journal;
 use crate::link::{self, LinkView, Target};
 use crate::misses::Misses;
 use crate::quiesce::{self, Authorities, Order};
+use crate::seal::{Patience, Seal};
 use crate::store::{GroupFile, Store};
 use crate::volume::{self, Checked};
 use std::collections::BTreeMap;
@@ -37,8 +38,10 @@ const RETRY_TICKS: u64 = 10;
 /// Ticks between two looks at whether the volumes are still what they were. (A volume that is written says so itself.)
 const LOOK_TICKS: u64 = 3;
 
-/// How long a stop waits for a look at volumes.
+/// How long a stop waits for looks at volumes, over all groups.
 const SEAL_LIMIT: Duration = Duration::from_secs(5);
+/// The same for a start, before anybody is told that capture runs.
+const PATIENCE: Duration = Duration::from_secs(6);
 
 /// How the problem of a volume that shrank ends.
 const SHRANK: &str = "shrank";
@@ -68,6 +71,7 @@ pub struct Daemon {
     frames: BufPool,
     regions: BufPool,
     misses: Arc<Misses>,
+    patience: Arc<Patience>,
     /// What is wrong, told once.
     pub watcher: Watcher,
 }
@@ -107,6 +111,7 @@ impl Daemon {
             frames: BufPool::new(FRAMES_MAX, frame_bytes.next_multiple_of(4096)),
             regions: BufPool::new(REGIONS_MAX, REGION_BYTES as usize),
             misses,
+            patience: Arc::new(Patience::new(PATIENCE)),
             watcher: Watcher::new("agent"),
         }))
     }
@@ -338,6 +343,7 @@ impl Daemon {
             lagging_after: config.lagging_after,
             compression: config.compression,
             journal: Some(self.journals(&config)),
+            patience: self.patience.clone(),
             seal: self.store.take_seal(&file.name).filter(|_| !config.compare_after_boot),
             authority: self.authorities.known(&file.name),
             orders: self.orders.0.clone(),
@@ -783,27 +789,43 @@ impl Daemon {
         }
         let _changes = self.changes.lock().await;
         let groups = std::mem::take(&mut *self.groups.write().unwrap_or_else(PoisonError::into_inner));
+        // Everything is safe before anything is looked at.
+        let mut rested = Vec::with_capacity(groups.len());
         for handle in groups.values() {
             if handle.stop().await {
-                self.seal(handle).await;
+                rested.push(handle.clone());
             }
         }
+        self.seal(rested).await;
     }
 
     /// What spares a comparison if nobody writes before the next start.
-    async fn seal(&self, handle: &Arc<GroupHandle>) {
-        let (name, misses, sealed) = (handle.file.name.clone(), self.misses.clone(), handle.clone());
-        let pressed = tokio::task::spawn_blocking(move || sealed.seal(&misses));
-        let outcome = match tokio::time::timeout(SEAL_LIMIT, pressed).await {
-            Ok(Ok(pressed)) => pressed.and_then(|seal| self.store.save_seal(&name, &seal).map_err(|e| e.to_string())),
-            Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err("its volumes do not answer".to_owned()),
-        };
-        match outcome {
-            Ok(()) => {
-                tracing::info!(group = %name, "sealed: if nobody writes before the next start, nothing is compared")
+    async fn seal(&self, groups: Vec<Arc<GroupHandle>>) {
+        let (answer, mut answered) = mpsc::channel(groups.len().max(1));
+        for handle in groups {
+            let (answer, misses) = (answer.clone(), self.misses.clone());
+            let press = move || {
+                let outcome = handle.seal(&misses);
+                // Whoever asked may have gone.
+                let _ = answer.blocking_send((handle.file.name.clone(), outcome));
+            };
+            // Not one of the runtime's threads, for which it waits at its end: a volume may not answer.
+            if let Err(error) = std::thread::Builder::new().name("seal".to_owned()).spawn(press) {
+                tracing::warn!(%error, "a thread cannot be started; a boot means a comparison");
             }
-            Err(why) => tracing::info!(group = %name, "not sealed, a boot means a comparison: {why}"),
+        }
+        drop(answer);
+        let until = tokio::time::Instant::now() + SEAL_LIMIT;
+        while let Ok(Some((name, outcome))) = tokio::time::timeout_at(until, answered.recv()).await {
+            match &outcome {
+                Ok(_) => {
+                    tracing::info!(group = %name, "sealed: if nobody writes before the next start, nothing is compared")
+                }
+                Err(why) => tracing::info!(group = %name, "not sealed, a boot means a comparison: {why}"),
+            }
+            if let Err(problem) = self.store.save_seal(&name, &outcome.unwrap_or_else(Seal::refused)) {
+                tracing::warn!(group = %name, "its seal could not be left, a boot means a comparison: {problem}");
+            }
         }
     }
 }

@@ -51,7 +51,15 @@ impl Misses {
 
     /// Looks now. `None`: nothing is captured.
     pub fn look(&self) -> Option<Result<(), CaptureError>> {
+        self.look_since(u64::MAX)
+    }
+
+    /// Looks now, unless a look began after `since_ns` by the boot-time clock: those who wait for each other share one.
+    pub fn look_since(&self, since_ns: u64) -> Option<Result<(), CaptureError>> {
         let mut look = self.look.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.looked_ns() > since_ns {
+            return Some(Ok(()));
+        }
         let began_ns = clock::boot_ns();
         match look.as_ref()?() {
             Some(outcome) => Some(outcome.map(|count| self.note(began_ns, count + pretended()))),

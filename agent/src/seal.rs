@@ -8,15 +8,16 @@
 //! |---|---|
 //! | while the volumes were looked at, or still | nothing is mounted, held or swapped on; the ring, which must not have moved |
 //! | after the stop, through a file system, in this boot or another one, here or elsewhere | the file system's marks ([`varve_io::blockdev::marks`]) |
-//! | between this boot (or the stop in the same one) and the begin of capture, in any way | the kernel's count of writes to the device |
+//! | between this boot (or the stop in the same one) and the begin of capture, through the block layer | the kernel's count of writes to the device, and to the disk around its partitions |
 //! | and is not done yet | the count of requests in flight; those that complete later are seen by capture |
 //!
 //! Not seen: a write to the bare device, beside its file system, between the agent's stop and the end of that boot or in another
-//! system, that leaves the superblock as it was. A volume without such marks is compared.
+//! system, that leaves the superblock as it was; a command that was sent past the block layer before capture began. A volume
+//! without such marks is compared.
 
 use serde::{Deserialize, Serialize};
 use std::path::Path;
-use std::sync::mpsc;
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 use varve_common::wire::messages::Incarnation;
 use varve_io::AlignedBuf;
@@ -29,6 +30,8 @@ const VERSION: u32 = 1;
 const UNIT_BYTES: usize = 64 << 10;
 /// How long somebody who reads a volume (udev does) may do so.
 const IDLE_LIMIT: Duration = Duration::from_secs(2);
+/// How long one look may hold up a start.
+const LOOK_LIMIT: Duration = Duration::from_secs(3);
 /// Between two looks at it.
 const IDLE_LOOK: Duration = Duration::from_millis(20);
 
@@ -42,6 +45,9 @@ pub struct Seal {
     incarnation: String,
     end: u64,
     volumes: Vec<Sealed>,
+    /// Why there is no proof.
+    #[serde(default)]
+    refused: Option<String>,
 }
 
 /// One volume as it was.
@@ -53,6 +59,27 @@ struct Sealed {
     disk_sequence: u64,
     /// Writes that the kernel counted.
     written: u64,
+    /// Writes to the disk around a partition.
+    beside: u64,
+}
+
+/// How long a start may be held up by looks at volumes, over all groups: somebody waits for it with his mounts.
+pub struct Patience(Mutex<Duration>);
+
+impl Patience {
+    /// So long.
+    pub fn new(limit: Duration) -> Self {
+        Self(Mutex::new(limit))
+    }
+
+    /// Has something done with what is left; what it takes is gone.
+    fn spend<T>(&self, what: impl FnOnce(Duration) -> T) -> T {
+        let mut left = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let began = Instant::now();
+        let outcome = what(*left);
+        *left = left.saturating_sub(began.elapsed());
+        outcome
+    }
 }
 
 impl Seal {
@@ -70,7 +97,13 @@ impl Seal {
             file.map_err(|error| error.chain())?;
         }
         let volumes = look_at(volumes)?;
-        Ok(Self { version: VERSION, boot: boot()?, incarnation: name(incarnation), end, volumes })
+        Ok(Self { version: VERSION, boot: boot()?, incarnation: name(incarnation), end, volumes, refused: None })
+    }
+
+    /// A word for the next start, which has to compare.
+    pub fn refused(why: String) -> Self {
+        let (boot, incarnation) = (String::new(), String::new());
+        Self { version: VERSION, boot, incarnation, end: 0, volumes: Vec::new(), refused: Some(why) }
     }
 
     /// Where the stream ended.
@@ -85,6 +118,9 @@ impl Seal {
     /// # Errors
     /// Why there is no proof.
     fn holds(&self, volumes: &[(String, u64)]) -> Result<(), String> {
+        if let Some(why) = &self.refused {
+            return Err(format!("when the agent stopped, {why}"));
+        }
         if self.version != VERSION || self.end().0 == [0; 16] {
             return Err("another version of the agent stopped".to_owned());
         }
@@ -92,17 +128,18 @@ impl Seal {
         self.compare(&boot()?, volumes, &now)
     }
 
-    /// The same, for so long at most: volumes that do not answer hold nothing up.
+    /// The same, as long as there is patience: volumes that do not answer hold nothing up.
     ///
     /// # Errors
     /// Why there is no proof.
-    pub fn holds_within(&self, volumes: &[(String, u64)], limit: Duration) -> Result<(), String> {
+    pub fn holds_within(&self, volumes: &[(String, u64)], patience: &Patience) -> Result<(), String> {
         let (seal, volumes, (answer, answered)) = (self.clone(), volumes.to_vec(), mpsc::channel());
         // Whoever asked may have gone.
         let look = move || drop(answer.send(seal.holds(&volumes)));
         let thread = std::thread::Builder::new().name("seal".to_owned()).spawn(look);
         thread.map_err(|error| format!("a thread cannot be started: {error}"))?;
-        answered.recv_timeout(limit).unwrap_or_else(|_| Err("its volumes do not answer".to_owned()))
+        let answer = patience.spend(|left| answered.recv_timeout(left.min(LOOK_LIMIT)));
+        answer.unwrap_or_else(|_| Err("its volumes did not answer in time".to_owned()))
     }
 
     fn compare(&self, boot: &str, volumes: &[(String, u64)], now: &[Sealed]) -> Result<(), String> {
@@ -117,7 +154,10 @@ impl Seal {
             if same_boot && now.disk_sequence != then.disk_sequence {
                 return Err(format!("{path} is another disk"));
             }
-            let before = if same_boot { then.written } else { 0 };
+            let (before, beside) = if same_boot { (then.written, then.beside) } else { (0, 0) };
+            if now.beside != beside {
+                return Err(format!("the disk of {path} was written to around its partitions before capture began"));
+            }
             if now.written != before {
                 let count = now.written.wrapping_sub(before);
                 return Err(format!("{path} was written to before capture began ({count} writes)"));
@@ -152,15 +192,15 @@ impl Sealed {
         if file.len() != bytes {
             return Err(format!("{shown} has another size"));
         }
-        let mut unit = AlignedBuf::new(UNIT_BYTES);
-        let found = marks(bytes, |offset, out| read(&file, &mut unit, offset, out));
+        let (mut unit, mut holds) = (AlignedBuf::new(UNIT_BYTES), None);
+        let found = marks(bytes, |offset, out| read(&file, &mut unit, &mut holds, offset, out));
         let found = found.map_err(|why| format!("{shown}: {why}"))?;
         if idle(path)? != before {
             return Err(format!("{shown} was written to while it was looked at"));
         }
         let digest = blake3::Hash::from(found.digest).to_hex();
-        let Writes { disk_sequence, completed: written, .. } = before;
-        Ok(Self { bytes, marks: format!("{} {digest}", found.kind), disk_sequence, written })
+        let Writes { disk_sequence, completed: written, beside, .. } = before;
+        Ok(Self { bytes, marks: format!("{} {digest}", found.kind), disk_sequence, written, beside })
     }
 }
 
@@ -181,12 +221,21 @@ fn idle(path: &Path) -> Result<Writes, String> {
     }
 }
 
-/// Fills `out`, wherever it begins.
-fn read(file: &DirectFile, unit: &mut AlignedBuf, mut offset: u64, mut out: &mut [u8]) -> std::io::Result<()> {
+/// Fills `out`, wherever it begins. `holds`: where the unit that was read last begins.
+fn read(
+    file: &DirectFile,
+    unit: &mut AlignedBuf,
+    holds: &mut Option<u64>,
+    mut offset: u64,
+    mut out: &mut [u8],
+) -> std::io::Result<()> {
     while !out.is_empty() {
         let begin = offset - offset % UNIT_BYTES as u64;
         let len = (file.len() - begin).min(UNIT_BYTES as u64) as usize;
-        file.read_exact_at(&mut unit[..len], begin).map_err(|error| std::io::Error::other(error.chain()))?;
+        if holds.take_if(|held| *held == begin).is_none() {
+            file.read_exact_at(&mut unit[..len], begin).map_err(|error| std::io::Error::other(error.chain()))?;
+        }
+        *holds = Some(begin);
         let skip = (offset - begin) as usize;
         let part = out.len().min(len.saturating_sub(skip));
         if part == 0 {
@@ -204,7 +253,7 @@ mod tests {
     use super::*;
 
     fn sealed() -> Sealed {
-        Sealed { bytes: 4096, marks: "ext4 1".to_owned(), disk_sequence: 7, written: 30 }
+        Sealed { bytes: 4096, marks: "ext4 1".to_owned(), disk_sequence: 7, written: 30, beside: 2 }
     }
 
     #[test]
@@ -215,6 +264,7 @@ mod tests {
             incarnation: name([1; 16]),
             end: 64,
             volumes: vec![sealed()],
+            refused: None,
         };
         assert_eq!(seal.end(), ([1; 16], 64));
         let volumes = [("/dev/vdb".to_owned(), 4096)];
@@ -223,7 +273,7 @@ mod tests {
             change(&mut now);
             seal.compare(boot, &volumes, &[now]).is_ok()
         };
-        let booted = |now: &mut Sealed| (now.disk_sequence, now.written) = (3, 0);
+        let booted = |now: &mut Sealed| (now.disk_sequence, now.written, now.beside) = (3, 0, 0);
         assert!(holds("a", &|_| ()) && holds("b", &booted));
         assert!(!holds("b", &|_| ()), "written to since the boot");
         assert!(!holds("a", &booted), "another disk under its name");
@@ -240,7 +290,7 @@ mod tests {
             };
             assert!(change(|_| ()));
             assert!(!change(|now| now.marks.push('2')) && !change(|now| now.bytes += 512));
-            assert!(!change(|now| now.written += 1));
+            assert!(!change(|now| now.written += 1) && !change(|now| now.beside += 1));
         }
         assert!(seal.compare("a", &volumes, &[]).is_err() && seal.compare("a", &[], &[sealed()]).is_err());
     }

@@ -895,6 +895,29 @@ async fn without_layers_no_old_point_is_handed_out() {
     }
 }
 
+/// A source whose ring is new asks where the stream of its old one stands, a rollback comes and goes, and the new ring begins: it may
+/// not go on as if nothing had come between.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_ring_hears_of_a_rollback_that_came_and_went() {
+    let mut world = World::new(&[16 << 20], "", None).await;
+    world.write(0, &payload(1, 4096)).await;
+    world.bookmark("first").await;
+    world.write(0, &payload(2, 4096)).await;
+    world.settle().await;
+    for rolled in [false, true] {
+        world.disconnect();
+        assert!(world.connect().await, "under the old ring's name");
+        world.disconnect();
+        if rolled {
+            block_in_place(|| world.looker.rollback(&named("first"))).unwrap().unwrap();
+            let _: () = block_in_place(|| world.looker.done(&ReceiverRequest::RollbackRelease { group: GROUP.into() }));
+        }
+        let old = std::mem::replace(&mut world.source.incarnation, [9; 16]);
+        assert_eq!(world.connect().await, !rolled, "consistent, to a new ring");
+        world.source.incarnation = old;
+    }
+}
+
 /// The receiver's clock is ten minutes ahead of the source's, and gave the marks of a rollback.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_time_means_what_has_landed_also_after_a_rollback() {

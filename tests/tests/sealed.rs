@@ -222,3 +222,54 @@ fn a_receiver_that_stands_elsewhere_is_compared() {
     bench.pair.recovery.start(Role::Receiver);
     bench.assert_compared("capture has not seen all since it began");
 }
+
+/// A disk whose partition is protected: what is written through the disk as a whole is counted for no partition.
+#[test]
+fn a_partition_is_written_to_through_its_disk() {
+    require_root();
+    let scratch = Scratch::memory();
+    let disk = LoopDevice::over(&scratch.file("disk", BYTES), LoopOptions { partscan: true, ..LoopOptions::default() });
+    let parts = disk.partition("size=100MiB\nsize=100MiB");
+    let mut pair = Pair::with_agent_config("");
+    for part in &parts {
+        Filesystem::Ext4.make(part);
+    }
+    let replicas = pair.protect(GROUP, &[&parts[0]]);
+    pair.wait_protected(GROUP, LIMIT);
+    let boot = |pair: &mut Pair, write: &dyn Fn()| {
+        pair.wait_applied(GROUP, LIMIT);
+        pair.production.stop(Role::Agent);
+        run(pair.production.command(Role::Agent).arg("--unpin-all")).ok();
+        write();
+        pair.production.start(Role::Agent);
+        pair.wait_protected(GROUP, LIMIT);
+        pair.wait_applied(GROUP, LIMIT);
+        assert_same(&parts[0], &replicas[0]);
+        pair.production.group(GROUP).unwrap()["ring"]["origin"].as_str().unwrap().to_owned()
+    };
+    let origin = boot(&mut pair, &|| ());
+    assert!(origin.contains(NOT_COMPARED), "{origin}");
+    // The other partition is nobody's business, nor is a flush of the disk.
+    let origin = boot(&mut pair, &|| {
+        let other = std::fs::File::options().write(true).open(&parts[1]).unwrap();
+        other.write_all_at(&[3; 4096], 50 * MIB).unwrap();
+        other.sync_all().unwrap();
+    });
+    assert!(origin.contains(NOT_COMPARED), "{origin}");
+    let origin = boot(&mut pair, &|| {
+        let whole = std::fs::File::options().write(true).open(disk.path()).unwrap();
+        whole.write_all_at(&[7; 4096], 60 * MIB).unwrap();
+        whole.sync_all().unwrap();
+    });
+    assert!(origin.contains("was written to around its partitions"), "{origin}");
+    // A disk with partitions is no volume with marks.
+    pair.production.varve(&["unprotect", GROUP, "--yes"]).ok();
+    pair.production.varve(&["protect", "whole", disk.path().to_str().unwrap()]).ok();
+    pair.wait_protected("whole", LIMIT);
+    pair.production.stop(Role::Agent);
+    run(pair.production.command(Role::Agent).arg("--unpin-all")).ok();
+    pair.production.start(Role::Agent);
+    pair.wait_protected("whole", LIMIT);
+    let origin = pair.production.group("whole").unwrap()["ring"]["origin"].as_str().unwrap().to_owned();
+    assert!(origin.contains("a partition table as well"), "{origin}");
+}

@@ -30,7 +30,7 @@ use crate::clock;
 use crate::link::LinkView;
 use crate::misses::Misses;
 use crate::quiesce::{Order, Shown};
-use crate::seal::Seal;
+use crate::seal::{Patience, Seal};
 use crate::store::{Fence, GroupFile};
 use crate::volume::Checked;
 use source::Source as _;
@@ -41,6 +41,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use varve_bpf::{Capture, Group, Origin, VolumeSpec};
 use varve_common::limits::SYNC_REGIONS_MAX;
 use varve_common::problem::Problem;
+use varve_common::record::RecordKind;
 use varve_common::state::{GapReason, Link};
 use varve_common::wire::messages::VolumeHello;
 use varve_io::aligned::BufPool;
@@ -52,8 +53,6 @@ const COMMANDS_MAX: usize = 32;
 const GAP_LIMIT: Duration = Duration::from_secs(3);
 /// Between two looks at whether it was told.
 const GAP_LOOK: Duration = Duration::from_millis(20);
-/// How long a look at the volumes may take that spares a comparison.
-const SEAL_LIMIT: Duration = Duration::from_secs(3);
 /// How long a group may take to end.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
@@ -81,6 +80,8 @@ pub struct Surroundings {
     pub equal: bool,
     /// What the last stop left.
     pub seal: Option<Seal>,
+    /// For looks at what it says.
+    pub patience: Arc<Patience>,
     /// What is remembered of who may write.
     pub authority: (Option<Fence>, Option<Shown>),
     /// To the daemon.
@@ -222,7 +223,7 @@ impl GroupHandle {
         let paths: Vec<_> = volumes.iter().map(|volume| (volume.path.clone(), volume.spec.bytes)).collect();
         // Before anybody is told that capture runs: then volumes are mounted, and are not as they were any more.
         let seal = surroundings.seal.clone().filter(|_| source.kept().is_none());
-        let sealed = seal.map(|seal| seal.holds_within(&paths, SEAL_LIMIT).map(|()| seal.end()));
+        let sealed = seal.map(|seal| seal.holds_within(&paths, &surroundings.patience).map(|()| seal.end()));
         let shared = Arc::new(GroupShared::new(
             name.clone(),
             paths,
@@ -315,7 +316,13 @@ impl GroupHandle {
         let seal = Seal::press(&self.shared.volumes, self.shared.incarnation, rest.end)?;
         // Who wrote while the volumes were looked at is in the stream, or among the events.
         let looked = matches!(misses.look(), Some(Ok(()))) && misses.count() == rest.misses;
-        let still = self.group.ring().producer() == rest.end && self.group.troubles() == rest.troubles;
+        // A flush of another partition of its disk stands there, too, and changes nothing.
+        let (ring, mut changed) = (self.group.ring(), false);
+        let until = ring.producer();
+        let reached = cut::walk(ring, rest.end, until, ring.capacity(), |cut::Met::Record { header, .. }| {
+            changed |= RecordKind::from_number(header.kind).is_none_or(RecordKind::changes_data);
+        });
+        let still = reached == until && !changed && self.group.troubles() == rest.troubles;
         if looked && still { Ok(seal) } else { Err("something was written meanwhile".to_owned()) }
     }
 

@@ -7,6 +7,9 @@
 //! | XFS, version 5 | the headers of all allocation groups; the log around its head | every mount (unmount record, counters), what is logged before an unmount that never came, `xfs_repair` |
 //! | btrfs | the superblock | every transaction and every fsync (generation, roots), `btrfs check --repair` |
 //!
+//! A volume on which something else may live (a partition table, LVM, LUKS, md, ZFS, swap, a second file system) has none: what is
+//! left of a file system that was there before never changes.
+//!
 //! A write to the device beside the file system changes none of it. Whoever relies on the marks needs something else against that.
 
 use std::io;
@@ -17,6 +20,8 @@ const XFS_GROUPS_MAX: u64 = 8192;
 const XFS_LOG_BLOCK_BYTES: u64 = 512;
 /// Of the log, before its head and behind it.
 const XFS_LOG_AROUND_BYTES: [u64; 2] = [8 << 10, 56 << 10];
+/// How far before its head the record of an unmount may begin: a stripe unit of the log, and its header.
+const XFS_UNMOUNT_BLOCKS_MAX: u64 = 1024;
 /// Longest piece that is read at once.
 const PIECE_BYTES_MAX: usize = 32 << 10;
 
@@ -35,6 +40,9 @@ pub enum NoMarks {
     /// Nothing that we know.
     #[error("it has no file system of its own that leaves marks (ext4, XFS, btrfs)")]
     Unknown,
+    /// It may not be what the volume is used for.
+    #[error("it holds {0} as well, and which of the two is in use is not known")]
+    Other(&'static str),
     /// It was not unmounted cleanly, or is of a kind that does not say.
     #[error("its {kind} {why}")]
     Unclean {
@@ -57,11 +65,16 @@ pub enum NoMarks {
 /// See [`NoMarks`].
 pub fn marks(bytes: u64, read: impl FnMut(u64, &mut [u8]) -> io::Result<()>) -> Result<Marks, NoMarks> {
     let mut look = Look { bytes, read, hasher: blake3::Hasher::new() };
-    let kind = match () {
-        () if look.is(0, b"XFSB")? => look.xfs()?,
-        () if look.is(1024 + 56, &[0x53, 0xef])? => look.ext()?,
-        () if look.is(0x1_0040, b"_BHRfS_M")? => look.btrfs()?,
-        () => return Err(NoMarks::Unknown),
+    let there = [look.is(0, b"XFSB")?, look.is(1024 + 56, &[0x53, 0xef])?, look.is(0x1_0040, b"_BHRfS_M")?];
+    if let Some(other) = look.other()? {
+        return Err(NoMarks::Other(other));
+    }
+    let kind = match there {
+        [true, false, false] => look.xfs()?,
+        [false, true, false] => look.ext()?,
+        [false, false, true] => look.btrfs()?,
+        [false, false, false] => return Err(NoMarks::Unknown),
+        _ => return Err(NoMarks::Other("a second file system")),
     };
     Ok(Marks { kind, digest: *look.hasher.finalize().as_bytes() })
 }
@@ -83,8 +96,46 @@ impl<R: FnMut(u64, &mut [u8]) -> io::Result<()>> Look<R> {
         Ok(Some(found))
     }
 
-    fn is<const N: usize>(&mut self, offset: u64, magic: &[u8; N]) -> Result<bool, NoMarks> {
-        Ok(self.fetch::<N>(offset)?.as_ref() == Some(magic))
+    /// Whether these bytes, eight at most, are there.
+    fn is(&mut self, offset: u64, magic: &[u8]) -> Result<bool, NoMarks> {
+        Ok(self.fetch::<8>(offset)?.is_some_and(|found| found.starts_with(magic)))
+    }
+
+    /// What else the volume may be used for, or was once.
+    fn other(&mut self) -> Result<Option<&'static str>, NoMarks> {
+        const PARTITIONS: &str = "a partition table";
+        const LVM: &str = "an LVM label";
+        let others: [(u64, &[u8], &str); 11] = [
+            (510, &[0x55, 0xaa], PARTITIONS),
+            (512, b"EFI PART", PARTITIONS),
+            (4096, b"EFI PART", PARTITIONS),
+            (0, b"LABELONE", LVM),
+            (512, b"LABELONE", LVM),
+            (1024, b"LABELONE", LVM),
+            (1536, b"LABELONE", LVM),
+            (0, b"LUKS", "LUKS"),
+            (4096, &[0xfc, 0x4e, 0x2b, 0xa9], "an md superblock"),
+            (4096 - 10, b"SWAPSPAC", "swap space"),
+            (8192 - 10, b"SWAPSPAC", "swap space"),
+        ];
+        for (at, magic, what) in others {
+            if self.is(at, magic)? {
+                return Ok(Some(what));
+            }
+        }
+        self.zfs()
+    }
+
+    /// ZFS leaves what is before its labels' lists alone; its ring of uberblocks tells.
+    fn zfs(&mut self) -> Result<Option<&'static str>, NoMarks> {
+        for slot in 0..128 {
+            if let Some(magic) = self.fetch::<8>((128 << 10) + (slot << 10))?
+                && [u64::from_le_bytes(magic), u64::from_be_bytes(magic)].contains(&0x00ba_b10c)
+            {
+                return Ok(Some("ZFS"));
+            }
+        }
+        Ok(None)
     }
 
     /// Has it count; `kind` for the error where the volume ends before.
@@ -159,12 +210,38 @@ impl<R: FnMut(u64, &mut [u8]) -> io::Result<()>> Look<R> {
         let log = group.checked_mul(group_blocks).and_then(|at| at.checked_add(in_group)?.checked_mul(block));
         let (log, blocks) = (log.ok_or_else(damaged)?, log_blocks * block / XFS_LOG_BLOCK_BYTES);
         let head = self.xfs_log_head(log, blocks)?;
+        if !self.xfs_is_unmounted(log, blocks, head)? {
+            return Err(NoMarks::Unclean { kind, why: "was not unmounted cleanly" });
+        }
         let [before, behind] = XFS_LOG_AROUND_BYTES.map(|bytes| (bytes / XFS_LOG_BLOCK_BYTES).min(blocks / 2));
         let from = (head + blocks - before) % blocks;
         let first = (before + behind).min(blocks - from);
         self.take(kind, log + from * XFS_LOG_BLOCK_BYTES, first * XFS_LOG_BLOCK_BYTES)?;
         self.take(kind, log, (before + behind - first) * XFS_LOG_BLOCK_BYTES)?;
         Ok(kind)
+    }
+
+    /// Whether the log's last record is that of an unmount.
+    fn xfs_is_unmounted(&mut self, log: u64, blocks: u64, head: u64) -> Result<bool, NoMarks> {
+        const OF_A_TRANSACTION: u8 = 0xaa; // oh_clientid: the log's own
+        const UNMOUNT: u8 = 0x20; // oh_flags
+        const HEADER_BYTES_MAX: u32 = 32 << 10; // of a record, for each block of its header
+        for back in 1..=XFS_UNMOUNT_BLOCKS_MAX.min(blocks) {
+            let at = |block: u64| log + block % blocks * XFS_LOG_BLOCK_BYTES;
+            let begin = head + blocks - back;
+            let Some(header) = self.fetch::<324>(at(begin))? else { return Ok(false) };
+            let u32_at = |place: usize| u32::from_be_bytes(std::array::from_fn(|byte| header[place + byte]));
+            if u32_at(0) != 0xfeed_babe {
+                continue;
+            }
+            let (version, data, operations, size) = (u32_at(8), u32_at(12), u32_at(40), u32_at(320));
+            let headers = if version & 2 != 0 { u64::from(size.div_ceil(HEADER_BYTES_MAX).clamp(1, 8)) } else { 1 };
+            let ends = u64::from(data).div_ceil(XFS_LOG_BLOCK_BYTES) + headers == back;
+            let Some(operation) = self.fetch::<12>(at(begin + headers))? else { return Ok(false) };
+            let is_one = operation[8] == OF_A_TRANSACTION && operation[9] & UNMOUNT != 0;
+            return Ok(ends && operations == 1 && is_one);
+        }
+        Ok(false)
     }
 
     /// The block at which the log goes on: where the number of its round changes. Wherever it is wrong, it is so both times.
@@ -217,7 +294,24 @@ mod tests {
         image[96..100].copy_from_slice(&64_u32.to_be_bytes());
         image[100..104].copy_from_slice(&[0, 5, 2, 0]);
         image[124] = 7;
+        unmounted(&mut image, 100);
         image
+    }
+
+    /// Where the log of [`xfs`] begins: in the second group, at its block 8.
+    const LOG: usize = (128 + 8) * 4096;
+
+    /// The log's blocks up to `head` are of the first round, and the last two are the record of an unmount.
+    fn unmounted(image: &mut [u8], head: usize) {
+        for block in 0..head {
+            image[LOG + block * 512 + 3] = 1;
+        }
+        let record = LOG + (head - 2) * 512;
+        image[record..record + 4].copy_from_slice(&0xfeed_babe_u32.to_be_bytes());
+        for (at, value) in [(4, 1_u32), (8, 2), (12, 512), (40, 1), (320, 32 << 10)] {
+            image[record + at..record + at + 4].copy_from_slice(&value.to_be_bytes());
+        }
+        image[record + 512 + 8..record + 512 + 10].copy_from_slice(&[0xaa, 0x20]);
     }
 
     #[test]
@@ -231,28 +325,30 @@ mod tests {
         }
         let before = of(&xfs()).expect("marks");
         assert_eq!(before.kind, "XFS");
-        // The log is in the second group, at its block 8, and has not begun: its head is its begin.
-        let log = (128 + 8) * 4096;
-        for (at, changes) in
-            [(130, true), (2047, true), (2048, false), (128 * 4096, true), (log, true), (log - 1, false)]
-        {
+        let head = LOG + 100 * 512;
+        let cases = [
+            (130, true),
+            (2047, true),
+            (2048, false),
+            (128 * 4096, true),
+            (head - 9, true),
+            (head + 9, true),
+            (LOG + 9, false),
+        ];
+        for (at, changes) in cases {
             let mut image = xfs();
             image[at] ^= 1;
             assert_eq!(of(&image).expect("marks") != before, changes, "byte {at}");
         }
-        // What is written where the log goes on is seen, far from its begin, too.
+        // Another record behind that of the unmount: somebody has mounted it since.
+        for bytes in [[0xaa, 0], [0, 0x20]] {
+            let mut image = xfs();
+            image[head - 512 + 8..head - 512 + 10].copy_from_slice(&bytes);
+            assert!(matches!(of(&image), Err(NoMarks::Unclean { .. })), "{bytes:?}");
+        }
         let mut image = xfs();
-        for block in 0..100 {
-            image[log + block * 512 + 3] = 1;
-        }
-        let half = of(&image).expect("marks");
-        for at in [99, 100, 101, 150] {
-            let mut image = image.clone();
-            image[log + at * 512 + 9] = 1;
-            assert_ne!(of(&image).expect("marks"), half, "block {at}");
-        }
-        image[log + 40 * 512 + 9] = 1;
-        assert_eq!(of(&image).expect("marks"), half, "far from where it goes on");
+        image[head + 3] = 1;
+        assert!(matches!(of(&image), Err(NoMarks::Unclean { .. })));
     }
 
     #[test]
@@ -266,6 +362,22 @@ mod tests {
         assert!(unclean(1024 + 58, 0, ext()) && unclean(1024 + 58, 3, ext()));
         assert!(unclean(1024 + 96, 4, ext()) && unclean(1024 + 96, 8, ext()));
         assert!(unclean(101, 4, xfs()) && unclean(126, 1, xfs()));
+        // What may be in use instead.
+        for (at, bytes) in
+            [(510, &[0x55, 0xaa][..]), (512, b"EFI PART"), (512, b"LABELONE"), (4086, b"SWAPSPACE2"), (0, b"LUKS")]
+        {
+            let mut image = ext();
+            image.resize(1 << 18, 0);
+            image[at..at + bytes.len()].copy_from_slice(bytes);
+            assert!(matches!(of(&image), Err(NoMarks::Other(_))), "{at}");
+        }
+        let mut image = ext();
+        image.resize(1 << 18, 0);
+        image[0x1_0040..0x1_0048].copy_from_slice(b"_BHRfS_M");
+        assert!(matches!(of(&image), Err(NoMarks::Other(_))), "two file systems");
+        image[0x1_0040..0x1_0048].fill(0);
+        image[(128 << 10) + (5 << 10)..][..8].copy_from_slice(&0x00ba_b10c_u64.to_le_bytes());
+        assert!(matches!(of(&image), Err(NoMarks::Other("ZFS"))));
         let mut image = vec![0; 1 << 17];
         image[0x1_0040..0x1_0048].copy_from_slice(b"_BHRfS_M");
         assert_eq!(of(&image).expect("marks").kind, "btrfs");

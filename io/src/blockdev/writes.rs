@@ -16,12 +16,17 @@ pub struct Writes {
     pub completed: u64,
     /// Requests of any kind that have not.
     pub in_flight: u64,
+    /// Of a partition: such writes to its disk that went to none of the partitions. What goes to the disk as a whole may lie on any
+    /// of them, and is counted for none.
+    pub beside: u64,
 }
 
 /// Places in `stat` (Documentation/block/stat.rst).
 const WRITE_IOS: usize = 4;
 const IN_FLIGHT: usize = 8;
 const DISCARD_IOS: usize = 11;
+/// Tries to see a disk's counters and those of its partitions at one moment.
+const TRIES_MAX: u32 = 200;
 
 impl Writes {
     /// Of the device at `path`, which may be a partition. `None`: the kernel does not count them, or not all of them.
@@ -30,18 +35,41 @@ impl Writes {
     /// If it cannot be read, or is not understood.
     pub fn of(path: impl AsRef<Path>) -> Result<Option<Self>, IoError> {
         let device = SysDevice::of(BlockFacts::of(path)?.dev)?;
-        let (stat, counted) = (device.dir.join("stat"), device.disk_dir.join("queue/iostats"));
+        let counted = device.disk_dir.join("queue/iostats");
         let sequence = number_if_there(&device.disk_dir.join("diskseq"))?;
         let Some(disk_sequence) = sequence.filter(|_| number::<u8>(&counted).is_ok_and(|is| is == 1)) else {
             return Ok(None);
         };
-        let line = text(&stat)?.unwrap_or_default();
-        let of_line = parse(&line).ok_or_else(|| {
-            let why = format!("{line:?} is not what a block device's counters look like");
-            IoError::refused("understand", &stat, io::ErrorKind::InvalidData, why)
-        })?;
-        Ok(Some(Self { disk_sequence, completed: of_line.0, in_flight: of_line.1 }))
+        let (completed, in_flight) = counted_in(&device.dir)?;
+        let beside = if device.is_partition() { beside(&device)? } else { Some(0) };
+        Ok(beside.map(|beside| Self { disk_sequence, completed, in_flight, beside }))
     }
+}
+
+/// `None`: the disk is written to all the time, so that its counters and those of its partitions are never of one moment.
+fn beside(device: &SysDevice) -> Result<Option<u64>, IoError> {
+    let disk = SysDevice { dir: device.disk_dir.clone(), disk_dir: device.disk_dir.clone() };
+    for _ in 0..TRIES_MAX {
+        let before = counted_in(&disk.dir)?.0;
+        let mut parts = 0;
+        for (_, dir) in disk.with_partitions()?.iter().skip(1) {
+            parts += counted_in(dir)?.0;
+        }
+        if counted_in(&disk.dir)?.0 == before {
+            return Ok(Some(before.saturating_sub(parts)));
+        }
+    }
+    Ok(None)
+}
+
+/// Completed writes and requests in flight of a device with this directory.
+fn counted_in(dir: &Path) -> Result<(u64, u64), IoError> {
+    let stat = dir.join("stat");
+    let line = text(&stat)?.unwrap_or_default();
+    parse(&line).ok_or_else(|| {
+        let why = format!("{line:?} is not what a block device's counters look like");
+        IoError::refused("understand", &stat, io::ErrorKind::InvalidData, why)
+    })
 }
 
 fn parse(line: &str) -> Option<(u64, u64)> {

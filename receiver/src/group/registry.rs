@@ -8,6 +8,7 @@ use super::live::{Counters, Live};
 use super::meta::{Branch, GROWTHS_MAX, GroupMeta, Held, MetaError, VolumeMeta};
 use super::open::{APPLIED_NAME, HISTORY_NAME, LANDING_NAME, OpenGroup, Past};
 use super::replicas;
+use super::stream::Point;
 use crate::apply::mark::AppliedFile;
 use crate::apply::work::Queue;
 use crate::clock::SourceClock;
@@ -77,6 +78,8 @@ pub struct Heard {
 pub struct Desk {
     /// The group, if its files are open.
     pub open: Option<OpenGroup>,
+    /// Where the last session of its source left the stream; not known of one before this process.
+    pub left_at: Option<Point>,
 }
 
 /// What the status shows, and what is known of the group without its desk.

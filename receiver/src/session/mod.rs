@@ -183,6 +183,7 @@ struct Session {
 impl Session {
     /// Welcomes the agent, serves it, and gives back the desk when nothing is under way any more.
     async fn open(mut claim: Claim, hello: Hello, peer: &Peer, mut send: SendStream, mut recv: RecvStream) {
+        let left_at = claim.desk.left_at;
         let Some(open) = claim.desk.open.as_mut() else {
             return writer::refuse(send, &Failure::stopping().refused()).await;
         };
@@ -190,11 +191,13 @@ impl Session {
         let progress = open.live.subscribe();
         let landed = open.live.view().landed;
         let resume = resume_at(&landed, &hello, &claim.slot.name);
+        // A ring that begins may go on from the one before only if nothing came after that but this.
+        let untouched = resume.is_some() || left_at == Some(landed.at);
         let replicas = claim.meta.volumes.iter().map(|volume| volume.replica.display().to_string()).collect();
         let welcome = Welcome {
             resume,
             epoch: claim.meta.epoch,
-            consistent: landed.is_consistent(),
+            consistent: landed.is_consistent() && untouched,
             fresh,
             replicas,
             software: env!("CARGO_PKG_VERSION").to_owned(),
@@ -238,6 +241,8 @@ impl Session {
         };
         let end = session.run(&mut recv).await;
         session.settle().await;
+        let left_at = session.claim.desk.open.as_ref().map(|open| open.live.view().landed.at);
+        session.claim.desk.left_at = left_at.filter(|at| at.incarnation == hello.incarnation);
         // Said and shown before the peer hears of it, and before another session can begin.
         let stopping = session.claim.stopping.load(Ordering::Acquire);
         session.claim.slot.end(&end, stopping, peer);

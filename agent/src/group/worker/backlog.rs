@@ -294,7 +294,8 @@ impl Worker {
                 None
             }
         };
-        if let Some(journal) = journal {
+        // One that the ring goes on from is not the one that this was about.
+        if let Some(journal) = journal.filter(|journal| journal.detached().is_some()) {
             journal.discard();
         }
         self.settle(state).await;

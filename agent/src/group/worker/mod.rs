@@ -166,6 +166,8 @@ struct State {
     outgrown: bool,
     /// See [`onward`].
     onward: Option<Onward>,
+    /// A new ring was begun without a comparison.
+    went_on: bool,
 }
 
 /// What lasts as long as one session.
@@ -267,6 +269,7 @@ impl Worker {
             replies: Vec::new(),
             outgrown: false,
             onward: None,
+            went_on: false,
         };
         if self.shared.facts().ever_consistent {
             state.gap.note_ever_consistent();
@@ -579,6 +582,9 @@ impl Worker {
     async fn begin(&mut self, state: &mut State, session: &mut Session) -> Result<(), Ended> {
         if self.goes_on(state, session.remote_consistent) {
             return self.go_on(state, session).await;
+        }
+        if std::mem::take(&mut state.went_on) {
+            self.compare_all(state, "the receiver has lost what it had of the new ring");
         }
         let reason = match (state.known_there, state.gap.ever_consistent()) {
             _ if std::mem::take(&mut state.journal_lost) => GapReason::JournalLost,

@@ -5,8 +5,8 @@
 //! 2. the receiver stands where the earlier ring ended, with everything of its journal, and is not in a gap: it says so in a
 //!    session under that ring's name ([`Worker::drain`]);
 //! 3. capture has seen all since it began: nothing dropped, skipped or unreadable, and what was in flight then has completed;
-//! 4. in the session in which the new ring begins the receiver is still not in a gap: a rollback, or a replica that was found
-//!    to be changed, would have opened one.
+//! 4. in the session in which the new ring begins the receiver still stands there, in no gap: nothing came since (a rollback, a
+//!    takeover) but what this host said.
 //!
 //! Whoever is killed between two steps leaves no word of them: the next worker compares.
 
@@ -40,7 +40,8 @@ impl Worker {
         match self.sealed.take() {
             Some(Ok((incarnation, end))) => {
                 tracing::info!(group = %self.shared.name, "nobody wrote to its volumes since the agent stopped");
-                state.onward = Some(Onward { incarnation, end, begin: state.walked, confirmed: false });
+                state.onward =
+                    Some(Onward { incarnation, end, begin: self.source.stream().consumer(), confirmed: false });
             }
             Some(Err(why)) => self.compare_all(state, &why),
             None => {}
@@ -57,7 +58,9 @@ impl Worker {
     /// What is to be asked of the receiver under an earlier ring's name: the journal of it, or only where it stands.
     pub(super) fn earlier(&self, state: &State) -> Option<Detached> {
         let detached = self.shared.journal().and_then(|journal| journal.detached());
-        let onward = state.onward.as_ref().filter(|_| !state.known_there);
+        // Whatever was acknowledged of the new ring, the receiver knows it.
+        let is_new = |onward: &&Onward| !state.known_there && self.source.stream().consumer() == onward.begin;
+        let onward = state.onward.as_ref().filter(is_new);
         let nothing = |onward: &Onward| Detached {
             incarnation: onward.incarnation,
             start: onward.end,
@@ -72,7 +75,8 @@ impl Worker {
         let Some(onward) = &mut state.onward else { return };
         if consistent && position.is_some_and(|position| onward.is(ring, position)) {
             onward.confirmed = true;
-        } else if state.known_there {
+        } else if state.went_on {
+            // The new ring has begun there, which the next session tells.
             state.onward = None;
         } else {
             self.compare_all(state, "the receiver does not stand where the agent stopped");
@@ -101,7 +105,7 @@ impl Worker {
             return false;
         };
         // What the kernel skipped until now is known only after a look that begins now.
-        let looked = matches!(self.misses.look(), Some(Ok(())));
+        let looked = matches!(self.misses.look_since(clock::boot_ns()), Some(Ok(())));
         self.look_for_trouble(state, None);
         let seen = looked && self.misses.count() == self.misses_before && self.source.troubles() == Troubles::default();
         let whole = seen && !state.read_failed && !state.journal_lost && !state.outgrown && self.source.settled();
@@ -122,7 +126,11 @@ impl Worker {
     pub(super) async fn go_on(&mut self, state: &mut State, session: &mut Session) -> Result<(), Ended> {
         let position = self.shared.forget_journal();
         state.gap.complete(position);
-        (state.closing, state.onward) = (None, state.onward.take().map(|onward| Onward { confirmed: false, ..onward }));
+        state.closing = None;
+        if let Some(onward) = &mut state.onward {
+            onward.confirmed = false;
+        }
+        state.went_on = true;
         (session.sent, session.remote_consistent) = (position, false);
         self.shared
             .facts()

@@ -136,7 +136,7 @@ impl Worker {
             return;
         }
         state.to_look = (state.walked, clock::boot_ns());
-        let _ = self.misses.look();
+        let _ = self.misses.look_since(state.to_look.1);
         self.look_for_trouble(state, sent);
     }
 
@@ -248,6 +248,8 @@ impl Worker {
         }
         // Taken after the bitmaps were seen clean: a write that is dropped later stands behind this position.
         let position = self.source.stream().producer();
+        // What the kernel skipped while regions were read leaves neither a bit nor a record.
+        let _ = self.misses.look_since(clock::boot_ns());
         // Not all of it leaves a dirty bit: what is written to the new part of a volume that grew is in no bitmap.
         if self.look_for_trouble(state, Some(session.sent)) || !self.sync.shared().nothing_left(&*self.source) {
             return;
