@@ -129,6 +129,8 @@ pub struct Bench {
     missed: u64,
     /// Bytes on the volumes when nothing waited to be sent.
     drained_at: u64,
+    /// How often completions had gone unseen when the round began.
+    unseen_before: usize,
     /// The receiver could not be reached since then.
     away_since: bool,
     pub round: u32,
@@ -234,6 +236,7 @@ impl Bench {
             tainted: Vec::new(),
             missed: 0,
             drained_at: 0,
+            unseen_before: 0,
             away_since: false,
             round: 0,
             known_gaps: Vec::new(),
@@ -255,9 +258,19 @@ impl Bench {
         self.load.pace(PACE + rng.random_range(0..8 << 20));
         let load = &self.load;
         load.quiet(|_| load.forget());
+        self.unseen_before = self.unseen_count();
         self.note_drained();
         let device = &self.devices[CHECKED];
         self.checking = Some(Checked::start(&self.scratch, device, CHECKED_BYTES, rng.random::<u32>().into()));
+    }
+
+    fn unseen_count(&self) -> usize {
+        self.pair.production.log(Role::Agent).matches("completions went unseen").count()
+    }
+
+    /// Whether the agent has said in this round that it missed the end of writes.
+    pub fn unseen_completions(&self) -> bool {
+        self.unseen_count() > self.unseen_before
     }
 
     /// Bytes that the kernel says were written to the volumes: by the load, the database, the file system.
