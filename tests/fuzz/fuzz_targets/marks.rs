@@ -12,7 +12,8 @@ fuzz_target!(|data: &[u8]| {
     let [kind, size, superblock @ ..] = data else { return };
     let place = usize::from(*kind) % PLACES.len();
     let mut image = vec![0; (usize::from(*size) + 1) << 12];
-    let magic: (usize, &[u8]) = [(0, &b"XFSB"[..]), (1024 + 56, &[0x53, 0xef]), (0x1_0040, b"_BHRfS_M")][place];
+    let magics: [(usize, &[u8]); 3] = [(0, b"XFSB"), (1024 + 56, &[0x53, 0xef]), (0x1_0040, b"_BHRfS_M")];
+    let magic = magics[place];
     let len = superblock.len().min(image.len().saturating_sub(PLACES[place]));
     if len > 0 {
         image[PLACES[place]..][..len].copy_from_slice(&superblock[..len]);
