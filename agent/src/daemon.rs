@@ -666,7 +666,9 @@ impl Daemon {
                 // It may wait for the kernel. What it makes dirty is found by the groups' sync threads.
                 match tokio::task::spawn_blocking(move || capture.tend()).await {
                     Ok(Ok(0)) | Err(_) => {}
-                    Ok(Ok(regions)) => tracing::warn!(regions, "completions went unseen, their regions are sent again"),
+                    Ok(Ok(regions)) => {
+                        tracing::warn!(regions, "completions went unseen, or do not come: their regions are sent again")
+                    }
                     Ok(Err(error)) => tracing::error!(%error, "cannot look after writes in flight"),
                 }
             }

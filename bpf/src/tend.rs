@@ -6,6 +6,10 @@
 //! looks while none of the disks behind it had any write in flight, the completion was missed: the region gets dirty
 //! first, then the count goes to zero. Should the write complete after all (its submitter slept between our program
 //! and the disk's accounting all that time), the program finds the count below zero and makes the region dirty again.
+//!
+//! On a disk that is never idle nothing tells such a count from writes that follow each other closely. So a count that was
+//! above zero at every look for long makes its regions dirty, too, and stays: in a moment without writes they are read
+//! and all is well; without such a moment nobody can say that the replica is complete, and the group opens a gap.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -24,10 +28,14 @@ use crate::slots::Watched;
 const LOOKS: u32 = 3;
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Counts that looked stuck: slot → (value, looks so far).
+/// As long as a count may be above zero at every look.
+const BUSY_LIMIT: Duration = Duration::from_secs(20);
+
+/// Counts that looked stuck: on idle disks slot → (value, looks so far), on others slot → since when.
 #[derive(Default)]
 pub(crate) struct Stuck {
     counts: HashMap<usize, (u64, u32)>,
+    busy: HashMap<usize, Instant>,
     last: Option<Instant>,
 }
 
@@ -68,7 +76,8 @@ impl Shared {
         if stuck.last.is_some_and(|last| last.elapsed() < LOOK_INTERVAL) {
             return Ok(0);
         }
-        stuck.last = Some(Instant::now());
+        let now = Instant::now();
+        stuck.last = Some(now);
         self.drain(&mut slots);
 
         let spans: Vec<Span> = slots.watched().map(Span::new).collect();
@@ -78,6 +87,7 @@ impl Shared {
             idle.entry(span.disk).or_insert_with(|| disk_is_idle(span.disk).unwrap_or(true));
         }
         let mut looks = HashMap::new();
+        let mut busy = HashMap::new();
         let mut dirty = 0;
         for (slot, count) in self.inflight.iter().enumerate() {
             let value = count.load(Ordering::Acquire);
@@ -85,7 +95,18 @@ impl Shared {
                 continue;
             }
             let behind = || spans.iter().filter(|span| span.regions_in(slot).next().is_some());
+            let make_dirty = || {
+                let regions = behind().flat_map(|span| span.regions_in(slot).map(move |region| (span, region)));
+                regions.map(|(span, region)| span.make_dirty(region)).count() as u64
+            };
             if !behind().all(|span| idle[&span.disk]) {
+                let since = *stuck.busy.get(&slot).unwrap_or(&now);
+                if now.duration_since(since) < BUSY_LIMIT {
+                    busy.insert(slot, since);
+                } else {
+                    dirty += make_dirty();
+                    busy.insert(slot, now);
+                }
                 continue;
             }
             let seen = match stuck.counts.get(&slot) {
@@ -96,16 +117,12 @@ impl Shared {
                 looks.insert(slot, (value, seen));
                 continue;
             }
-            for span in behind() {
-                for region in span.regions_in(slot) {
-                    span.make_dirty(region);
-                    dirty += 1;
-                }
-            }
+            dirty += make_dirty();
             // If it moved meanwhile, it is alive: let it be.
             let _ = count.compare_exchange(value, 0, Ordering::AcqRel, Ordering::Relaxed);
         }
         stuck.counts = looks;
+        stuck.busy = busy;
         Ok(dirty)
     }
 }

@@ -5,6 +5,7 @@ mod support;
 
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::libc;
@@ -122,6 +123,56 @@ fn failed_writes_leave_a_dirty_region() {
         assert_eq!(volume.dirty_count(), failed);
         assert_in_flight_zero(&group);
     }
+}
+
+/// A failed write whose completion goes unseen leaves its payload in the replica: there must be none, and if this kernel has some
+/// (see `bring_to_zero`), each must still be in flight. `VARVE_FAILED_WRITES` says how many to try, `VARVE_FAILING_DEVICE` on what:
+/// a device of 64 MiB that fails every write, by itself one whose failures come at once and never in an interrupt.
+#[test]
+fn every_failed_write_is_seen() {
+    let wanted: u64 = std::env::var("VARVE_FAILED_WRITES").map_or(20_000, |count| count.parse().unwrap());
+    let mount = Mount::tmpfs(2 * MIB);
+    let backing = mount.path().join("backing");
+    std::fs::File::create(&backing).unwrap().set_len(64 * MIB).unwrap();
+    let device = match std::env::var_os("VARVE_FAILING_DEVICE") {
+        Some(path) => Device::at(path.into()),
+        None => Device::over(&backing, &[]),
+    };
+    // No room is left for any write, so that none is ever half done.
+    std::fs::write(mount.path().join("ballast"), vec![1; 3 << 20]).unwrap_err();
+    let healthy = loop_device(MIB);
+    let capture = load(&healthy);
+    let group = capture.add_group(64 << 20, &[device.whole()]).unwrap();
+    wait_for("settling", || group.poll_settled().unwrap());
+
+    let writers = 4;
+    std::thread::scope(|scope| {
+        for writer in 0..writers {
+            let device = &device;
+            scope.spawn(move || {
+                let buffer = Buffer::new(4096, 0);
+                let file = device.direct();
+                for i in 0..wanted / writers {
+                    let at = (i * writers + writer) % (64 * 256) * 4096;
+                    let error = file.write_all_at(buffer.bytes(), at).unwrap_err();
+                    assert_ne!(error.raw_os_error(), Some(libc::EINVAL), "refused, not failed");
+                }
+            });
+        }
+        scope.spawn(|| {
+            let mut judge = judge::Judge::new(&group);
+            while group.counters().captured_records < wanted / writers * writers {
+                judge.take(&group);
+                std::thread::yield_now();
+            }
+        });
+    });
+    let failed = wanted / writers * writers;
+    let unseen = in_flight_total(&group) as u64 / 4096;
+    eprintln!("{failed} writes failed, {unseen} completions went unseen");
+    assert_eq!(group.counters().failed_writes + unseen, failed);
+    assert_eq!(group.volumes()[0].dirty_count(), 64, "every region saw failures");
+    bring_to_zero(&capture, &group);
 }
 
 #[test]
@@ -248,6 +299,46 @@ fn what_completes_after_it_was_taken_back_leaves_a_dirty_region_and_no_debt() {
     });
     assert_in_flight_zero(&group);
     assert_eq!(volume.dirty_count(), 0);
+}
+
+/// Two writers that take turns: the region has a write in flight at any time, and a completion that went unseen would look the same.
+#[test]
+fn a_held_write_after_the_other_makes_the_region_dirty() {
+    let slow = SlowDevice::new(16 * MIB, "400ms");
+    let device = slow.device();
+    let fast = loop_device(MIB);
+    let capture = load(&fast);
+    let group = capture.add_group(4 << 20, &[device.whole()]).unwrap();
+    wait_for("settling", || group.poll_settled().unwrap());
+    let volume = &group.volumes()[0];
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for at in [5 * MIB, 5 * MIB + 4096] {
+            let (path, done) = (&device.path, &done);
+            scope.spawn(move || {
+                let buffer = Buffer::new(4096, 0);
+                let file = open(path, libc::O_DIRECT);
+                // Half a write's time apart.
+                std::thread::sleep(Duration::from_millis(if at == 5 * MIB { 0 } else { 200 }));
+                while !done.load(Ordering::Relaxed) {
+                    file.write_all_at(buffer.bytes(), at).unwrap();
+                }
+            });
+        }
+        let begun = Instant::now();
+        let found = loop {
+            assert_eq!(volume.dirty_count(), 0);
+            match capture.tend().unwrap() {
+                0 if begun.elapsed() < Duration::from_secs(60) => std::thread::sleep(Duration::from_millis(100)),
+                found => break found,
+            }
+        };
+        assert_eq!((found, volume.next_dirty(0)), (1, Some(5)), "after {:?}", begun.elapsed());
+        assert!(begun.elapsed() > Duration::from_secs(15), "after {:?}", begun.elapsed());
+        assert!(volume.in_flight(5), "its writes are still counted");
+        done.store(true, Ordering::Relaxed);
+    });
+    assert_in_flight_zero(&group);
 }
 
 #[test]

@@ -36,6 +36,8 @@ pub struct Device {
 enum Kind {
     Loop,
     Zram(u32),
+    /// Somebody else's.
+    Given,
 }
 
 impl Device {
@@ -61,6 +63,11 @@ impl Device {
             std::thread::sleep(Duration::from_millis(50));
         }
         panic!("losetup {arguments:?} failed");
+    }
+
+    /// A device that is there.
+    pub fn at(path: PathBuf) -> Self {
+        Self::new(path, Kind::Given)
     }
 
     /// A bio-based device: a compressed RAM disk of its own.
@@ -118,6 +125,7 @@ impl Drop for Device {
                 let _ = fs::write(format!("/sys/block/zram{id}/reset"), "1");
                 let _ = fs::write("/sys/class/zram-control/hot_remove", id.to_string());
             }
+            Kind::Given => {}
         }
     }
 }

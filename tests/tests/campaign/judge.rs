@@ -117,8 +117,8 @@ pub fn barrier(bench: &mut Bench) {
             }
             let differs = || image.differs(&Image::read(&bench.replicas[..LOADED]), |_, _| false);
             if bench.excuse.failed_write && differs().is_some() {
-                // A write failed, and no program ran when it completed: noticed when its disk is idle, within seconds
-                // (ARCHITECTURE.md). Then the agent must say so, and mend it by itself.
+                // A write failed, and this host's kernel ran no program when it completed (ARCHITECTURE.md): noticed when its
+                // disk is idle, within seconds. Then the agent must say so, and mend it by itself.
                 wait_until(UNSEEN_LIMIT, "a completion that went unseen is noticed", || bench.unseen_completions());
                 wait_until(LIMIT, "what it hid is sent", || differs().is_none());
                 bench.pair.wait_protected(GROUP, LIMIT);

@@ -28,10 +28,14 @@ fn capture_tests(series: &str) {
     let scratch = Scratch::disk();
     let disk = scratch.file("disk.img", 4 * GIB);
     Filesystem::Ext4.make(&disk);
+    // Every write to it fails, and QEMU says so in an interrupt, whoever runs just then.
+    let (failing, rules) = (scratch.file("failing.img", 64 << 20), scratch.join("failing.conf"));
+    std::fs::write(&rules, "[inject-error]\nevent = \"write_aio\"\nerrno = \"5\"\n").unwrap();
+    let failing = PathBuf::from(format!("blkdebug:{}:{}", rules.display(), failing.display()));
     let binaries = ["capture_replay", "capture_faults", "capture_pinned"].map(binary);
     let mut programs = vec!["losetup", "sfdisk", "partx", "fio", "mkfs.ext4", "mount", "umount", "blkdiscard"];
     programs.extend(binaries.iter().map(|path| path.to_str().unwrap()));
-    let machine = Machine::with(&scratch, series, &programs, &[&disk], MODULES, "3G");
+    let machine = Machine::with(&scratch, series, &programs, &[&disk, &failing], MODULES, "3G");
     let mut guest = machine.boot();
     eprintln!("{}: up after {:?}", guest.shell("uname -r"), guest.boot_time);
     guest.shell("mount /dev/vda /var/tmp");
@@ -56,6 +60,15 @@ fn capture_tests(series: &str) {
                 failed.push(format!("--- {program} {test}\n{}", out.stdout));
             }
         }
+    }
+    let faults = binaries[1].file_name().unwrap().to_str().unwrap();
+    let line = format!(
+        "VARVE_FAILING_DEVICE=/dev/vdb VARVE_FAILED_WRITES=50000 {faults} --exact --nocapture every_failed_write_is_seen 2>&1"
+    );
+    let out = guest.shell_within(Duration::from_secs(400), &line);
+    eprintln!("on a virtio disk: {}", out.stdout);
+    if out.code != 0 {
+        failed.push(format!("--- every_failed_write_is_seen on a virtio disk\n{}", out.stdout));
     }
     guest.shell("umount /var/tmp");
     guest.power_off();
