@@ -13,6 +13,8 @@ pub const CUT_COPY_BYTES_MAX: usize = 64 << 10;
 /// Images that wait for the applier, plain bytes. Beyond, the session reads no further: data behind them waits for as long
 /// as it takes to write them.
 pub const IMAGE_BYTES_WAITING_MAX: usize = 32 << 20;
+/// Images whose memory is kept for the next ones while a session sends some: of a MiB each.
+pub const SPARE_IMAGES_MAX: usize = 16;
 /// Probes that wait for the applier.
 pub const PROBES_WAITING_MAX: usize = 64;
 /// Probes that are read at once; one is digested meanwhile.

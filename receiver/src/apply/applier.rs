@@ -301,6 +301,7 @@ impl Applier {
             ids.push(image.id);
         }
         self.part(part, &buffers, past_counts)?;
+        answers.iter().zip(bodies).for_each(|(answer, body)| answer.give_back(body));
         self.live.counters.image_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         unsynced.bytes += bytes;
         unsynced.image_bytes += bytes;
@@ -389,7 +390,9 @@ impl Parts<'_, '_, '_> {
         failpoint::hit(failpoint::APPLY_BEFORE);
         let pieces = part.resolve();
         let bytes = pieces.iter().map(Piece::bytes).sum();
-        self.history.remember(pieces, self.buffers);
+        // What is no part of the stream is seldom written again soon, and without a past nobody asks what was there.
+        let keep = self.past_counts && complete_to.is_some();
+        self.history.remember(pieces, self.buffers, keep);
         self.history.write(&mut self.behind, pieces, more)?;
         part.clear();
         Ok(bytes)

@@ -299,11 +299,12 @@ impl History {
         Ok(())
     }
 
-    /// What the replicas will hold from now on: called with what is written to them, just before.
-    pub fn remember(&mut self, pieces: &[Piece], buffers: &[&[u8]]) {
+    /// What the replicas will hold from now on: called with what is written to them, just before. `keep`: the bytes, too, so that
+    /// they need not be read when they are replaced.
+    pub fn remember(&mut self, pieces: &[Piece], buffers: &[&[u8]], keep: bool) {
         for piece in pieces {
             self.holes.filled(piece.volume, piece.start, piece.end);
-            let Some(source) = piece.source else {
+            let Some(source) = piece.source.filter(|_| keep) else {
                 let (first, end) = (piece.start / BLOCK, piece.end.div_ceil(BLOCK));
                 self.recent.forget(piece.volume, first, end);
                 continue;

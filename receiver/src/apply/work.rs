@@ -2,6 +2,7 @@
 
 use super::rollback::RollbackOrder;
 use crate::landing::Place;
+use crate::limits::SPARE_IMAGES_MAX;
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -74,6 +75,26 @@ pub struct Waiting {
     pub image_bytes: AtomicUsize,
     /// Probes not answered.
     pub probes: AtomicUsize,
+    /// Memory of images that were written, for those that come: in fresh memory each page costs a fault.
+    spare: Mutex<Vec<Vec<u8>>>,
+}
+
+impl Waiting {
+    /// Empty memory for the body of an image.
+    pub fn body(&self, bytes: usize) -> Vec<u8> {
+        let spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut body = spare.unwrap_or_default();
+        body.clear();
+        body.reserve_exact(bytes);
+        body
+    }
+
+    /// Frees what no image has needed, if none waits.
+    pub fn rest(&self) {
+        if self.image_bytes.load(Ordering::Acquire) == 0 {
+            *self.spare.lock().unwrap_or_else(PoisonError::into_inner) = Vec::new();
+        }
+    }
 }
 
 /// The way back to the session, and its place among what waits. Dropped unanswered when the session has gone or the
@@ -96,6 +117,14 @@ impl Answer {
     pub fn for_image(to: mpsc::UnboundedSender<Answered>, waiting: Arc<Waiting>, image_bytes: usize) -> Self {
         waiting.image_bytes.fetch_add(image_bytes, Ordering::AcqRel);
         Self { to, waiting, image_bytes }
+    }
+
+    /// The image is written and its memory can be used for another one.
+    pub fn give_back(&self, body: Vec<u8>) {
+        let mut spare = self.waiting.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        if spare.len() < SPARE_IMAGES_MAX {
+            spare.push(body);
+        }
     }
 
     /// Sends the answer. The place is free before the peer can know.

@@ -199,7 +199,10 @@ impl Intake {
     }
 
     fn loose(&mut self, frame: Frame) {
-        self.body = Vec::with_capacity(frame.body_bytes);
+        self.body = match frame.kind {
+            FrameKind::Image => self.waiting.body(frame.body_bytes),
+            _ => Vec::with_capacity(frame.body_bytes),
+        };
         self.partial = Some(Partial::Loose(frame));
     }
 
@@ -244,6 +247,7 @@ impl Intake {
     /// Frees memory that was not needed for some time.
     pub fn trim(&mut self) {
         self.arenas.trim(Instant::now());
+        self.waiting.rest();
     }
 
     /// What can be landed now, if there is anything. At most one batch may be under way.
@@ -347,7 +351,10 @@ impl Intake {
                 self.scratch = scratch;
                 body
             }
-            Codec::Lz4 => scratch,
+            Codec::Lz4 => {
+                self.scratch = body;
+                scratch
+            }
         };
         let wrong = |e: WireError| protocol(e.to_string());
         match frame.kind {
