@@ -74,9 +74,11 @@ pub fn run(plan: &Plan, report: &mut Report) {
     report.row("first sync, replica on the same disk", "MB/s", &syncs, Target::None, &detail);
     report.row("first sync, replica in memory", "MB/s", &apart, Target::None, &apart_used);
     let slower = if median(&reads) < median(&quinn) { "the device" } else { "quinn" };
-    let detail = format!("{slower} is the slower one; the replica in memory, as it is on another host");
-    report.row("first sync / the slower of device and quinn", "x", &apart_ratios, Target::Min(0.7), &detail);
-    report.row("the same, replica on the same disk", "x", &ratios, Target::None, "");
+    let detail = format!("{slower} is the slower one; the replica is a file of the same disk, which has to do both");
+    report.row("first sync / the slower of device and quinn", "x", &ratios, Target::Min(0.7), &detail);
+    let detail =
+        "a device, so all of it is read and compared first; a loop device over tmpfs takes its share of the processors";
+    report.row("the same, replica in memory", "x", &apart_ratios, Target::Min(0.7), detail);
     let detail = "of the volume's bytes, as the one disk that holds both ends allows";
     report.row(
         "first sync / reading all and writing half",
