@@ -318,8 +318,8 @@ impl Capture {
     }
 
     /// Housekeeping, to be called about once a second: frees what dropped groups left behind, and takes back the
-    /// counts of writes whose completion was not seen (their regions get dirty). Where a disk is never idle, a count that was
-    /// never zero for long makes its regions dirty, too. Returns how many regions got dirty.
+    /// counts of writes whose completion was not seen (their regions get dirty). Where that has happened, a count
+    /// that is never zero for long makes its regions dirty, too, on disks that are never idle. Returns how many regions got dirty.
     ///
     /// # Errors
     /// `Kernel` if the state of a disk cannot be read.

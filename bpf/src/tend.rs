@@ -7,9 +7,9 @@
 //! first, then the count goes to zero. Should the write complete after all (its submitter slept between our program
 //! and the disk's accounting all that time), the program finds the count below zero and makes the region dirty again.
 //!
-//! On a disk that is never idle nothing tells such a count from writes that follow each other closely. So a count that was
-//! above zero at every look for long makes its regions dirty, too, and stays: in a moment without writes they are read
-//! and all is well; without such a moment nobody can say that the replica is complete, and the group opens a gap.
+//! On a disk that is never idle nothing tells such a count from writes that follow each other closely. So where a completion went
+//! unseen once, and only there, a count that is above zero at every look makes its regions dirty, too, and stays: in a moment
+//! without writes they are read, and without one nobody can say that the replica is complete.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -28,14 +28,22 @@ use crate::slots::Watched;
 const LOOKS: u32 = 3;
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// As long as a count may be above zero at every look.
-const BUSY_LIMIT: Duration = Duration::from_secs(20);
+/// As long as a count may be above zero at every look, and how many looks that takes at least.
+const BUSY_LIMIT: Duration = Duration::from_secs(10);
+const BUSY_LOOKS: u32 = 8;
+/// Then it is looked at closely for so long.
+const BUSY_WATCH: Duration = Duration::from_millis(50);
+const BUSY_POLL: Duration = Duration::from_micros(200);
 
-/// Counts that looked stuck: on idle disks slot → (value, looks so far), on others slot → since when.
+/// Counts that looked stuck.
 #[derive(Default)]
 pub(crate) struct Stuck {
+    /// On idle disks: slot → (value, looks so far).
     counts: HashMap<usize, (u64, u32)>,
-    busy: HashMap<usize, Instant>,
+    /// Slot → since when it is above zero at each look, and looks.
+    busy: HashMap<usize, (Instant, u32)>,
+    /// This kernel has lost completions.
+    lossy: bool,
     last: Option<Instant>,
 }
 
@@ -86,26 +94,19 @@ impl Shared {
             // The device may be gone: then nothing is in flight on it.
             idle.entry(span.disk).or_insert_with(|| disk_is_idle(span.disk).unwrap_or(true));
         }
-        let mut looks = HashMap::new();
-        let mut busy = HashMap::new();
+        let (mut looks, mut busy, mut due) = (HashMap::new(), HashMap::new(), Vec::new());
         let mut dirty = 0;
         for (slot, count) in self.inflight.iter().enumerate() {
             let value = count.load(Ordering::Acquire);
             if value == 0 {
                 continue;
             }
+            let (since, seen) = stuck.busy.get(&slot).copied().unwrap_or((now, 0));
+            busy.insert(slot, (since, seen + 1));
             let behind = || spans.iter().filter(|span| span.regions_in(slot).next().is_some());
-            let make_dirty = || {
-                let regions = behind().flat_map(|span| span.regions_in(slot).map(move |region| (span, region)));
-                regions.map(|(span, region)| span.make_dirty(region)).count() as u64
-            };
             if !behind().all(|span| idle[&span.disk]) {
-                let since = *stuck.busy.get(&slot).unwrap_or(&now);
-                if now.duration_since(since) < BUSY_LIMIT {
-                    busy.insert(slot, since);
-                } else {
-                    dirty += make_dirty();
-                    busy.insert(slot, now);
+                if stuck.lossy && now.duration_since(since) >= BUSY_LIMIT && seen >= BUSY_LOOKS {
+                    due.push(slot);
                 }
                 continue;
             }
@@ -117,12 +118,33 @@ impl Shared {
                 looks.insert(slot, (value, seen));
                 continue;
             }
-            dirty += make_dirty();
+            stuck.lossy = true;
+            dirty += make_dirty(&spans, slot);
             // If it moved meanwhile, it is alive: let it be.
             let _ = count.compare_exchange(value, 0, Ordering::AcqRel, Ordering::Relaxed);
+        }
+        busy.retain(|slot, _| !due.contains(slot));
+        for slot in self.never_zero(due) {
+            dirty += make_dirty(&spans, slot);
         }
         stuck.counts = looks;
         stuck.busy = busy;
         Ok(dirty)
     }
+
+    /// Which of these are above zero all the while.
+    fn never_zero(&self, mut slots: Vec<usize>) -> Vec<usize> {
+        let until = Instant::now() + BUSY_WATCH;
+        while !slots.is_empty() && Instant::now() < until {
+            slots.retain(|&slot| self.inflight[slot].load(Ordering::Acquire) != 0);
+            std::thread::sleep(BUSY_POLL);
+        }
+        slots
+    }
+}
+
+/// All that is counted in this slot; gives how many regions that are.
+fn make_dirty(spans: &[Span], slot: usize) -> u64 {
+    let regions = spans.iter().flat_map(|span| span.regions_in(slot).map(move |region| (span, region)));
+    regions.map(|(span, region)| span.make_dirty(region)).count() as u64
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::REGION_BYTES;
 use crate::capture::Shared;
 use crate::group::VolumeSpec;
-use crate::layout::{VolumeEntry, inflight_slot};
+use crate::layout::{INFLIGHT_SLOTS, VolumeEntry, inflight_slot};
 use crate::memory::Table;
 
 /// Counters of a volume since it joined its group.
@@ -180,6 +180,11 @@ impl VolumeTrack {
         self.in_flight_bytes(region) != 0
     }
 
+    /// Regions that have between them all counts of the volume: in the others it is the same ones.
+    pub fn counted_regions(&self) -> std::ops::Range<u64> {
+        0..self.regions().min(INFLIGHT_SLOTS as u64)
+    }
+
     /// The count behind [`VolumeTrack::in_flight`]: bytes submitted and not yet completed.
     pub fn in_flight_bytes(&self, region: u64) -> i64 {
         self.shared.inflight[inflight_slot(self.index, region)].load(Ordering::Acquire) as i64
@@ -190,6 +195,12 @@ impl VolumeTrack {
     #[doc(hidden)]
     pub fn forgive_in_flight(&self, region: u64) {
         self.shared.inflight[inflight_slot(self.index, region)].store(0, Ordering::Release);
+    }
+
+    /// Counts bytes there whose completion nobody will see. For tests.
+    #[doc(hidden)]
+    pub fn lose_completion(&self, region: u64, bytes: u64) {
+        self.shared.inflight[inflight_slot(self.index, region)].fetch_add(bytes, Ordering::AcqRel);
     }
 
     /// The counters.

@@ -36,7 +36,7 @@ use crate::volume::Checked;
 use source::Source as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 use varve_bpf::{Capture, Group, Origin, VolumeSpec};
 use varve_common::limits::SYNC_REGIONS_MAX;
@@ -55,6 +55,9 @@ const GAP_LIMIT: Duration = Duration::from_secs(3);
 const GAP_LOOK: Duration = Duration::from_millis(20);
 /// How long a group may take to end.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// The longest that a seal waits for writes that are under way.
+const COMPLETE_LIMIT: Duration = Duration::from_secs(1);
+const COMPLETE_POLL: Duration = Duration::from_millis(1);
 
 /// What a group needs of the daemon.
 pub struct Surroundings {
@@ -309,10 +312,29 @@ impl GroupHandle {
         true
     }
 
+    /// Whether every write that was in flight has completed, as far as it was seen: what an unseen one has left is not known, and a
+    /// boot would take its count with it. Each count was at zero once; it may be another volume's, too.
+    fn all_complete(&self) -> bool {
+        let until = Instant::now() + COMPLETE_LIMIT;
+        self.group.volumes().iter().all(|track| {
+            let mut left: Vec<u64> = track.counted_regions().collect();
+            loop {
+                left.retain(|region| track.in_flight(*region));
+                if left.is_empty() || Instant::now() >= until {
+                    break left.is_empty();
+                }
+                std::thread::sleep(COMPLETE_POLL);
+            }
+        })
+    }
+
     /// After a stop: what proves at the next start that nobody wrote in between. It looks at the volumes, and may wait for them.
     pub fn seal(&self, misses: &Misses) -> Result<Seal, String> {
         let rest = *self.shared.rest();
         let rest = rest.ok_or("the receiver did not have everything, nor the journal")?;
+        if !self.all_complete() {
+            return Err("a write was not seen to complete".to_owned());
+        }
         let seal = Seal::press(&self.shared.volumes, self.shared.incarnation, rest.end)?;
         // Who wrote while the volumes were looked at is in the stream, or among the events.
         let looked = matches!(misses.look(), Some(Ok(()))) && misses.count() == rest.misses;

@@ -12,7 +12,6 @@
 
 use super::*;
 use crate::journal::Detached;
-use varve_common::limits::REGION_BYTES;
 
 /// How long writes from before capture began may take to complete.
 const SETTLE_LIMIT: Duration = Duration::from_secs(40);
@@ -149,12 +148,7 @@ impl Worker {
         let kept = spilled || self.shared.durable.load(Ordering::Acquire) == end;
         let gap = state.gap.open().is_some() || state.closing.is_some() || self.shared.facts().gap.is_some();
         let known = state.known_there && !state.outgrown && !state.read_failed && !state.journal_lost;
-        // Of a write that nobody saw complete it is not known what it left, and a boot would take the count with it.
-        let in_flight = self.shared.volumes.iter().enumerate().any(|(number, (_, bytes))| {
-            let track = self.source.track(number);
-            (0..bytes.div_ceil(REGION_BYTES)).any(|region| track.in_flight(region))
-        });
-        let nothing_left = self.sync.shared().nothing_left(&*self.source) && !in_flight;
+        let nothing_left = self.sync.shared().nothing_left(&*self.source);
         (kept && !gap && known && nothing_left).then_some(Rest { end, misses: state.misses, troubles: state.troubles })
     }
 }
