@@ -721,6 +721,7 @@ fn make_group(
     hello: &Hello,
     taken: &[(String, PathBuf)],
 ) -> Result<GroupMeta, Refused> {
+    hello::check_first(hello)?;
     let io = |e: IoError| Failure::io("the group's directory", &e).refused();
     let mut volumes: Vec<VolumeMeta> = Vec::with_capacity(hello.volumes.len());
     for (number, volume) in hello.volumes.iter().enumerate() {

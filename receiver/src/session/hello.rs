@@ -6,6 +6,12 @@ use varve_common::limits::{PATH_BYTES_MAX, VOLUME_BYTES_MAX, VOLUMES_PER_GROUP_M
 use varve_common::problem::check_name;
 use varve_common::wire::messages::{Hello, Refused, RefusedReason};
 
+/// A group's epoch rises by one with each takeover and each return. A source that is further ahead is wrong or evil, and the next
+/// takeover needs a number after it.
+const EPOCHS_AHEAD_MAX: u64 = 1 << 16;
+/// The same for a group that nobody has heard of: the receiver may be new.
+const FIRST_EPOCH_MAX: u64 = 1 << 32;
+
 /// Checks names, numbers and lengths before anything is looked up or made.
 pub fn check(hello: &Hello) -> Result<(), Refused> {
     if let Err(problem) = check_name("group", &hello.group) {
@@ -30,6 +36,21 @@ pub fn check(hello: &Hello) -> Result<(), Refused> {
         return Err(protocol("the hello names no ring or impossible positions"));
     }
     Ok(())
+}
+
+/// Checks what a new group begins with.
+pub fn check_first(hello: &Hello) -> Result<(), Refused> {
+    match hello.epoch <= FIRST_EPOCH_MAX {
+        true => Ok(()),
+        false => Err(too_far(hello, "at most", FIRST_EPOCH_MAX)),
+    }
+}
+
+fn too_far(hello: &Hello, known: &str, epoch: u64) -> Refused {
+    let (name, theirs) = (&hello.group, hello.epoch);
+    let text = format!("the source writes '{name}' under epoch {theirs}, which cannot be: here it is {known} {epoch}");
+    let next = "find out what changed the agent's files on that host; 'varve unprotect' and 'varve protect' there begin anew";
+    refuse(RefusedReason::Epoch, text, next)
 }
 
 /// Checks epoch and volumes against the group. `receiver`: our name, for the operator of the other side.
@@ -63,6 +84,9 @@ pub fn check_against(meta: &GroupMeta, hello: &Hello, receiver: &str) -> Result<
             ),
         };
         return Err(refuse(RefusedReason::Epoch, text, next));
+    }
+    if hello.epoch > meta.epoch.saturating_add(EPOCHS_AHEAD_MAX) {
+        return Err(too_far(hello, "at", meta.epoch));
     }
     if hello.epoch < meta.source_epoch_min {
         let text = format!(
@@ -143,7 +167,7 @@ mod tests {
         let both = |hello: &Hello| check(hello).and_then(|()| check_against(&meta, hello, "backup"));
         assert_eq!(both(&hello()), Ok(()));
         type Change = fn(&mut Hello);
-        let cases: [(Change, RefusedReason); 10] = [
+        let cases: [(Change, RefusedReason); 11] = [
             (|h| h.group = "../x".into(), RefusedReason::Limit),
             (|h| h.volumes.clear(), RefusedReason::Limit),
             (|h| h.volumes[0].bytes = u64::MAX, RefusedReason::Limit),
@@ -151,10 +175,13 @@ mod tests {
             (|h| h.incarnation = [0; 16], RefusedReason::Protocol),
             (|h| h.oldest = 9, RefusedReason::Protocol),
             (|h| h.epoch = 1, RefusedReason::Epoch),
+            (|h| h.epoch = 3 + EPOCHS_AHEAD_MAX, RefusedReason::Epoch),
             (|h| h.volumes[0].bytes = 2048, RefusedReason::Volumes),
             (|h| h.volumes.push(h.volumes[0].clone()), RefusedReason::Volumes),
             (|h| h.volumes[0].replica = Some("/other.img".into()), RefusedReason::Volumes),
         ];
+        let first = |epoch| check_first(&Hello { epoch, ..hello() }).is_ok();
+        assert!(first(0) && first(FIRST_EPOCH_MAX) && !first(FIRST_EPOCH_MAX + 1) && !first(u64::MAX));
         let mut larger = hello();
         assert!(!grows(&meta, &larger));
         larger.volumes[0].bytes = 8192;
