@@ -25,9 +25,10 @@
 //! | [`failpoint`] | places where tests end the process |
 //!
 //! Memory of a group with a session: [`limits::ARENAS_MAX`] × [`limits::ARENA_BYTES`] for what arrives,
-//! [`limits::IMAGE_BYTES_WAITING_MAX`] for images, [`limits::STAGE_BYTES`] + [`limits::WINDOW_BYTES`] +
-//! [`limits::APPLY_BYTES_MAX`] for the applier, and one frame decompressed: 92 MiB at most. After ten seconds
-//! without a write it goes back: an arena and little else stays.
+//! [`limits::IMAGE_BYTES_WAITING_MAX`] for images and [`limits::SPARE_IMAGES_MAX`] MiB for the next ones,
+//! [`limits::STAGE_BYTES`] + [`limits::WINDOW_BYTES`] + [`limits::APPLY_BYTES_MAX`] for the applier, and one frame
+//! decompressed: 100 MiB at most; with a past [`limits::RECENT_BYTES`] and [`limits::BEFORE_STAGE_BYTES`] more, while hardly an
+//! image waits. After ten seconds without a write it goes back: an arena and little else stays.
 
 pub mod apply;
 pub mod clock;

@@ -10,11 +10,11 @@ pub const ARENAS_MAX: usize = 8;
 /// A frame that is not complete keeps a batch from being written unless what has come of it is no more than this:
 /// then it is copied into the next batch.
 pub const CUT_COPY_BYTES_MAX: usize = 64 << 10;
-/// Images that wait for the applier, plain bytes. Beyond, the session reads no further: data behind them waits for as long
+/// Memory of images that wait for the applier. Beyond, the session reads no further: data behind them waits for as long
 /// as it takes to write them.
 pub const IMAGE_BYTES_WAITING_MAX: usize = 32 << 20;
 /// Images whose memory is kept for the next ones while a session sends some: of a MiB each.
-pub const SPARE_IMAGES_MAX: usize = 16;
+pub const SPARE_IMAGES_MAX: usize = 8;
 /// Probes that wait for the applier.
 pub const PROBES_WAITING_MAX: usize = 64;
 /// Probes that are read at once; one is digested meanwhile.

@@ -373,8 +373,10 @@ impl Timeline {
         let keys = state.catalogue.plan(height).map_err(|e| self.plan_failed(&e))?;
         // Without one of them older content would be passed over in silence.
         let missing = |key: &RunKey| HistoryError::Missing { path: self.runs_dir().join(key.file_name()) };
-        let runs: Vec<_> =
-            keys.iter().map(|key| state.runs.get(key).cloned().ok_or_else(|| missing(key))).collect::<Result<_, _>>()?;
+        let runs: Vec<_> = keys
+            .iter()
+            .map(|key| state.runs.get(key).cloned().ok_or_else(|| missing(key)))
+            .collect::<Result<_, _>>()?;
         let runs = runs.into();
         let open = state.open.iter().map(|open| open.index.view()).collect();
         Ok(Plan { runs, open })

@@ -299,12 +299,12 @@ impl History {
         Ok(())
     }
 
-    /// What the replicas will hold from now on: called with what is written to them, just before. `keep`: the bytes, too, so that
-    /// they need not be read when they are replaced.
+    /// What the replicas will hold from now on: called with what is written to them, just before. `keep`: also
+    /// whole blocks that were not remembered, so that they need not be read when they are replaced.
     pub fn remember(&mut self, pieces: &[Piece], buffers: &[&[u8]], keep: bool) {
         for piece in pieces {
             self.holes.filled(piece.volume, piece.start, piece.end);
-            let Some(source) = piece.source.filter(|_| keep) else {
+            let Some(source) = piece.source else {
                 let (first, end) = (piece.start / BLOCK, piece.end.div_ceil(BLOCK));
                 self.recent.forget(piece.volume, first, end);
                 continue;
@@ -315,7 +315,7 @@ impl History {
                 let (block, inside) = (at / BLOCK, (at % BLOCK) as usize);
                 let until = ((block + 1) * BLOCK).min(piece.end);
                 let part = &content[(at - piece.start) as usize..(until - piece.start) as usize];
-                match part.len() == BLOCK_BYTES {
+                match keep && part.len() == BLOCK_BYTES {
                     true => self.recent.put(piece.volume, block, part),
                     false => self.recent.patch(piece.volume, block, inside, Some(part), part.len()),
                 }

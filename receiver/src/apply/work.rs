@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 use tokio::sync::mpsc;
+use varve_common::wire::IMAGE_BODY_BYTES_MAX;
 use varve_common::wire::messages::{ImageDone, Probe, ProbeReply};
 
 /// One piece of work.
@@ -71,28 +72,37 @@ pub enum Answered {
 /// What waits for the applier on behalf of one session; frames beyond the limits are not read from the stream.
 #[derive(Debug, Default)]
 pub struct Waiting {
-    /// Plain bytes of images that are not in the replica and synced yet.
+    /// Memory of images that are not in the replica and synced yet.
     pub image_bytes: AtomicUsize,
     /// Probes not answered.
     pub probes: AtomicUsize,
-    /// Memory of images that were written, for those that come: in fresh memory each page costs a fault.
+    /// Memory of images that were written, for those that come: in fresh memory each page costs a fault. Only of large ones for
+    /// large ones: what waits is counted by its capacity, and shall not take much more than it needs.
     spare: Mutex<Vec<Vec<u8>>>,
 }
 
+/// Whether memory of so many bytes is worth keeping.
+fn is_large(bytes: usize) -> bool {
+    (IMAGE_BODY_BYTES_MAX / 2..=IMAGE_BODY_BYTES_MAX).contains(&bytes)
+}
+
 impl Waiting {
+    fn spare(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Empty memory for the body of an image.
     pub fn body(&self, bytes: usize) -> Vec<u8> {
-        let spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut body = spare.unwrap_or_default();
+        let spare = if is_large(bytes) { self.spare().pop() } else { None };
+        let mut body = spare.filter(|body| body.capacity() >= bytes).unwrap_or_else(|| Vec::with_capacity(bytes));
         body.clear();
-        body.reserve_exact(bytes);
         body
     }
 
     /// Frees what no image has needed, if none waits.
     pub fn rest(&self) {
         if self.image_bytes.load(Ordering::Acquire) == 0 {
-            *self.spare.lock().unwrap_or_else(PoisonError::into_inner) = Vec::new();
+            *self.spare() = Vec::new();
         }
     }
 }
@@ -113,7 +123,7 @@ impl Answer {
         Self { to, waiting, image_bytes: 0 }
     }
 
-    /// For an image of this many plain bytes.
+    /// For an image in so much memory.
     pub fn for_image(to: mpsc::UnboundedSender<Answered>, waiting: Arc<Waiting>, image_bytes: usize) -> Self {
         waiting.image_bytes.fetch_add(image_bytes, Ordering::AcqRel);
         Self { to, waiting, image_bytes }
@@ -121,8 +131,8 @@ impl Answer {
 
     /// The image is written and its memory can be used for another one.
     pub fn give_back(&self, body: Vec<u8>) {
-        let mut spare = self.waiting.spare.lock().unwrap_or_else(PoisonError::into_inner);
-        if spare.len() < SPARE_IMAGES_MAX {
+        let mut spare = self.waiting.spare();
+        if is_large(body.capacity()) && spare.len() < SPARE_IMAGES_MAX {
             spare.push(body);
         }
     }

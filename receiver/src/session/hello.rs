@@ -49,7 +49,8 @@ pub fn check_first(hello: &Hello) -> Result<(), Refused> {
 fn too_far(hello: &Hello, known: &str, epoch: u64) -> Refused {
     let (name, theirs) = (&hello.group, hello.epoch);
     let text = format!("the source writes '{name}' under epoch {theirs}, which cannot be: here it is {known} {epoch}");
-    let next = "find out what changed the agent's files on that host; 'varve unprotect' and 'varve protect' there begin anew";
+    let next =
+        "find out what changed the agent's files on that host; 'varve unprotect' and 'varve protect' there begin anew";
     refuse(RefusedReason::Epoch, text, next)
 }
 

@@ -351,10 +351,7 @@ impl Intake {
                 self.scratch = scratch;
                 body
             }
-            Codec::Lz4 => {
-                self.scratch = body;
-                scratch
-            }
+            Codec::Lz4 => scratch,
         };
         let wrong = |e: WireError| protocol(e.to_string());
         match frame.kind {
@@ -370,7 +367,7 @@ impl Intake {
             }
             _ => {
                 self.check_image(&Image::decode(&plain).map_err(wrong)?)?;
-                let answer = Answer::for_image(self.answers.clone(), self.waiting.clone(), plain.len());
+                let answer = Answer::for_image(self.answers.clone(), self.waiting.clone(), plain.capacity());
                 self.items.push(Item::Act(Action::Image(plain, answer)));
             }
         }
