@@ -163,12 +163,13 @@ struct Told<'a> {
     problem: &'a Problem,
 }
 
-/// Tells the operator, and with `--json` the script; gives the exit code.
+/// Tells the operator, and with `--json` the script; gives the exit code. The operator first: a script's output that cannot be
+/// written (a full disk) must hide neither the problem nor its code.
 pub(crate) fn report(problem: &Problem, json: bool) -> u8 {
-    if json {
-        print_json(&Told { problem });
-    }
     explain(problem);
+    if json {
+        print_json_meanwhile(&Told { problem });
+    }
     problem.kind.exit_code()
 }
 

@@ -50,6 +50,9 @@ fn answer(request: &Value) -> Vec<Step> {
             "changed_here_bytes": 0, "differing_bytes": 0, "only_there_bytes": 0, "captured_there_bytes": 0,
             "compared_bytes": 0, "sent_bytes": 0, "lag_seconds": null, "pause_seconds": null, "seconds": 0.0,
             "home": false, "dry_run": dry_run, "volumes": [], "next": "" })),
+        "rollback-release-look" if request["group"] != "db" => {
+            fake::problem("refused", "nothing of it is held", "it was not rolled back", "varve status")
+        }
         _ => knows("receiver", groups())(request),
     }
 }
@@ -142,7 +145,8 @@ fn what_is_advised_before_a_yes_is_there_and_changes_nothing() {
             }
         }
         for request in asked.lock().expect("fine").iter() {
-            let harmless = ["status", "hosts", "points"].iter().any(|word| request["command"] == *word);
+            let harmless =
+                ["status", "hosts", "points", "rollback-release-look"].iter().any(|word| request["command"] == *word);
             assert!(harmless || request["dry_run"] == true, "{request}");
         }
     }
@@ -193,4 +197,82 @@ fn flags_of_a_takeover_do_not_fit_its_end() {
     root.varve(&["failover", "commit", "up", "--force", "--yes"]).problem(2, "--force", "", "failover commit GROUP");
     root.varve(&["failover", "db", "--force", "--yes"]).problem(2, "--force", "for abort", "failover abort db");
     assert!(asked.lock().expect("fine").is_empty());
+}
+
+/// What keeps history costs a disk, so it can be looked at, too; and a flag that fits nothing is told.
+#[test]
+fn a_bookmark_is_looked_at_before_it_is_kept() {
+    let (root, asked) = recovery();
+    let said = root.varve(&["bookmark", "db", "b", "--keep", "--dry-run"]);
+    assert!(said.code == 0 && said.out.contains("would be kept; nothing was changed"), "{said:?}");
+    assert_eq!(root.varve(&["bookmark", "db", "b", "--keep", "--dry-run", "--json"]).json()["dry_run"], true);
+    assert!(asked.lock().expect("fine").iter().all(|request| request["dry_run"] == true));
+    asked.lock().expect("fine").clear();
+    root.varve(&["bookmark", "db", "b", "--dry-run"]).problem(
+        2,
+        "--dry-run does not fit",
+        "--release",
+        "leave it away",
+    );
+    root.varve(&["bookmark", "db", "b", "--keep", "--yes"]).problem(2, "--yes does not fit", "--release", "leave");
+    for words in ["failback up --to db2 --quick --yes", "failover db --test --quick", "failover db --test --limit 5"] {
+        let said = root.varve(&words.split(' ').collect::<Vec<_>>());
+        said.problem(2, "cannot be used with", "the usage is", "--help");
+    }
+    root.varve(&["drill", "show", "db", "--every", "24h"]).problem(
+        2,
+        "'show' takes no other flags",
+        "last drill",
+        "--every",
+    );
+    assert!(asked.lock().expect("fine").is_empty());
+}
+
+#[test]
+fn a_release_that_is_looked_at_is_asked_for() {
+    let (root, _) = recovery();
+    let said = root.varve(&["rollback", "db", "--release", "--dry-run"]);
+    assert!(said.code == 0 && said.out.contains("nothing was changed"), "{said:?}");
+    root.varve(&["rollback", "up", "--release", "--dry-run"]).problem(
+        3,
+        "nothing of it is held",
+        "not rolled back",
+        "status",
+    );
+    let root = Root::recovery();
+    root.varve(&["rollback", "db", "--release", "--dry-run"]).problem(4, "not reachable", "does not run", "");
+}
+
+/// A host that protects a group and receives others: each abort goes to the daemon that it is about.
+#[test]
+fn an_abort_finds_its_daemon_on_a_host_with_both_roles() {
+    let (root, received) = recovery();
+    root.write("etc/varve/agent.toml", "receiver = \"127.0.0.1:7443\"\nname = \"db1\"\n");
+    let mut quiet = group("own", "source");
+    quiet["link"] = json!("disconnected");
+    quiet["authority"] = json!({ "text": "it may run there", "since": null, "not_home_bytes": null,
+        "quiet": "read-only", "unsure": true, "next": "ask there" });
+    let mut same = quiet.clone();
+    same["name"] = json!("up");
+    let asked = root.daemon("agent", knows("agent", vec![quiet, same]));
+    let said = root.varve(&["failover", "abort", "own", "--force", "--dry-run"]);
+    assert!(said.code == 0 && said.out.contains("might be written here again"), "{said:?}");
+    assert_eq!(root.varve(&["failover", "abort", "own", "--force", "--yes"]).code, 0);
+    let resumed = |request: &Value| request["command"] == "resume" && request["group"] == "own";
+    assert!(asked.lock().expect("fine").iter().any(resumed));
+    assert!(received.lock().expect("fine").iter().all(|request| request["command"] == "status"));
+    // A takeover here is meant, whatever the other daemon has under that name.
+    let said = root.varve(&["failover", "abort", "up", "--dry-run"]);
+    assert!(said.code == 0 && said.out.contains("would be undone"), "{said:?}");
+}
+
+/// A script's log on a full disk hides neither the problem nor its code.
+#[test]
+fn a_problem_is_told_although_the_answer_cannot_be() {
+    let (root, _) = recovery();
+    for flags in ["", " --json"] {
+        let said = shell(&root, &format!("varve status nothing{flags} > /dev/full"));
+        said.problem(5, "nothing", "", "");
+    }
+    assert_eq!(shell(&root, "varve status db --json > /dev/full").code, 1, "what nobody got is not done");
 }

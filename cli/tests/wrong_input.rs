@@ -47,6 +47,19 @@ fn a_root_that_is_wrong() {
 }
 
 #[test]
+fn words_of_commands_name_no_group() {
+    let root = Root::production();
+    for word in ["commit", "abort", "run", "show"] {
+        root.varve(&["protect", word, "/dev/vdb"]).problem(
+            2,
+            "cannot name a group",
+            "word of commands",
+            "another name",
+        );
+    }
+}
+
+#[test]
 fn a_root_without_configuration() {
     let root = Root::new();
     for (args, daemon) in EVERY {

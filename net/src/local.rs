@@ -26,8 +26,8 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// Longest request line.
 pub const REQUEST_BYTES_MAX: usize = 64 << 10;
-/// Longest reply line.
-pub const REPLY_BYTES_MAX: usize = 1 << 20;
+/// Longest reply line: all bookmarks that a group may have, with their times.
+pub const REPLY_BYTES_MAX: usize = 16 << 20;
 /// Clients at once; one more is turned away.
 pub const CLIENTS_MAX: usize = 64;
 /// The longest that a client may take for its first request, and to take a reply line.

@@ -12,6 +12,7 @@ use varve_common::problem::{Problem, check_name};
 const EXAMPLE: &str = "Example, production host:
   varve bookmark db before-upgrade
 Example, recovery host:
+  varve bookmark db before-upgrade --keep --dry-run
   varve bookmark db before-upgrade --keep
   varve bookmark db before-upgrade --release --dry-run
   varve bookmark db before-upgrade --release";
@@ -34,11 +35,11 @@ pub(crate) struct Args {
     /// Let the point expire like any other
     #[arg(long)]
     release: bool,
-    /// Print what could expire then, change nothing
-    #[arg(long, requires = "release")]
+    /// With --keep or --release: print what it would cost, or what could expire then; change nothing
+    #[arg(long)]
     dry_run: bool,
-    /// Do not ask
-    #[arg(long, requires = "release")]
+    /// With --release: do not ask
+    #[arg(long)]
     yes: bool,
 }
 
@@ -49,10 +50,27 @@ pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
     if args.release {
         return release(context, args);
     }
+    // Not by clap's `requires`: that is silent where the flag that it asks for is excluded by one that is there.
+    let alone = [("--dry-run", args.dry_run && !args.keep), ("--yes", args.yes)];
+    if let Some((flag, _)) = alone.into_iter().find(|(_, said)| *said) {
+        let why = if flag == "--yes" { "only --release asks" } else { "it is for --keep and --release" };
+        return Err(Problem::usage(format!("{flag} does not fit"), why, "leave it away"));
+    }
     if args.keep {
-        let request = ReceiverRequest::Keep { group, bookmark: name, keep: true, dry_run: false };
+        let request = ReceiverRequest::Keep { group, bookmark: name, keep: true, dry_run: args.dry_run };
         let reply: KeepReply = ask_receiver(context, &request, PATIENT)?;
-        context.answer(&reply, kept_text);
+        let changed = Changed { reply, dry_run: args.dry_run };
+        context.answer(&changed, |changed| match changed.dry_run {
+            false => kept_text(&changed.reply),
+            true => format!(
+                "bookmark '{}' of group '{}' at {} would be kept; nothing was changed\n  {} of history would stay because of \
+                 it, and more as it gets older\n",
+                changed.reply.name,
+                changed.reply.group,
+                words::exact_time(&changed.reply.time),
+                words::bytes(changed.reply.bytes)
+            ),
+        });
         return Ok(DONE);
     }
     check_consistency(&args.consistency)?;
@@ -62,7 +80,7 @@ pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
 }
 
 #[derive(Serialize)]
-struct Released {
+struct Changed {
     #[serde(flatten)]
     reply: KeepReply,
     dry_run: bool,
@@ -75,14 +93,14 @@ fn release(context: &Context, args: &Args) -> Outcome {
         |dry_run| ReceiverRequest::Keep { group: group.clone(), bookmark: name.clone(), keep: false, dry_run };
     let reply: KeepReply = ask_receiver(context, &request(true), PATIENT)?;
     let bytes = reply.bytes;
-    let mut released = Released { reply, dry_run: true };
+    let mut released = Changed { reply, dry_run: true };
     if !args.dry_run {
         if bytes > 0 {
             let bytes = words::bytes(bytes);
             let question = format!("let {bytes} of the history of group '{group}' expire, kept for '{name}'?");
             confirm(args.yes, &question, &context.suggest(&format!("bookmark {group} {name} --release")))?;
         }
-        released = Released { reply: ask_receiver(context, &request(false), PATIENT)?, dry_run: false };
+        released = Changed { reply: ask_receiver(context, &request(false), PATIENT)?, dry_run: false };
     }
     context.answer(&released, |released| match released.dry_run {
         false => kept_text(&released.reply),

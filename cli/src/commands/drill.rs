@@ -26,9 +26,9 @@ pub(crate) struct Args {
     /// The group's name; `show` and the group's name prints what the last drill showed
     #[arg(value_name = "[run|show] GROUP", num_args = 1..=2, required = true)]
     words: Vec<String>,
-    /// Which point (varve points)
-    #[arg(long, value_name = "POINT", allow_hyphen_values = true, default_value = "latest")]
-    at: String,
+    /// Which point (varve points); without it the newest
+    #[arg(long, value_name = "POINT", allow_hyphen_values = true)]
+    at: Option<String>,
     /// Again and again, so often: 24h, 7d
     #[arg(long, value_name = "AGE", conflicts_with = "at")]
     every: Option<String>,
@@ -36,7 +36,13 @@ pub(crate) struct Args {
 
 pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
     match &args.words[..] {
-        [word, group] if word == "show" => show(context, group),
+        [word, group] if word == "show" => {
+            if args.at.is_some() || args.every.is_some() {
+                let (why, next) = ("it shows the last drill and begins none", "leave --at and --every away");
+                return Err(Problem::usage("'show' takes no other flags", why, next));
+            }
+            show(context, group)
+        }
         [word, group] if word == "run" => begin(context, args, group),
         [group] => begin(context, args, group),
         _ => Err(Problem::usage(
@@ -53,7 +59,7 @@ fn begin(context: &Context, args: &Args, group: &str) -> Outcome {
     if let Some(every) = &args.every {
         return schedule(context, group, check::interval(every)?);
     }
-    let at = check::point(&args.at)?;
+    let at = check::point(args.at.as_deref().unwrap_or("latest"))?;
     takeover::fits(context, group, &plan)?;
     let mark = DrillMark::open(&context.paths, group)?;
     match mark.is_set() {

@@ -40,7 +40,7 @@ pub(crate) struct Args {
     #[arg(long, conflicts_with_all = ["to", "volume", "stop"])]
     cut_over: bool,
     /// Compare only what was sent since the volumes were claimed, not all of them, while nobody can write
-    #[arg(long, requires = "cut_over")]
+    #[arg(long, requires = "cut_over", conflicts_with_all = ["to", "volume", "stop", "keep_branch"])]
     quick: bool,
     /// To this host instead of the one that it had (varve host list)
     #[arg(long, value_name = "HOST", conflicts_with_all = ["volume", "stop"])]

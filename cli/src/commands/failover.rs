@@ -46,10 +46,10 @@ pub(crate) struct Args {
     #[arg(long, conflicts_with = "test")]
     planned: bool,
     /// How long the source may take for that
-    #[arg(long, value_name = "SECONDS", default_value_t = 60, requires = "planned", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, requires = "planned", conflicts_with = "test", value_parser = clap::value_parser!(u64).range(1..=3600))]
     limit: u64,
     /// Compare nothing: the source can write while it is compared neither here nor there
-    #[arg(long, requires = "planned")]
+    #[arg(long, requires = "planned", conflicts_with = "test")]
     quick: bool,
     /// Go back by itself, as `varve failover abort` does, unless it is committed within so long
     #[arg(long, value_name = "AGE", conflicts_with_all = ["test", "resume"])]

@@ -10,7 +10,7 @@ use crate::takeover;
 use crate::words;
 use serde::Serialize;
 use varve_common::control::{AgentRequest, FailoverReply, GroupStatus, ReceiverRequest, TakeoverStatus};
-use varve_common::problem::Problem;
+use varve_common::problem::{Problem, ProblemKind};
 use varve_common::state::Link;
 use varve_takeover::{Mode, standing};
 
@@ -119,7 +119,7 @@ fn nothing(context: &Context, group: &str) -> Problem {
 
 pub(super) fn abort(context: &Context, args: &Args, group: &str) -> Outcome {
     check::group(group)?;
-    if !Daemon::Receiver.is_here(&context.paths) && Daemon::Agent.is_here(&context.paths) {
+    if is_sources(context, group) {
         return resume(context, args, group);
     }
     if args.dry_run {
@@ -145,6 +145,24 @@ pub(super) fn abort(context: &Context, args: &Args, group: &str) -> Outcome {
         ),
     });
     Ok(DONE)
+}
+
+/// Whether what is to be aborted is the quiet of a group of this host, which its agent ends. A host may have both roles.
+fn is_sources(context: &Context, group: &str) -> bool {
+    if !Daemon::Agent.is_here(&context.paths) {
+        return false;
+    }
+    if !Daemon::Receiver.is_here(&context.paths) {
+        return true;
+    }
+    let received = Daemon::Receiver.group(context, group);
+    let taken_over = |status: GroupStatus| status.history.is_some_and(|history| history.takeover.is_some());
+    let unknown = matches!(&received, Err(problem) if problem.kind == ProblemKind::NotFound);
+    if received.is_ok_and(taken_over) {
+        return false;
+    }
+    let own = Daemon::Agent.group(context, group);
+    own.is_ok_and(|own| unknown || own.authority.is_some_and(|authority| authority.quiet.is_some()))
 }
 
 fn force(args: &Args) -> &'static str {

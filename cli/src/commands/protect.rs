@@ -30,8 +30,18 @@ pub(crate) struct Args {
     dry_run: bool,
 }
 
+/// Words that come before a group's name: `varve failover abort`, `varve drill show`.
+const WORDS: [&str; 4] = ["commit", "abort", "run", "show"];
+
 pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
     check::group(&args.group)?;
+    if WORDS.contains(&args.group.as_str()) {
+        return Err(Problem::usage(
+            format!("'{}' cannot name a group", args.group),
+            "it is a word of commands (varve failover commit|abort, varve drill run|show), which would take it for that",
+            "choose another name",
+        ));
+    }
     let volumes = volume_paths(&args.volumes)?;
     check_replicas(&args.replicas, volumes.len())?;
     let request = AgentRequest::Protect {

@@ -1,7 +1,7 @@
 //! `varve rollback`: makes the replica what it was at a point, as new history.
 
 use crate::check;
-use crate::client::{Daemon, PATIENT, ask, ask_authority};
+use crate::client::{Daemon, PATIENT, ask, ask_authority, ask_receiver};
 use crate::confirm::confirm;
 use crate::context::{Context, DONE, Outcome, note};
 use crate::progress::Meter;
@@ -78,9 +78,15 @@ fn release(context: &Context, args: &Args) -> Outcome {
     if !args.dry_run {
         let question = format!("make the replica of group '{group}' equal to its volumes again?");
         confirm(args.yes, &question, &context.suggest(&format!("rollback {group} --release")))?;
-        let request = ReceiverRequest::RollbackRelease { group: group.clone() };
-        let () = ask_authority(context, group, &request, "then the same command again", &mut |_| {})?;
     }
+    let name = group.clone();
+    let () = match args.dry_run {
+        true => ask_receiver(context, &ReceiverRequest::RollbackReleaseLook { group: name }, PATIENT)?,
+        false => {
+            let request = ReceiverRequest::RollbackRelease { group: name };
+            ask_authority(context, group, &request, "then the same command again", &mut |_| {})?
+        }
+    };
     let released = Released { group: group.clone(), dry_run: args.dry_run, released: !args.dry_run };
     context.answer(&released, |released| match released.dry_run {
         true => format!(

@@ -1,8 +1,9 @@
 //! `varve view open`: every volume of a group at a point, as a block device or over NBD.
 
 use crate::check;
-use crate::client::{PATIENT, ask_receiver};
+use crate::client::{Daemon, PATIENT, ask};
 use crate::context::{Context, DONE, Outcome};
+use crate::progress::Meter;
 use crate::words;
 use varve_common::control::{ExportKind, ReceiverRequest, ViewReply};
 use varve_common::problem::Problem;
@@ -49,7 +50,12 @@ pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
     }
     let (group, writable) = (args.group.clone(), args.writable);
     let request = ReceiverRequest::ViewOpen { group, at, writable, export, listen };
-    let reply: ViewReply = ask_receiver(context, &request, PATIENT)?;
+    // A point that is landed and not applied is waited for.
+    let mut meter = Meter::new(format!("opening a view of {}", args.group), context.json);
+    let reply: Result<ViewReply, Problem> =
+        ask(context, Daemon::Receiver, &request, PATIENT, &mut |step| meter.show(&step));
+    meter.end();
+    let reply = reply?;
     context.answer(&reply, |reply| {
         let close = context.suggest(&format!("view close {}", reply.id));
         format!("{}next: '{close}' when you are done\n", text_of(reply))

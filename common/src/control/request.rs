@@ -142,6 +142,12 @@ pub enum ReceiverRequest {
         /// The group's name.
         group: String,
     },
+    /// Whether it could; nothing is changed. Not a flag of the other: a daemon that does not know it must not release. Answer:
+    /// nothing.
+    RollbackReleaseLook {
+        /// The group's name.
+        group: String,
+    },
     /// Write one volume as it was to a file or device. Answers: [`Reply::Progress`](super::Reply::Progress) and at last [`RestoreReply`](super::RestoreReply).
     Restore {
         /// The group's name.

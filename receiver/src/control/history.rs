@@ -123,6 +123,14 @@ pub async fn rollback(
 }
 
 pub async fn release(daemon: &Arc<Daemon>, group: &str) -> Result<(), Problem> {
+    let slot = releasable(daemon, group)?;
+    daemon.registry.release(&slot).await.map_err(|refused| {
+        Problem::failed(format!("'{group}' was not released"), refused.text, "see the receiver's log")
+    })
+}
+
+/// The group, if a rollback holds it.
+pub fn releasable(daemon: &Arc<Daemon>, group: &str) -> Result<Arc<Slot>, Problem> {
     let slot = daemon.registry.group(group).ok_or_else(|| no_group(daemon, group))?;
     if slot.board().meta.as_ref().is_none_or(|meta| meta.held.is_none()) {
         let why = "it was not rolled back, or is released already";
@@ -132,9 +140,7 @@ pub async fn release(daemon: &Arc<Daemon>, group: &str) -> Result<(), Problem> {
             "'varve status' shows what it does",
         ));
     }
-    daemon.registry.release(&slot).await.map_err(|refused| {
-        Problem::failed(format!("'{group}' was not released"), refused.text, "see the receiver's log")
-    })
+    Ok(slot)
 }
 
 /// What `varve restore` asks for.

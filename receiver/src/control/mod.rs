@@ -82,6 +82,9 @@ async fn answer_history(daemon: &Arc<Daemon>, peer: &mut LocalPeer, request: Rec
             follow(peer, told, work).await
         }
         ReceiverRequest::RollbackRelease { group } => wait_for(peer, history::release(daemon, &group)).await,
+        ReceiverRequest::RollbackReleaseLook { group } => {
+            send(peer, history::releasable(daemon, &group).map(drop)).await
+        }
         ReceiverRequest::Restore { group, at, volume, to, dry_run, force, dir } => {
             let wish = history::RestoreWish { group, at, volume, to, dry_run, force, dir };
             let (progress, told) = progress();
@@ -134,7 +137,15 @@ async fn answer_history(daemon: &Arc<Daemon>, peer: &mut LocalPeer, request: Rec
 }
 
 async fn send<T: serde::Serialize>(peer: &mut LocalPeer, outcome: Result<T, Problem>) -> Result<(), Error> {
-    peer.send(&outcome.map_or_else(Reply::Problem, Reply::Done)).await
+    match peer.send(&outcome.map_or_else(Reply::Problem, Reply::Done)).await {
+        // Nothing of it was sent.
+        Err(error) if error.kind() == ErrorKind::Limit => {
+            tracing::warn!(%error, "an answer is too long to be sent");
+            let next = "ask for less: one group, or a part of its time (--from, --to)";
+            peer.send(&Reply::<T>::Problem(Problem::failed("the answer is too long", error.to_string(), next))).await
+        }
+        sent => sent,
+    }
 }
 
 fn no_group(daemon: &Daemon, name: &str) -> Problem {
