@@ -39,6 +39,10 @@ pub struct GroupFile {
     /// gave the group back with it is known there.
     #[serde(default)]
     pub armed: Option<String>,
+    /// Its volumes were refused in a state in which they may change unseen, or had lost a part: that capture went on meanwhile
+    /// proves nothing. The next start begins anew and compares.
+    #[serde(default)]
+    pub compare: bool,
 }
 
 /// What must be remembered of who may write to a group, in a file of its own: it changes at other times than what the group is.
@@ -78,8 +82,19 @@ pub type Loaded = (String, Result<GroupFile, Problem>);
 impl GroupFile {
     /// A new group.
     pub fn new(name: String, volumes: Vec<String>, bytes: Vec<u64>, replicas: Vec<String>) -> Self {
-        let (identities, synced_once, epoch, returning, armed) = (Vec::new(), false, first_epoch(), false, None);
-        Self { version: VERSION, name, volumes, bytes, identities, replicas, synced_once, epoch, returning, armed }
+        Self {
+            version: VERSION,
+            name,
+            volumes,
+            bytes,
+            identities: Vec::new(),
+            replicas,
+            synced_once: false,
+            epoch: first_epoch(),
+            returning: false,
+            armed: None,
+            compare: false,
+        }
     }
 
     /// See [`GroupFile::armed`]; zeroes: none.

@@ -89,6 +89,17 @@ fn not_usable(path: &str, error: &IoError) -> Problem {
     Problem::failed(format!("{path} cannot be looked at"), error.chain(), "check the device and try again")
 }
 
+/// Whether writes may go to it now that the capture programs cannot see.
+pub fn is_written_unseen(facts: &BlockFacts) -> bool {
+    facts.dax_mounted || facts.holders.iter().any(|name| is_remapping(name)) || !facts.request_holders.is_empty()
+}
+
+/// md and bcache change a bio's device in place and pass it on: the tracepoint has already fired for the upper device and does not
+/// fire again for this one, so writes through them would be missed.
+fn is_remapping(holder: &str) -> bool {
+    holder.starts_with("md") || holder.starts_with("bcache")
+}
+
 /// Refuses what the capture programs cannot see whole.
 pub fn refuse_uncapturable(path: &str, facts: &BlockFacts) -> Result<(), Problem> {
     let refuse = |why: String, next: &str| Err(Problem::refused(format!("{path} cannot be protected"), why, next));
@@ -121,9 +132,7 @@ pub fn refuse_uncapturable(path: &str, facts: &BlockFacts) -> Result<(), Problem
             "mount it without dax (option dax=never), then protect it",
         );
     }
-    // md and bcache change a bio's device in place and pass it on: the tracepoint has already fired for the upper device
-    // and does not fire again for this one, so writes through them would be missed.
-    let remapping = facts.holders.iter().find(|name| name.starts_with("md") || name.starts_with("bcache"));
+    let remapping = facts.holders.iter().find(|name| is_remapping(name));
     if let Some(holder) = remapping {
         return refuse(
             format!("it is a part of /dev/{holder}, which passes writes on in a way that cannot be seen here"),

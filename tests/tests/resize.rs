@@ -206,6 +206,72 @@ fn killed_around_the_growth() {
     }
 }
 
+/// It has its size again, but what was behind the smaller one's end is gone, and no record says so: all of it is compared,
+/// whoever saw it, and whether a write met the smaller size.
+#[test]
+fn shrinks_and_has_its_size_again() {
+    require_root();
+    let scratch = Scratch::memory();
+    let device = LoopDevice::new(&scratch, "volume", 32 * MIB);
+    let mut pair = Pair::new();
+    let replicas = pair.protect("db", &[device.path()]);
+    let written = |fill| write(device.path(), 20 * MIB, 1 << 16, fill);
+    let equal = || digest_device(device.path()) == digest_device(&replicas[0]);
+    let settle = |pair: &Pair| {
+        wait_until(LIMIT, "the replica has what the volume has", equal);
+        pair.wait_protected("db", LIMIT);
+        assert_same(device.path(), &replicas[0]);
+    };
+    for round in 0..2 {
+        // Refused by an agent that comes back meanwhile.
+        written(0x60 + round);
+        settle(&pair);
+        pair.production.kill(Role::Agent);
+        device.resize(16 * MIB);
+        pair.production.start(Role::Agent);
+        wait_until(LIMIT, "it is refused", || {
+            let status = pair.production.group("db").unwrap();
+            status["data"] == "gap" && status["reason"].as_str().is_some_and(|reason| reason.contains("shrank"))
+        });
+        if round == 1 {
+            pair.production.kill(Role::Agent);
+        }
+        device.resize(32 * MIB);
+        assert!(!equal(), "what was behind the end is gone");
+        if round == 1 {
+            pair.production.start(Role::Agent);
+        }
+        settle(&pair);
+    }
+    // While no agent runs, met by a write.
+    written(0x70);
+    settle(&pair);
+    pair.production.kill(Role::Agent);
+    device.resize(16 * MIB);
+    write(device.path(), 4096, 4096, 0x71);
+    device.resize(32 * MIB);
+    assert!(!equal(), "what was behind the end is gone");
+    pair.production.start(Role::Agent);
+    settle(&pair);
+    // And is larger then than it was.
+    written(0x78);
+    settle(&pair);
+    pair.production.kill(Role::Agent);
+    device.resize(16 * MIB);
+    write(device.path(), 4096, 4096, 0x79);
+    device.resize(40 * MIB);
+    pair.production.start(Role::Agent);
+    wait_until(LIMIT, "the replica has the new size", || size_bytes(&replicas[0]) == 40 * MIB);
+    settle(&pair);
+    // Under a running one, between two of its looks.
+    written(0x80);
+    settle(&pair);
+    device.resize(16 * MIB);
+    write(device.path(), 4096, 4096, 0x81);
+    device.resize(40 * MIB);
+    settle(&pair);
+}
+
 /// To a point before the growth: as a view in its size, rolled back and forth, taken over.
 #[test]
 fn a_point_before_the_growth_is_gone_back_to() {

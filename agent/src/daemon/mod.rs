@@ -262,7 +262,11 @@ impl Daemon {
         let claimed: Vec<GroupStatus> = claimed.map(|returning| returning.status()).collect();
         groups.retain(|(group, _)| claimed.iter().all(|claimed| claimed.name != group.name));
         groups.extend(claimed.into_iter().map(|status| (status, true)));
-        groups.extend(lock(&self.failed).values().map(|failed| (failed.status(), false)));
+        // While it is started over itself it is still the one that it was.
+        let failed: Vec<GroupStatus> = lock(&self.failed).values().map(Failed::status).collect();
+        let known: Vec<String> = groups.iter().map(|(group, _)| group.name.clone()).collect();
+        let failed = failed.into_iter().filter(|failed| !known.contains(&failed.name));
+        groups.extend(failed.map(|status| (status, false)));
         for called in returning.iter().filter(|returning| !returning.shown().claimed) {
             match (groups.iter_mut().find(|(group, _)| group.name == called.name), called.shown().reason) {
                 (Some((group, _)), Some(reason)) => group.reason = Some(reason),

@@ -37,9 +37,16 @@ impl Daemon {
     }
 
     /// The caller holds `changes`.
-    pub(super) async fn start_or_remember_locked(self: &Arc<Self>, file: GroupFile) {
+    pub(super) async fn start_or_remember_locked(self: &Arc<Self>, mut file: GroupFile) {
         let name = file.name.clone();
         let outcome = self.start_group(&file).await;
+        if outcome.is_err() && !file.compare && may_differ_unseen(&file) {
+            // Before it has its size again, or is written unseen and then is as it was: it would be gone on with.
+            file.compare = true;
+            if let Err(problem) = self.store.save(&file) {
+                tracing::error!(group = %name, "that all of it must be compared is known until the agent ends: {problem}");
+            }
+        }
         let mut failed = lock(&self.failed);
         match outcome {
             Ok(()) => {
@@ -98,6 +105,15 @@ impl Daemon {
         } else if asked && let Err(problem) = self.store.save(&file) {
             // The group ran without it until now.
             tracing::warn!(group = %file.name, "what identifies its volumes was not written down: {}", problem.why);
+        }
+        if file.compare {
+            let (capture, name) = (self.capture(&volumes[0]).await?, file.name.clone());
+            // A panic there was reported by the hook.
+            let _ = tokio::task::spawn_blocking(move || capture.give_up(&name)).await;
+            drop(self.store.take_seal(&file.name));
+            tracing::warn!(group = %file.name, "a volume was not what it is now: a new ring begins, all is compared");
+            file.compare = false;
+            self.store.save(&file)?;
         }
         self.run_group(file, &volumes).await
     }
@@ -206,6 +222,17 @@ impl Daemon {
         }
         Ok(checked)
     }
+}
+
+/// Whether a volume that is refused now may have other content when it is taken again, and no record says so. One without a size is
+/// not attached yet: what it is then is looked at then.
+fn may_differ_unseen(file: &GroupFile) -> bool {
+    file.volumes.iter().zip(&file.bytes).any(|(path, bytes)| {
+        BlockFacts::of(path).is_ok_and(|facts| {
+            let shrank = facts.bytes > 0 && volume::spec(&facts).bytes < *bytes;
+            shrank || volume::is_written_unseen(&facts)
+        })
+    })
 }
 
 fn refuse_exchanged(file: &GroupFile, volumes: &[Checked]) -> Result<(), Problem> {

@@ -98,10 +98,17 @@ impl Daemon {
         }
         let mut file = handle.file.clone();
         file.synced_once |= handle.shared.facts().ever_consistent;
+        self.start_over(handle, file).await;
+    }
+
+    /// Starts a group whose worker has ended. Until it runs again, or is remembered with the reason, it stays in the list as it is:
+    /// whoever asks meanwhile finds it. The caller holds `changes`.
+    async fn start_over(self: &Arc<Self>, ended: &Arc<GroupHandle>, file: GroupFile) {
+        let name = file.name.clone();
         self.start_or_remember_locked(file).await;
-        if ours().is_some_and(|there| Arc::ptr_eq(&there, handle)) {
-            // It could not be started.
-            self.groups.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+        let mut groups = self.groups.write().unwrap_or_else(PoisonError::into_inner);
+        if groups.get(&name).is_some_and(|there| Arc::ptr_eq(there, ended)) {
+            groups.remove(&name);
         }
     }
 
@@ -109,9 +116,9 @@ impl Daemon {
     async fn begin_anew(self: &Arc<Self>, handle: &Arc<GroupHandle>, reason: GapReason) {
         let _changes = self.changes.lock().await;
         let name = &handle.file.name;
-        let groups = || self.groups.write().unwrap_or_else(PoisonError::into_inner);
+        let groups = || self.groups.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
         // It may have been unprotected meanwhile, or be another one of the same name.
-        if !groups().get(name).is_some_and(|there| Arc::ptr_eq(there, handle)) {
+        if !groups().is_some_and(|there| Arc::ptr_eq(&there, handle)) {
             return;
         }
         let mut file = handle.file.clone();
@@ -124,7 +131,6 @@ impl Daemon {
             handle.shared.gap_opened(reason);
         }
         handle.end().await;
-        groups().remove(name);
-        self.start_or_remember_locked(file).await;
+        self.start_over(handle, file).await;
     }
 }

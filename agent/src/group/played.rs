@@ -249,6 +249,9 @@ pub struct Script {
     pub told: Mutex<Vec<Told>>,
     /// Sessions that it ended because of an image outside a gap, as the real one does.
     pub refused: AtomicU64,
+    /// If not zero: with its next data the receiver waits until this is less than the maximum, ends the session, and says in the next
+    /// that it has so much of the stream.
+    pub claims: AtomicU64,
 }
 
 /// A worker with everything around it.
@@ -438,6 +441,13 @@ async fn play(
                 let records = Records::new(frame.position, &plain).map(|record| record.expect("a record"));
                 let records = records.map(|record| (record.position, record.kind)).collect();
                 tell(Told::Data(frame.position, records));
+                if script.claims.load(Ordering::SeqCst) > 0 {
+                    while script.claims.load(Ordering::SeqCst) == u64::MAX {
+                        tokio::time::sleep(Duration::from_millis(2)).await;
+                    }
+                    *resume = Some(script.claims.swap(0, Ordering::SeqCst));
+                    return;
+                }
                 let durable = frame.position + plain.len() as u64;
                 *resume = Some(durable);
                 (FrameKind::Ack, messages::encode(&Ack { durable, applied: durable }))
@@ -749,6 +759,29 @@ async fn nothing_is_sent_behind_a_write_that_may_have_been_skipped() {
     stage.until("the gap is marked", |stage| stage.marks().len() > 2).await;
     let marks = stage.marks();
     assert!(marks[2].reason == Some(GapReason::MissedEvents) && marks[2].position <= skipped, "{marks:?}");
+}
+
+/// A virtual machine was set back to a snapshot with its memory, and the receiver has what its other life sent: as many bytes of a
+/// stream of the same name, and others. Before the agent hears of it its stream has grown past them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_receiver_that_has_more_than_was_sent_is_not_believed() {
+    let stage = Stage::set().await;
+    stage.protected().await;
+    let (told, marks) = (stage.told().len(), stage.marks().len());
+    stage.script.claims.store(u64::MAX, Ordering::SeqCst);
+    stage.source.write(512, 2);
+    stage.until("it is sent", |stage| stage.told().len() > told).await;
+    // From here on nothing is sent.
+    stage.misses.note(clock::boot_ns(), 0);
+    stage.source.write(1024, 3);
+    let claimed = stage.source.stream.producer();
+    stage.source.write(2048, 4);
+    stage.script.claims.store(claimed, Ordering::SeqCst);
+    stage.until("all is compared", |stage| stage.marks().len() > marks).await;
+    let marks = stage.marks();
+    assert!(marks[2].reason.is_some() && stage.shared.facts().gap.is_some(), "{marks:?}");
+    stage.misses.note(u64::MAX, 0);
+    stage.protected().await;
 }
 
 /// A write before a bookmark was skipped by the kernel, which is found a moment after the bookmark is in the ring: nobody was told

@@ -143,6 +143,9 @@ struct State {
     kept: Option<Kept>,
     /// Records before were walked.
     walked: u64,
+    /// No record behind it was ever sent: by this worker, or by those before, which sent nothing that was not there when it began. A
+    /// receiver that claims more has heard of another life of this ring: of a machine that was set back with its memory.
+    sent_ever: u64,
     sessions: u64,
     /// The receiver has known this ring.
     known_there: bool,
@@ -253,6 +256,7 @@ impl Worker {
             to_look: (0, 0),
             kept: None,
             walked: self.source.stream().consumer(),
+            sent_ever: self.source.stream().producer(),
             sessions: 0,
             known_there: kept.known_there,
             bookmarks: Vec::new(),
@@ -523,6 +527,15 @@ impl Worker {
         self.believe(&welcome)?;
         let producer = self.source.stream().producer();
         let resumable = welcome.resume.filter(|at| (self.shared.oldest()..=producer).contains(at));
+        if resumable.is_some_and(|at| at > state.sent_ever) {
+            tracing::error!(
+                group = %self.shared.name,
+                claimed = resumable,
+                sent = state.sent_ever,
+                "the receiver has more of this stream than was ever sent: this machine was set back, all is compared"
+            );
+        }
+        let resumable = resumable.filter(|at| *at <= state.sent_ever);
         let stream = self.source.stream();
         match resumable {
             Some(position) => {
@@ -549,6 +562,7 @@ impl Worker {
             }
             None => self.begin(state, session).await?,
         }
+        state.sent_ever = state.sent_ever.max(session.sent);
         // That a begin was sent does not mean that it came there.
         state.known_there |= resumable.is_some();
         state.onward.take_if(|_| state.known_there);

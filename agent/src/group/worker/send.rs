@@ -99,6 +99,7 @@ impl Worker {
                 // All buffers are on their way: whatever else there is to do goes first.
                 Stretch::NoBuffer => return Ok(busy),
             };
+            state.sent_ever = state.sent_ever.max(end);
             self.send_frame(state, session, end, body, sent_max).await?;
             busy = true;
         }
