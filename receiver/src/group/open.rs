@@ -19,7 +19,7 @@ use crate::landing::reader::Reader;
 use crate::landing::recover::{Recovered, recover};
 use crate::promote::{is_rolled, wish};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::{Builder, JoinHandle};
 use std::time::Instant;
@@ -49,6 +49,8 @@ pub struct OpenGroup {
     pub timeline: Arc<Timeline>,
     /// Nothing is left to be rolled back for a takeover.
     pub rolled: Arc<AtomicBool>,
+    /// Nothing was when the group was opened.
+    pub was_rolled: bool,
     /// The rollback of an abort was asked for: asked again while it runs, it would be done once more after what came since.
     pub undoing: AtomicBool,
     /// Sizes of the volumes.
@@ -193,7 +195,7 @@ impl Files {
     fn report(&self, group: &str, counters: &Counters) {
         let Recovered { entries, bytes, end, damage, .. } = &self.recovered;
         if let Some(why) = damage {
-            counters.log_damages.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            counters.log_damages.fetch_add(1, Ordering::Relaxed);
             tracing::error!(
                 group,
                 why,
@@ -222,6 +224,7 @@ impl Files {
             let landed = &recovered.state;
             live.wish_rollback(wish(&timeline, takeover, landed, &rolled).map_err(|e| history_failed(&e))?);
         }
+        let was_rolled = rolled.load(Ordering::SeqCst);
         let queue = Arc::new(Queue::default());
         let slot = *mark.slot();
         let place = Place { segment: slot.segment.get(), offset: slot.offset.get() };
@@ -263,6 +266,19 @@ impl Files {
         let volumes = meta.volume_bytes().into();
         let fresh = Some(fresh);
         let undoing = AtomicBool::new(meta.takeover.as_ref().is_some_and(|takeover| takeover.aborting));
-        Ok(OpenGroup { live, timeline, rolled, undoing, volumes, log, queue, batches, fresh, lander, applier })
+        Ok(OpenGroup {
+            live,
+            timeline,
+            rolled,
+            was_rolled,
+            undoing,
+            volumes,
+            log,
+            queue,
+            batches,
+            fresh,
+            lander,
+            applier,
+        })
     }
 }

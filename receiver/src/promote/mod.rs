@@ -420,6 +420,10 @@ impl Promotions {
         if !open.undoing.load(Ordering::SeqCst) {
             let landed = open.live.view().landed;
             catch_up(open, landed.height).await.map_err(|why| context.failed(why))?;
+            if landed.at.incarnation == unhex(&takeover.incarnation) {
+                // The takeover's own may run still. Its end must not be taken for the abort's.
+                rolled_back(context, open).await?;
+            }
             let wished = wish(&open.timeline, takeover, &landed, &open.rolled);
             open.live.wish_rollback(wished.map_err(|e| context.failed(e.to_string()))?);
             open.undoing.store(true, Ordering::SeqCst);
@@ -461,17 +465,7 @@ impl Promotions {
         if landed.at.incarnation != incarnation {
             land(open, &open.live, mark(MarkKind::Begin, Some(GapReason::Rollback))).await.map_err(failed)?;
         }
-        open.queue.hurry();
-        let begin = Instant::now();
-        while !open.rolled.load(Ordering::SeqCst) {
-            if let Some(failure) = open.live.failure() {
-                return Err(failed(failure.text.clone()));
-            }
-            if begin.elapsed() > CATCH_UP_MAX {
-                return Err(failed("the replicas are still being rolled back".to_owned()));
-            }
-            tokio::time::sleep(POLL).await;
-        }
+        rolled_back(context, open).await?;
         crate::failpoint::hit(crate::failpoint::PROMOTE_ROLLED);
         if takeover.source_consistent && open.live.view().landed.gap.is_some() {
             land(open, &open.live, mark(MarkKind::GapEnd, None)).await.map_err(failed)?;
@@ -606,6 +600,22 @@ pub fn wish(
     let (pin, above) = (timeline.pin(height)?, takeover.before_height);
     let in_gap = takeover.aborting && !takeover.source_consistent;
     Ok(Some(RollbackWish { incarnation, above, pin, time_ns, in_gap, rolled: rolled.clone() }))
+}
+
+/// Waits until the applier has done what was wished of it last.
+async fn rolled_back(context: &Context, open: &OpenGroup) -> Result<(), Problem> {
+    open.queue.hurry();
+    let begin = Instant::now();
+    while !open.rolled.load(Ordering::SeqCst) {
+        if let Some(failure) = open.live.failure() {
+            return Err(context.failed(failure.text.clone()));
+        }
+        if begin.elapsed() > CATCH_UP_MAX {
+            return Err(context.failed("the replicas are still being rolled back".to_owned()));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    Ok(())
 }
 
 /// Runs what blocks.

@@ -62,13 +62,25 @@ impl Promotions {
         };
         open.log.open_reserve();
         let mut landed = open.live.view().landed;
-        if landed.at.incarnation != incarnation {
+        let begun = landed.at.incarnation == incarnation;
+        // A rollback that came after it, or is still to come, makes the replicas exactly what the log says.
+        let lost = landed.gap == Some(GapReason::ReplicaChanged) && !(takeover.rollback && !(begun && open.was_rolled));
+        if !begun {
             let time_ns = onward_ns(landed.at.time_ns, wall_ns());
-            let begin = mark(MarkKind::Begin, Some(GapReason::Rollback), 0, time_ns);
+            let reason = if lost { GapReason::ReplicaChanged } else { GapReason::Rollback };
+            let begin = mark(MarkKind::Begin, Some(reason), 0, time_ns);
             land(open, &open.live, begin).await.map_err(failed)?;
             landed = open.live.view().landed;
         }
-        let gap_end = if landed.gap.is_none() {
+        if lost {
+            tracing::error!(
+                group = context.slot.name,
+                "the disk lost writes to the devices of this takeover that were acknowledged, and part of them may be in the \
+                 replica: check what is on the devices before it is used; no point from there on is good until the group is home, or \
+                 'varve failover abort'"
+            );
+        }
+        let gap_end = if landed.gap.is_none() || lost {
             None
         } else if takeover.rollback {
             Some(rolled.clone())

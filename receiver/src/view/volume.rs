@@ -446,6 +446,8 @@ impl ViewVolume {
     fn stretch_of_point(&self, offset: u64, len: u64) -> io::Result<Stretch> {
         let in_region = REGION_BYTES - offset % REGION_BYTES;
         let range = offset..offset + len.min(in_region);
+        // What is applied again makes holes that are filled again.
+        let setbacks = self.steady().map_err(as_io)?;
         let map = self.map(offset / REGION_BYTES).map_err(as_io)?;
         let mut end = offset;
         let mut hole = None;
@@ -463,8 +465,8 @@ impl ViewVolume {
                 break;
             }
         }
-        // A hole of the replica may have been filled between the questions: the version tells.
-        if self.timeline.version(self.volume, offset) != map.version {
+        // A hole of the replica may have been filled between the questions: the version tells. Or made for a while.
+        if self.timeline.version(self.volume, offset) != map.version || self.timeline.setbacks() != setbacks {
             hole = Some(false);
         }
         Ok(Stretch { len: (end - offset).max(1), hole: hole.unwrap_or(false) })
