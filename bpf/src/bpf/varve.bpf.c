@@ -49,11 +49,12 @@ subprogram int note_resize(u32 volume, u64 sectors)
 		u64 position = bpf_ringbuf_query(ring, BPF_RB_PROD_POS);
 		__sync_val_compare_and_swap(&g->first_drop, 0, position + 1);
 	}
-	/* Smaller: what was behind its end may come back as something else, and where that will be is not known yet. */
-	if (sectors < v->device)
+	/* Smaller than what is captured, or so before: what was behind the end may come back as something else, and where that
+	 * will be is not known. What is larger than that is compared by whoever follows the growth. */
+	if (sectors < v->sectors || v->device < v->sectors)
 		add(v->late_unknown, 1);
 	add(v->resized, 1);
-	__sync_lock_test_and_set(&v->device, sectors);
+	__sync_lock_test_and_set(&v->device, sectors ? sectors : 1); /* 0: nobody looks */
 	return 0;
 }
 
