@@ -3,6 +3,7 @@
 use super::marks::{Gap, hex};
 use super::state::Chronicle;
 use super::{Bookmark, HeightTime};
+use crate::points::is_setback;
 use varve_common::control::{show_exact_time, show_position};
 use varve_common::format::chronicle::NO_END;
 use varve_common::point::{Consistency, LocatedPoint, PointSpec};
@@ -354,8 +355,8 @@ impl Look<'_> {
         // says which is meant.
         if let Some(gap) = self.chronicle.marks.gap_at_time(time_ns, until) {
             return match gap.from {
-                // A gap's own begin is a point; what came after it in time is not.
-                Some(from) if time_ns <= from.1 => self.checked(from.0).map(|_| from),
+                // A gap's own begin is a point; what came after it in time is not, nor what came after the clock was set back.
+                Some(from) if time_ns <= from.1 && !is_setback(from.1, time_ns) => self.checked(from.0).map(|_| from),
                 _ if gap.to.is_some_and(|to| to.0 <= self.oldest) => Err(self.first()),
                 _ => Err(self.in_gap(&gap)),
             };

@@ -461,3 +461,66 @@ impl Times for Every {
         Some((height / 8 * 8, height / 8 * 8 * self.0))
     }
 }
+
+/// The source's clock was a day ahead, and was set right while a gap was open: from 2000 to 3000.
+#[test]
+fn a_gap_in_which_the_clock_was_set_right() {
+    let (second, ahead) = (1_000_000_000, 86_400);
+    let begin = |height, time: u64| Event::Begin {
+        height,
+        time_ns: time * second,
+        incarnation: [7; 16],
+        position: height,
+        epoch: 1,
+    };
+    let chronicle = chronicle_of(&[
+        begin(8, ahead + 8),
+        Event::GapEnd { height: 800, time_ns: (ahead + 800) * second },
+        Event::GapBegin { height: 2000, time_ns: (ahead + 2000) * second, reason: GapReason::RingFull },
+        begin(2008, 2008),
+        Event::GapEnd { height: 3000, time_ns: 3000 * second },
+    ]);
+    let ask = |time: u64| {
+        let spec = PointSpec::Time(time * second);
+        let found = chronicle.locate(&spec, 0, &SetRight { second, ahead, at: 2000 }, 0, (6000, 6000 * second));
+        found.map(|point| point.height)
+    };
+    let in_gap = PointError::InGap {
+        reason: GapReason::RingFull,
+        before: Some((2000, (ahead + 2000) * second)),
+        after: Some((3000, 3000 * second)),
+    };
+    for time in [2008, 2100, 2992] {
+        assert_eq!(ask(time), Err(in_gap.clone()), "{time}");
+    }
+    for (time, height) in [(3000, 3000), (3100, 3096), (ahead + 1000, 1000), (ahead + 2000, 2000)] {
+        assert_eq!(ask(time), Ok(height), "{time}");
+    }
+}
+
+/// A record at every multiple of 8; those up to `at` are dated too late by `ahead`.
+struct SetRight {
+    second: u64,
+    ahead: u64,
+    at: u64,
+}
+
+impl Times for SetRight {
+    fn at_or_before(&self, time_ns: u64) -> Option<HeightTime> {
+        let time = time_ns / self.second;
+        self.at_height(if time >= self.ahead { (time - self.ahead).min(self.at) } else { time })
+    }
+
+    fn after(&self, _time_ns: u64) -> Option<HeightTime> {
+        None
+    }
+
+    fn at_height(&self, height: u64) -> Option<HeightTime> {
+        let height = height / 8 * 8;
+        Some((height, (height + if height <= self.at { self.ahead } else { 0 }) * self.second))
+    }
+
+    fn end_of(&self, time_ns: u64, _newest_ns: u64) -> Option<u64> {
+        (time_ns / self.second >= self.ahead).then_some(self.at)
+    }
+}
