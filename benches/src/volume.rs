@@ -47,6 +47,16 @@ pub fn writes_beside_reads(file: &Path, percent: u32, depth: u32, time: Duration
     job.option("time_based=1").option(&format!("runtime={}ms", time.as_millis())).run(scratch).write_iops
 }
 
+/// Writes a second of 4 KiB at random on a file, until as many bytes are written in sequence to another one beside it and synced
+/// every 2 MiB: what a disk gives to whoever keeps what he replaces, and knows it without reading.
+pub fn writes_beside_log(file: &Path, log: &Path, writes: u64, depth: u32, scratch: &Scratch) -> f64 {
+    let size = format!("io_size={}", writes * 4096);
+    let in_sequence = fio(log).block("1m").depth(2).option("rw=write").option("fdatasync=2").option(&size);
+    let beside = in_sequence.start(scratch);
+    let at_random = fio(file).depth(depth).option(&size).run(scratch).write_iops;
+    at_random.min(beside.finish().write_bytes_per_s / 4096.0)
+}
+
 /// Writes random bytes, MiB by MiB, where `wanted` says so.
 pub fn fill(file: &File, bytes: u64, wanted: impl Fn(u64) -> bool) {
     let mut random = rand::rngs::StdRng::seed_from_u64(rand::random());

@@ -13,7 +13,7 @@ use crate::feed::{Group, Source, make_group};
 use crate::plan::Plan;
 use crate::report::{Report, Target};
 use crate::statistics::{median, ratios};
-use crate::volume::{fill, fio, writes_beside_reads};
+use crate::volume::{fill, fio, writes_beside_log, writes_beside_reads};
 
 const BLOCK: u64 = 4096;
 /// As many requests as the receiver keeps in flight to its replicas.
@@ -74,19 +74,22 @@ pub fn run(plan: &Plan, report: &mut Report) {
     let bytes = if plan.quick { GIB } else { 4 * GIB };
     let scratch = Scratch::disk();
     let plain = scratch.file("plain", bytes);
-    let file = std::fs::File::options().write(true).open(&plain).unwrap();
-    fill(&file, bytes, |_| true);
-    file.sync_all().unwrap();
+    let log = scratch.file("log", bytes);
+    for path in [&plain, &log] {
+        let file = std::fs::File::options().write(true).open(path).unwrap();
+        fill(&file, bytes, |_| true);
+        file.sync_all().unwrap();
+    }
     let dir = |name: &str| scratch.dir(name).join(GROUP);
     let mut applier = Contestant::new(dir("applier"), bytes, false, true);
     let mut whole = Contestant::new(dir("whole"), bytes, true, true);
     let mut without = Contestant::new(dir("without"), bytes, false, false);
 
     let time = plan.run(4.0, 1.0);
-    let (mut device, mut both) = (Vec::new(), Vec::new());
+    let (mut device, mut both, mut logged) = (Vec::new(), Vec::new(), Vec::new());
     let mut rounds: [Vec<Round>; 4] = Default::default();
     for round in 0..plan.pairs(5, 2) {
-        let mut order = [0, 1, 2, 3, 4, 5];
+        let mut order = [0, 1, 2, 3, 4, 5, 6];
         if round % 2 == 1 {
             order.reverse();
         }
@@ -99,6 +102,13 @@ pub fn run(plan: &Plan, report: &mut Report) {
                 }
                 5 => {
                     both.push(writes_beside_reads(&plain, 50, DEPTH, time, &scratch));
+                    continue;
+                }
+                6 => {
+                    // As many as the device may take alone in that time, by the last look.
+                    let rate = device.last().copied().unwrap_or(50_000.0);
+                    let writes = (rate * time.as_secs_f64()).min((bytes / BLOCK) as f64) as u64 / 512 * 512;
+                    logged.push(writes_beside_log(&plain, &log, writes, DEPTH, &scratch));
                     continue;
                 }
                 1 => applier.round(bytes, time),
@@ -114,6 +124,8 @@ pub fn run(plan: &Plan, report: &mut Report) {
     let detail =
         "fio, the same with a read beside each write: no more can be applied when every before-image has to be read";
     report.row("the device, read and written", "/s", &both, Target::None, detail);
+    let detail = "fio, the same, and as many bytes written in sequence to another file: no more can be applied when every before-image is kept and known";
+    report.row("the device, written twice / the device", "x", &ratios(&logged, &device), Target::None, detail);
     let hot = format!("hot ({} MiB)", HOT_BYTES / MIB);
     let lines = [
         ("applied, every before-image read", Target::Min(0.5)),
@@ -136,6 +148,9 @@ pub fn run(plan: &Plan, report: &mut Report) {
     let rates: Vec<f64> = rounds[0].iter().map(|round| round.rate).collect();
     let what = "applied, every before-image read / the device, read and written";
     report.row(what, "x", &ratios(&rates, &both), Target::None, "layers and marks written besides");
+    let rates: Vec<f64> = rounds[1].iter().map(|round| round.rate).collect();
+    let what = format!("applied, {hot} / the device, written twice");
+    report.row(&what, "x", &ratios(&rates, &logged), Target::None, "layers' indexes and marks written besides");
     report.note(
         "Rates are until everything is in the replica, synced and marked; merging of the history's indexes included.",
     );
