@@ -100,24 +100,43 @@ fn look_after(registry: &Registry, slot: &Slot) -> Result<(), HistoryError> {
 
 /// Why the oldest layer is to go, if it is.
 fn due(timeline: &Timeline, policy: &Retention) -> Option<&'static str> {
-    let layers = timeline.layers();
-    (doomed(&layers, policy, newest_ns(timeline), timeline.sizes().bytes()) > 0).then_some("retention")
+    (doomed(timeline, &timeline.layers(), policy) > 0).then_some("retention")
 }
 
 /// The newest time at the source, unless its clock is ahead of ours: a clock that was wrong once must not age everything.
 pub fn newest_ns(timeline: &Timeline) -> u64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    timeline.applied().time_ns.min(now.as_nanos() as u64)
+    timeline.applied().time_ns.min(now_ns())
 }
 
-/// How many of the oldest layers retention lets go. Ages are of the source's clock: if the source is silent, its last points
-/// do not grow old. The newest layer always stays.
-pub fn doomed(layers: &[LayerInfo], policy: &Retention, newest_ns: u64, bytes: u64) -> usize {
+fn now_ns() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    now.as_nanos() as u64
+}
+
+/// How many of the oldest of the timeline's layers retention lets go. Ages are of the source's clock: if the source is silent,
+/// its last points do not grow old. They are of the clock here as well: when a source's clock that was days behind is set
+/// right, what it wrote meanwhile is not old. The newest layer always stays.
+pub fn doomed(timeline: &Timeline, layers: &[LayerInfo], policy: &Retention) -> usize {
+    let written_ns = |layer: &LayerInfo| timeline.written_ns(layer.number);
+    count_doomed(layers, policy, newest_ns(timeline), timeline.sizes().bytes(), now_ns(), written_ns)
+}
+
+fn count_doomed(
+    layers: &[LayerInfo],
+    policy: &Retention,
+    newest_ns: u64,
+    bytes: u64,
+    now_ns: u64,
+    written_ns: impl Fn(&LayerInfo) -> Option<u64>,
+) -> usize {
     let closed = layers.iter().take(layers.len().saturating_sub(1)).take_while(|layer| !layer.open);
     let (mut count, mut left) = (0, bytes);
     for (index, layer) in closed.enumerate() {
-        let oldest_ns = policy.age_seconds.map(|age| newest_ns.saturating_sub(age.saturating_mul(NS_PER_SECOND)));
-        let old = oldest_ns.is_some_and(|oldest| last_time_ns(&layers[index..], newest_ns) < oldest);
+        let age_ns = policy.age_seconds.map(|age| age.saturating_mul(NS_PER_SECOND));
+        let old = age_ns.is_some_and(|age_ns| {
+            last_time_ns(&layers[index..], newest_ns) < newest_ns.saturating_sub(age_ns)
+                && written_ns(layer).is_none_or(|written_ns| written_ns <= now_ns.saturating_sub(age_ns))
+        });
         let much = policy.bytes.is_some_and(|most| left > most);
         if !old && !much {
             break;
@@ -208,7 +227,7 @@ fn shortened(policy: &Retention, free: u64, floor: u64) -> String {
 /// `held`: the other points that are.
 pub fn bytes_held_by(timeline: &Timeline, policy: &Retention, height: u64, held: &[u64]) -> u64 {
     let layers = timeline.layers();
-    let doomed = doomed(&layers, policy, newest_ns(timeline), timeline.sizes().bytes());
+    let doomed = doomed(timeline, &layers, policy);
     let needed = |layer: &&LayerInfo| layer.last_height > height;
     let by_others = |layer: &LayerInfo| held.iter().any(|other| layer.last_height > *other);
     layers[..doomed].iter().filter(needed).filter(|layer| !by_others(layer)).map(|layer| layer.bytes).sum()
@@ -236,6 +255,27 @@ mod tests {
         }
     }
 
+    /// As if nobody knew when a layer was written.
+    fn count(layers: &[LayerInfo], policy: &Retention, newest_ns: u64, bytes: u64) -> usize {
+        count_doomed(layers, policy, newest_ns, bytes, newest_ns, |_| None)
+    }
+
+    #[test]
+    fn what_a_clock_that_was_behind_wrote_is_not_old_when_it_is_set_right() {
+        let day = 86_400 * NS_PER_SECOND;
+        // Ten days behind, for three days.
+        let layers: Vec<_> = (1..=5).map(|n| layer(n, u64::from(n) * 43_200, 1000, n == 5)).collect();
+        let policy = |age: u64| Retention { age_seconds: Some(age * 86_400), bytes: None };
+        let written = |layer: &LayerInfo| Some(layer.last_time_ns + 10 * day);
+        let count = |age, now, written_ns: &dyn Fn(&LayerInfo) -> Option<u64>| {
+            count_doomed(&layers, &policy(age), now, 5000, now, written_ns)
+        };
+        assert_eq!(count(7, 13 * day, &written), 0);
+        assert_eq!(count(2, 13 * day, &written), 2, "those that were written here two days ago");
+        assert_eq!(count(7, 30 * day, &written), 4);
+        assert_eq!(count(7, 13 * day, &|_| None), 4, "where nobody knows");
+    }
+
     #[test]
     fn a_disk_that_is_full_breaks_no_promise_that_nobody_made() {
         let (unset, set) = (Retention::default(), Retention { age_seconds: Some(60), bytes: None });
@@ -251,7 +291,7 @@ mod tests {
     fn the_oldest_go_by_age_and_by_bytes_and_the_newest_stays() {
         let layers: Vec<_> = (1..=5).map(|n| layer(n, u64::from(n) * 10, 1000, n == 5)).collect();
         let now = 50 * NS_PER_SECOND;
-        let doomed = |age_seconds, bytes| doomed(&layers, &Retention { age_seconds, bytes }, now, 5000);
+        let doomed = |age_seconds, bytes| count(&layers, &Retention { age_seconds, bytes }, now, 5000);
         assert_eq!(doomed(None, None), 0, "no limit");
         assert_eq!(doomed(Some(30), None), 1, "20 s is not older than 30 s ago");
         assert_eq!(doomed(Some(0), None), 4, "all but the open one");
@@ -262,22 +302,22 @@ mod tests {
         // A clock that was a year ahead for a while.
         let mut ahead = layers.clone();
         ahead[1].last_time_ns += 365 * 86_400 * NS_PER_SECOND;
-        assert_eq!(super::doomed(&ahead, &Retention { age_seconds: Some(0), bytes: None }, now, 5000), 4);
+        assert_eq!(count(&ahead, &Retention { age_seconds: Some(0), bytes: None }, now, 5000), 4);
         // One that was behind for a while, and set right within a layer. Before that, what came before ended in the future.
         let mut behind = layers.clone();
         behind[3].first_time_ns = 1;
         let doomed = |now_s, age| {
             let policy = Retention { age_seconds: Some(age), bytes: None };
-            super::doomed(&behind, &policy, now_s * NS_PER_SECOND, 5000)
+            count(&behind, &policy, now_s * NS_PER_SECOND, 5000)
         };
         assert_eq!(doomed(50, 45), 0, "none of them is old");
         assert_eq!(doomed(50, 30), 1, "as without it");
         behind.truncate(4);
         (behind[3].last_time_ns, behind[3].open) = (2, true);
         let policy = Retention { age_seconds: Some(5), bytes: None };
-        assert_eq!(super::doomed(&behind, &policy, 2, 4000), 0, "nor while it is");
+        assert_eq!(count(&behind, &policy, 2, 4000), 0, "nor while it is");
         let closed: Vec<_> = (1..=3).map(|n| layer(n, 1, 10, false)).collect();
         let policy = Retention { age_seconds: Some(0), bytes: None };
-        assert_eq!(super::doomed(&closed, &policy, now, 30), 2, "the newest stays");
+        assert_eq!(count(&closed, &policy, now, 30), 2, "the newest stays");
     }
 }

@@ -41,6 +41,8 @@ pub const LAYER_AGE_MAX: std::time::Duration = std::time::Duration::from_secs(15
 pub const LAYER_FILES_OPEN_MAX: usize = 128;
 /// A clock that is behind and goes on by more at once is being set right, even if it stays behind.
 pub const LEAP_NS_MIN: u64 = 60_000_000_000;
+/// How far the source's clock and the one here may be apart before a time that one showed is taken for a wrong one.
+pub const CLOCKS_APART_NS_MAX: u64 = 60_000_000_000;
 /// Counters of changes that regions share.
 pub const VERSIONS: usize = 4096;
 /// Most bookmarks of one group; then the oldest that is not kept goes.

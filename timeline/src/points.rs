@@ -4,7 +4,9 @@ use crate::catalogue::LayerInfo;
 use crate::chronicle::{HeightTime, PointError, Times};
 use crate::error::HistoryError;
 use crate::layer::ChunkInfo;
+use crate::limits::CLOCKS_APART_NS_MAX;
 use crate::timeline::Timeline;
+use std::time::SystemTime;
 use varve_common::control::{DensityStatus, PointsReply, show_time};
 use varve_common::limits::CLOCK_SETBACK_NS_MIN;
 use varve_common::point::{LocatedPoint, PointSpec};
@@ -28,16 +30,28 @@ pub fn is_setback(before_ns: u64, then_ns: u64) -> bool {
 /// the one in which it is looked for, and this is the height at which that ends; a time that none has is later than all.
 /// A clock that was behind leaps when it is set right: that ends a stretch as well, for what it leaps over is the time of
 /// older ones. `None`: the newest one. `newest_ns`: of the newest point.
-pub(crate) fn end_of_time(layers: &[LayerInfo], time_ns: u64, newest_ns: u64) -> Option<u64> {
+///
+/// `came_later`: whether that time came, by the clock here, only when a stretch that ended with this layer was over. Then it was
+/// shown there because the clock was ahead, and is not the time that is meant.
+pub(crate) fn end_of_time(
+    layers: &[LayerInfo],
+    time_ns: u64,
+    newest_ns: u64,
+    came_later: impl Fn(&LayerInfo) -> bool,
+) -> Option<u64> {
     let (mut first_ns, mut last_ns, mut end) = (newest_ns, newest_ns, None);
+    // The last layer of an older stretch.
+    let mut newest: Option<&LayerInfo> = None;
+    let later = |newest: Option<&LayerInfo>| newest.is_some_and(&came_later);
     let (mut next_height, mut leapt_over) = (None, false);
     for layer in layers.iter().rev() {
         // Points that no layer has yet are no leap.
         let leaps = next_height.is_some() && is_setback(first_ns, layer.last_time_ns);
         if leaps || is_setback(layer.last_time_ns, first_ns) {
-            if (first_ns..=last_ns).contains(&time_ns) {
+            if (first_ns..=last_ns).contains(&time_ns) && !later(newest) {
                 return end;
             }
+            newest = Some(layer);
             leapt_over |= leaps && is_setback(time_ns, layer.last_time_ns) && time_ns < first_ns;
             // As yet the newest stretch may have marks alone, and no layer.
             end = Some(next_height.unwrap_or(layer.last_height));
@@ -47,7 +61,7 @@ pub(crate) fn end_of_time(layers: &[LayerInfo], time_ns: u64, newest_ns: u64) ->
         next_height = Some(layer.first_height);
     }
     match (first_ns..=last_ns).contains(&time_ns) {
-        true => end,
+        true => end.filter(|_| !later(newest)),
         // What the clock showed while it was behind is not older than the oldest stretch.
         false => next_height.filter(|_| leapt_over && time_ns < first_ns),
     }
@@ -108,7 +122,7 @@ impl Times for Lookup<'_> {
     }
 
     fn end_of(&self, time_ns: u64, newest_ns: u64) -> Option<u64> {
-        end_of_time(&self.timeline.layers(), time_ns, newest_ns)
+        self.timeline.end_of_time(time_ns, newest_ns)
     }
 }
 
@@ -184,8 +198,26 @@ impl Timeline {
     /// # Errors
     /// If a layer cannot be read.
     pub fn at_or_before_time(&self, time_ns: u64) -> Result<Option<RecordPoint>, HistoryError> {
-        let until = end_of_time(&self.layers(), time_ns, self.applied().time_ns).unwrap_or(u64::MAX);
+        let until = self.end_of_time(time_ns, self.applied().time_ns).unwrap_or(u64::MAX);
         self.last(until, |point| point.time_ns <= time_ns, |chunk| chunk.first_time_ns <= time_ns)
+    }
+
+    /// See [`end_of_time`].
+    fn end_of_time(&self, time_ns: u64, newest_ns: u64) -> Option<u64> {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
+        // A time that is still to come can only be meant as the source showed it.
+        let came_later = |layer: &LayerInfo| {
+            let written_ns = self.written_ns(layer.number).filter(|_| time_ns <= now);
+            written_ns.is_some_and(|written_ns| written_ns.saturating_add(CLOCKS_APART_NS_MAX) < time_ns)
+        };
+        end_of_time(&self.layers(), time_ns, newest_ns, came_later)
+    }
+
+    /// When, by the clock here, a layer was written to for the last time. `None`: nobody knows.
+    pub fn written_ns(&self, layer: u32) -> Option<u64> {
+        let path = crate::layer::path_of(&self.layers_dir(), layer);
+        let written = std::fs::metadata(path).and_then(|file| file.modified()).ok()?;
+        Some(written.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_nanos() as u64)
     }
 
     /// The newest record that ends at `height` or before.
@@ -311,7 +343,7 @@ mod tests {
         };
         // Right, then an hour ahead, then right again.
         let layers = [layer(1, 1000, 1100), layer(2, 1100, 4800), layer(3, 1200, 1300), layer(4, 1300, 1400)];
-        let end = |time, newest| end_of_time(&layers, time * second, newest * second);
+        let end = |time, newest| end_of_time(&layers, time * second, newest * second, |_| false);
         assert_eq!(end(1350, 1450), None);
         assert_eq!(end(1250, 1450), None, "the newest stretch");
         assert_eq!(end(1150, 1450), Some(300), "only the one before has it");
@@ -321,10 +353,18 @@ mod tests {
         // Set back once more, and nothing but a mark came since.
         assert_eq!(end(1390, 1010), Some(501));
         assert_eq!(end(1010, 1010), None);
-        assert_eq!(end_of_time(&[], 5, 9), None);
+        assert_eq!(end_of_time(&[], 5, 9, |_| false), None);
+        // The same, where the hour ahead was over here at 1190, and that time came later.
+        let end = |time: u64, newest| {
+            let written = |layer: &LayerInfo| if layer.number == 2 { 1190 } else { 1500 };
+            end_of_time(&layers, time * second, newest * second, |layer| written(layer) < time)
+        };
+        assert_eq!(end(4700, 1450), None, "later than all that is");
+        assert_eq!(end(1150, 1450), Some(300), "it was that time then");
+        assert_eq!(end(1250, 1450), None, "the newest stretch, as before");
         // Right, with a rest of which layers know nothing, then far behind, then right again.
         let layers = [layer(1, 1000, 1100), layer(2, 1100, 1200), layer(3, 10, 20), layer(4, 1210, 1220)];
-        let end = |time| end_of_time(&layers, time * second, 1300 * second);
+        let end = |time| end_of_time(&layers, time * second, 1300 * second, |_| false);
         assert_eq!([end(1000), end(1150), end(1200)], [Some(300); 3], "not the last one of those that were behind");
         assert_eq!(end(15), Some(400), "as it was shown then");
         assert_eq!([end(1210), end(1250), end(1300)], [None; 3]);

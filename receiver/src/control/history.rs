@@ -3,7 +3,7 @@
 use super::{ProgressOut, no_group};
 use crate::daemon::Daemon;
 use crate::group::registry::Slot;
-use crate::keeper::{bytes_from, bytes_held_by, doomed, newest_ns, taken_over_at};
+use crate::keeper::{bytes_from, bytes_held_by, doomed, taken_over_at};
 use crate::limits::{DAMAGES_TRACED_MAX, DENSITY_PARTS, SCRUB_RATE};
 use crate::promote::blocking;
 use crate::restore::Target;
@@ -269,8 +269,8 @@ pub async fn retention(
     blocking(move || {
         let retention = wished;
         let layers = timeline.layers();
-        let (size, newest) = (timeline.sizes().bytes(), newest_ns(&timeline));
-        let count = doomed(&layers, &retention, newest, size);
+        let size = timeline.sizes().bytes();
+        let count = doomed(&timeline, &layers, &retention);
         let held = held(&daemon, &slot, &timeline, None).into_iter().min();
         let free = |layer: &&varve_timeline::catalogue::LayerInfo| held.is_none_or(|held| layer.last_height <= held);
         let expiring: Vec<_> = layers[..count].iter().take_while(free).collect();

@@ -204,6 +204,13 @@ impl Past {
             // A clock that was behind: all marks have later times.
             return record.filter(|index| self.steps[*index].point).map_or(Expected::Gap, Expected::After);
         };
+        // That mark is of a clock that was wrong, and its gap was over before the record.
+        if let Some(record) = record.filter(|record| mark < *record && self.steps[*record].point) {
+            let ends = |landed: &Landed| matches!(landed.step.kind, Kind::GapEnd(_));
+            if self.steps[mark..record].iter().any(ends) {
+                return Expected::After(record);
+            }
+        }
         // A gap's own begin is a point.
         if self.steps[mark].time_ns == time_ns && mark > 0 && self.steps[mark - 1].point && !self.steps[mark].point {
             return Expected::After(mark - 1);

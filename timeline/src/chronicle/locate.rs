@@ -353,7 +353,9 @@ impl Look<'_> {
         }
         // Asked of the marks by time: the height at which a gap ends can be the one at which it began, and then the time
         // says which is meant.
-        if let Some(gap) = self.chronicle.marks.gap_at_time(time_ns, until) {
+        // One that is over below what was found is of the time before the clock was set back.
+        let over = |gap: &Gap| gap.to.is_some_and(|to| to.0 < at.0);
+        if let Some(gap) = self.chronicle.marks.gap_at_time(time_ns, until).filter(|gap| !over(gap)) {
             return match gap.from {
                 // A gap's own begin is a point; what came after it in time is not, nor what came after the clock was set back.
                 Some(from) if time_ns <= from.1 && !is_setback(from.1, time_ns) => self.checked(from.0).map(|_| from),

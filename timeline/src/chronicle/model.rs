@@ -482,7 +482,8 @@ fn a_gap_in_which_the_clock_was_set_right() {
     ]);
     let ask = |time: u64| {
         let spec = PointSpec::Time(time * second);
-        let found = chronicle.locate(&spec, 0, &SetRight { second, ahead, at: 2000 }, 0, (6000, 6000 * second));
+        let found =
+            chronicle.locate(&spec, 0, &SetRight { second, ahead, at: 2000, to: 6000 }, 0, (6000, 6000 * second));
         found.map(|point| point.height)
     };
     let in_gap = PointError::InGap {
@@ -503,12 +504,14 @@ struct SetRight {
     second: u64,
     ahead: u64,
     at: u64,
+    /// The newest time since.
+    to: u64,
 }
 
 impl Times for SetRight {
     fn at_or_before(&self, time_ns: u64) -> Option<HeightTime> {
         let time = time_ns / self.second;
-        self.at_height(if time >= self.ahead { (time - self.ahead).min(self.at) } else { time })
+        self.at_height(if self.end_of(time_ns, 0).is_some() { (time - self.ahead).min(self.at) } else { time })
     }
 
     fn after(&self, _time_ns: u64) -> Option<HeightTime> {
@@ -521,6 +524,35 @@ impl Times for SetRight {
     }
 
     fn end_of(&self, time_ns: u64, _newest_ns: u64) -> Option<u64> {
-        (time_ns / self.second >= self.ahead).then_some(self.at)
+        let time = time_ns / self.second;
+        (time >= self.ahead && time > self.to).then_some(self.at)
+    }
+}
+
+/// A gap while the source's clock was ahead is none when its hour comes again: the first sync of 1000 to 1100, then set back.
+#[test]
+fn a_gap_of_an_hour_that_came_again() {
+    let (second, ahead) = (1_000_000_000, 3600);
+    let begin = |height, time: u64| Event::Begin {
+        height,
+        time_ns: time * second,
+        incarnation: [7; 16],
+        position: height,
+        epoch: 1,
+    };
+    let chronicle = chronicle_of(&[
+        begin(8, 500),
+        Event::GapEnd { height: 800, time_ns: 600 * second },
+        Event::GapBegin { height: 1000, time_ns: (ahead + 1000) * second, reason: GapReason::RingFull },
+        begin(1008, ahead + 1008),
+        Event::GapEnd { height: 1200, time_ns: (ahead + 1200) * second },
+    ]);
+    let ask = |time: u64| {
+        let times = SetRight { second, ahead, at: 2000, to: 8000 };
+        chronicle.locate(&PointSpec::Time(time * second), 0, &times, 0, (8000, 8000 * second)).map(|point| point.height)
+    };
+    // The stretch that is asked is the newer one.
+    for time in [ahead + 1000, ahead + 1100, ahead + 1200] {
+        assert_eq!(ask(time), Ok(time / 8 * 8), "{time}");
     }
 }

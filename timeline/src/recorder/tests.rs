@@ -3,6 +3,7 @@ use crate::cache::IndexCache;
 use crate::entry::Address;
 use crate::resolve::Origin;
 use crate::timeline::RUNS_NAME;
+use varve_common::point::PointSpec;
 
 const GROUP: [u8; 16] = [5; 16];
 const SECOND: u64 = 1_000_000_000;
@@ -86,7 +87,7 @@ fn a_clock_that_was_behind_takes_no_time_from_what_came_before() {
     recorder.applied(168, 10 * SECOND).expect("applied");
     recorder.push(Address::new(0, 1), 169, Before::Bytes(&[1; 512])).expect("push");
     recorder.commit(168).expect("commit");
-    let end = crate::points::end_of_time(&timeline.layers(), 1050 * SECOND, 10 * SECOND);
+    let end = crate::points::end_of_time(&timeline.layers(), 1050 * SECOND, 10 * SECOND, |_| false);
     assert_eq!(end, Some(160), "not over the mark");
     recorder.write(240, 11 * SECOND);
     recorder.write(320, 20 * SECOND);
@@ -155,6 +156,43 @@ fn a_clock_that_was_ahead_keeps_no_time_that_comes_again() {
     recorder.applied(height + 80, 6001 * SECOND).expect("applied");
     assert_eq!([at(4999), at(5000), at(5500)], [Some(160); 3]);
     assert_eq!(at(6001), Some(height + 80));
+}
+
+/// The source was an hour ahead until 10:00 and is lost at 10:20: half past ten is later than all, not what it once called so.
+#[test]
+fn a_time_that_came_after_a_clock_was_set_back_is_none_of_before() {
+    let dir = directory();
+    let timeline = timeline(dir.path());
+    let (minute, day) = (60 * SECOND, 1_700_000_000 * SECOND);
+    let (right, ahead) = (|at: u64| day + at * minute, |at: u64| day + (60 + at) * minute);
+    let mut recorder = open(&timeline);
+    let time_ns = right(530);
+    let begin = Event::Begin { height: 8, time_ns, incarnation: [7; 16], position: 8, epoch: 1 };
+    recorder.events(&[begin, Event::GapEnd { height: 16, time_ns }]).expect("events");
+    // Right at first, so that the times of the stretch reach from nine to eleven.
+    recorder.write(80, right(540));
+    recorder.write(160, ahead(550));
+    recorder.write(240, ahead(600));
+    recorder.write(320, right(600));
+    recorder.write(400, right(620));
+    recorder.applied(400, right(620)).expect("applied");
+    let written = |at: u64| {
+        let file = std::fs::File::options()
+            .write(true)
+            .open(crate::layer::path_of(&timeline.layers_dir(), 1))
+            .expect("layer 1");
+        file.set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_nanos(right(at))).expect("its time");
+    };
+    let at = |at: u64| timeline.at_or_before_time(right(at)).expect("read").map(|point| point.height);
+    let located = |at: u64| timeline.locate(&PointSpec::Time(right(at)), 0).map(|point| point.height);
+    written(600);
+    assert_eq!([at(545), at(605), at(619), at(620)], [Some(80), Some(320), Some(320), Some(400)]);
+    assert_eq!([at(630), at(655), at(700)], [Some(400); 3], "later than all that was");
+    assert_eq!(located(630).ok(), Some(400));
+    // Were that stretch the right one, and this one behind: what it shows is what it was.
+    written(660);
+    assert_eq!([at(630), at(655)], [Some(160); 2]);
+    assert_eq!(located(630).ok(), Some(160));
 }
 
 /// The run has its name, and then the directory cannot be synced, or there is no file descriptor to open it with.
