@@ -100,7 +100,7 @@ fn look_after(registry: &Registry, slot: &Slot) -> Result<(), HistoryError> {
 
 /// Why the oldest layer is to go, if it is.
 fn due(timeline: &Timeline, policy: &Retention) -> Option<&'static str> {
-    (doomed(timeline, &timeline.layers(), policy) > 0).then_some("retention")
+    (doomed(timeline, &timeline.layers(), policy, 1) > 0).then_some("retention")
 }
 
 /// The newest time at the source, unless its clock is ahead of ours: a clock that was wrong once must not age everything.
@@ -115,27 +115,38 @@ fn now_ns() -> u64 {
 
 /// How many of the oldest of the timeline's layers retention lets go. Ages are of the source's clock: if the source is silent,
 /// its last points do not grow old. They are of the clock here as well: when a source's clock that was days behind is set
-/// right, what it wrote meanwhile is not old. The newest layer always stays.
-pub fn doomed(timeline: &Timeline, layers: &[LayerInfo], policy: &Retention) -> usize {
+/// right, what it wrote meanwhile is not old. The newest layer always stays. `most`: no more are looked at.
+pub fn doomed(timeline: &Timeline, layers: &[LayerInfo], policy: &Retention, most: usize) -> usize {
     let written_ns = |layer: &LayerInfo| timeline.written_ns(layer.number);
-    count_doomed(layers, policy, newest_ns(timeline), timeline.sizes().bytes(), now_ns(), written_ns)
+    let (newest_ns, bytes) = (newest_ns(timeline), timeline.sizes().bytes());
+    let closed = layers.iter().take(layers.len().saturating_sub(1)).take_while(|layer| !layer.open).take(most);
+    count_doomed(layers, closed.count(), policy, newest_ns, bytes, now_ns(), written_ns)
 }
 
+/// The layers that retention lets go if nobody holds them.
+pub fn doomed_layers(timeline: &Timeline, policy: &Retention) -> Vec<LayerInfo> {
+    let mut layers = timeline.layers();
+    layers.truncate(doomed(timeline, &layers, policy, usize::MAX));
+    layers
+}
+
+/// Of the first `closed` ones.
 fn count_doomed(
     layers: &[LayerInfo],
+    closed: usize,
     policy: &Retention,
     newest_ns: u64,
     bytes: u64,
     now_ns: u64,
     written_ns: impl Fn(&LayerInfo) -> Option<u64>,
 ) -> usize {
-    let closed = layers.iter().take(layers.len().saturating_sub(1)).take_while(|layer| !layer.open);
     let (mut count, mut left) = (0, bytes);
-    for (index, layer) in closed.enumerate() {
+    for (index, layer) in layers.iter().enumerate().take(closed) {
         let age_ns = policy.age_seconds.map(|age| age.saturating_mul(NS_PER_SECOND));
         let old = age_ns.is_some_and(|age_ns| {
             last_time_ns(&layers[index..], newest_ns) < newest_ns.saturating_sub(age_ns)
-                && written_ns(layer).is_none_or(|written_ns| written_ns <= now_ns.saturating_sub(age_ns))
+                // A time that is still to come is that of a clock here that was wrong: it says nothing.
+                && written_ns(layer).is_none_or(|at_ns| at_ns > now_ns || at_ns <= now_ns.saturating_sub(age_ns))
         });
         let much = policy.bytes.is_some_and(|most| left > most);
         if !old && !much {
@@ -223,14 +234,12 @@ fn shortened(policy: &Retention, free: u64, floor: u64) -> String {
     format!("{SHORTENED}: {against}: {free} bytes are free on the disk, {floor} are kept free")
 }
 
-/// Bytes of history that are only there for the point at `height`: retention would let them go, and no older point is held.
-/// `held`: the other points that are.
-pub fn bytes_held_by(timeline: &Timeline, policy: &Retention, height: u64, held: &[u64]) -> u64 {
-    let layers = timeline.layers();
-    let doomed = doomed(timeline, &layers, policy);
+/// Bytes of history that are only there for the point at `height`: of layers that retention would let go, where no older point is
+/// held. `held`: the other points that are.
+pub fn bytes_held_by(doomed: &[LayerInfo], height: u64, held: &[u64]) -> u64 {
     let needed = |layer: &&LayerInfo| layer.last_height > height;
     let by_others = |layer: &LayerInfo| held.iter().any(|other| layer.last_height > *other);
-    layers[..doomed].iter().filter(needed).filter(|layer| !by_others(layer)).map(|layer| layer.bytes).sum()
+    doomed.iter().filter(needed).filter(|layer| !by_others(layer)).map(|layer| layer.bytes).sum()
 }
 
 /// Bytes of history from the point at `height` on: what keeping it keeps.
@@ -257,7 +266,8 @@ mod tests {
 
     /// As if nobody knew when a layer was written.
     fn count(layers: &[LayerInfo], policy: &Retention, newest_ns: u64, bytes: u64) -> usize {
-        count_doomed(layers, policy, newest_ns, bytes, newest_ns, |_| None)
+        let closed = layers.iter().take(layers.len() - 1).take_while(|layer| !layer.open).count();
+        count_doomed(layers, closed, policy, newest_ns, bytes, newest_ns, |_| None)
     }
 
     #[test]
@@ -268,12 +278,13 @@ mod tests {
         let policy = |age: u64| Retention { age_seconds: Some(age * 86_400), bytes: None };
         let written = |layer: &LayerInfo| Some(layer.last_time_ns + 10 * day);
         let count = |age, now, written_ns: &dyn Fn(&LayerInfo) -> Option<u64>| {
-            count_doomed(&layers, &policy(age), now, 5000, now, written_ns)
+            count_doomed(&layers, 4, &policy(age), now, 5000, now, written_ns)
         };
         assert_eq!(count(7, 13 * day, &written), 0);
         assert_eq!(count(2, 13 * day, &written), 2, "those that were written here two days ago");
         assert_eq!(count(7, 30 * day, &written), 4);
         assert_eq!(count(7, 13 * day, &|_| None), 4, "where nobody knows");
+        assert_eq!(count(7, 30 * day, &|_| Some(400 * day)), 4, "nor by a clock here that was ahead");
     }
 
     #[test]

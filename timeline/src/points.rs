@@ -213,10 +213,14 @@ impl Timeline {
         end_of_time(&self.layers(), time_ns, newest_ns, came_later)
     }
 
-    /// When, by the clock here, a layer was written to for the last time. `None`: nobody knows.
+    /// When, by the clock here, a layer was written to for the last time. `None`: there is none. One that cannot be asked counts as
+    /// written now: nothing is taken for old because of an error.
     pub fn written_ns(&self, layer: u32) -> Option<u64> {
         let path = crate::layer::path_of(&self.layers_dir(), layer);
-        let written = std::fs::metadata(path).and_then(|file| file.modified()).ok()?;
+        let written = match std::fs::metadata(path).and_then(|file| file.modified()) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
+            written => written.unwrap_or_else(|_| SystemTime::now()),
+        };
         Some(written.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_nanos() as u64)
     }
 

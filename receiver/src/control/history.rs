@@ -3,7 +3,7 @@
 use super::{ProgressOut, no_group};
 use crate::daemon::Daemon;
 use crate::group::registry::Slot;
-use crate::keeper::{bytes_from, bytes_held_by, doomed, taken_over_at};
+use crate::keeper::{bytes_from, bytes_held_by, doomed, doomed_layers, taken_over_at};
 use crate::limits::{DAMAGES_TRACED_MAX, DENSITY_PARTS, SCRUB_RATE};
 use crate::promote::blocking;
 use crate::restore::Target;
@@ -69,10 +69,11 @@ pub async fn points(
         };
         let mut reply = report.map_err(|e| history_problem(&what, &e))?;
         let chronicle = timeline.chronicle();
+        let doomed = doomed_layers(&timeline, &policy(&slot));
         for bookmark in reply.bookmarks.iter_mut().filter(|bookmark| bookmark.kept) {
             let Some(height) = chronicle.bookmark(&bookmark.name).map(|bookmark| bookmark.height) else { continue };
             let others = held(&daemon, &slot, &timeline, Some(height));
-            bookmark.kept_bytes = Some(bytes_held_by(&timeline, &policy(&slot), height, &others));
+            bookmark.kept_bytes = Some(bytes_held_by(&doomed, height, &others));
         }
         reply.records = timeline
             .layers()
@@ -101,7 +102,7 @@ pub fn view_list(daemon: &Daemon) -> ViewsReply {
     for view in &mut views {
         let Ok((slot, timeline)) = timeline_of(daemon, &view.group) else { continue };
         let others = held(daemon, &slot, &timeline, Some(view.point.height));
-        view.held_bytes = Some(bytes_held_by(&timeline, &policy(&slot), view.point.height, &others));
+        view.held_bytes = Some(bytes_held_by(&doomed_layers(&timeline, &policy(&slot)), view.point.height, &others));
     }
     ViewsReply { views }
 }
@@ -270,7 +271,7 @@ pub async fn retention(
         let retention = wished;
         let layers = timeline.layers();
         let size = timeline.sizes().bytes();
-        let count = doomed(&timeline, &layers, &retention);
+        let count = doomed(&timeline, &layers, &retention, usize::MAX);
         let held = held(&daemon, &slot, &timeline, None).into_iter().min();
         let free = |layer: &&varve_timeline::catalogue::LayerInfo| held.is_none_or(|held| layer.last_height <= held);
         let expiring: Vec<_> = layers[..count].iter().take_while(free).collect();
@@ -375,7 +376,7 @@ pub async fn keep(
             // Nothing stays because of it.
             return Ok(KeepReply { group, name, time: show_time(bookmark.time_ns), kept: false, bytes: 0 });
         }
-        let bytes = match bytes_held_by(&timeline, &policy(&slot), bookmark.height, &others) {
+        let bytes = match bytes_held_by(&doomed_layers(&timeline, &policy(&slot)), bookmark.height, &others) {
             0 if keep => bytes_from(&timeline, bookmark.height),
             bytes => bytes,
         };
