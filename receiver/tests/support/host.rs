@@ -22,6 +22,8 @@ use varve_net::identity::HostIdentity;
 
 const REGION: u64 = 1 << 20;
 pub const GROUP: &str = "db";
+/// How long marks are waited for after the session has ended.
+const ENDED_LIMIT: Duration = Duration::from_secs(10);
 
 pub fn now_ns() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64
@@ -504,6 +506,7 @@ impl Host {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
         // The marks as well: the status shows what is applied.
+        let mut ended_at: Option<Instant> = None;
         while self.receiver.is_running() {
             let group = tokio::task::block_in_place(|| self.receiver.try_group(GROUP));
             let there = |group: varve_common::control::GroupStatus| {
@@ -513,6 +516,13 @@ impl Host {
                 let mut past = self.past.lock().unwrap();
                 past.durable = past.len();
                 return true;
+            }
+            // A disk without power: what has landed is not applied any more. A session may also end when everything is there.
+            let over = *ended_at.get_or_insert_with(Instant::now);
+            if self.alive() {
+                ended_at = None;
+            } else if over.elapsed() > ENDED_LIMIT {
+                return false;
             }
             assert!(start.elapsed() < LIMIT, "the mark does not arrive\n{}", self.receiver.log());
             tokio::time::sleep(Duration::from_millis(2)).await;
