@@ -32,11 +32,12 @@ pub fn is_setback(before_ns: u64, then_ns: u64) -> bool {
 /// older ones. `None`: the newest one. `newest_ns`: of the newest point.
 ///
 /// `came_later`: whether that time came, by the clock here, only when a stretch that ended with this layer was over. Then it was
-/// shown there because the clock was ahead, and is not the time that is meant.
+/// shown there because the clock was ahead, and is not the time that is meant. `expired_ns`: the newest time that has expired.
 pub(crate) fn end_of_time(
     layers: &[LayerInfo],
     time_ns: u64,
     newest_ns: u64,
+    expired_ns: u64,
     came_later: impl Fn(&LayerInfo) -> bool,
 ) -> Option<u64> {
     let (mut first_ns, mut last_ns, mut end) = (newest_ns, newest_ns, None);
@@ -62,8 +63,8 @@ pub(crate) fn end_of_time(
     }
     match (first_ns..=last_ns).contains(&time_ns) {
         true => end.filter(|_| !later(newest)),
-        // What the clock showed while it was behind is not older than the oldest stretch.
-        false => next_height.filter(|_| leapt_over && time_ns < first_ns),
+        // What the clock showed while it was behind is not older than the oldest stretch, nor than one that has expired.
+        false => next_height.filter(|_| leapt_over && (time_ns < first_ns || time_ns < expired_ns)),
     }
 }
 
@@ -210,7 +211,7 @@ impl Timeline {
             let written_ns = self.written_ns(layer.number).filter(|_| time_ns <= now);
             written_ns.is_some_and(|written_ns| written_ns.saturating_add(CLOCKS_APART_NS_MAX) < time_ns)
         };
-        end_of_time(&self.layers(), time_ns, newest_ns, came_later)
+        end_of_time(&self.layers(), time_ns, newest_ns, self.expired_ns(), came_later)
     }
 
     /// When, by the clock here, a layer was written to for the last time. `None`: there is none. One that cannot be asked counts as
@@ -347,7 +348,7 @@ mod tests {
         };
         // Right, then an hour ahead, then right again.
         let layers = [layer(1, 1000, 1100), layer(2, 1100, 4800), layer(3, 1200, 1300), layer(4, 1300, 1400)];
-        let end = |time, newest| end_of_time(&layers, time * second, newest * second, |_| false);
+        let end = |time, newest| end_of_time(&layers, time * second, newest * second, 0, |_| false);
         assert_eq!(end(1350, 1450), None);
         assert_eq!(end(1250, 1450), None, "the newest stretch");
         assert_eq!(end(1150, 1450), Some(300), "only the one before has it");
@@ -357,23 +358,32 @@ mod tests {
         // Set back once more, and nothing but a mark came since.
         assert_eq!(end(1390, 1010), Some(501));
         assert_eq!(end(1010, 1010), None);
-        assert_eq!(end_of_time(&[], 5, 9, |_| false), None);
+        assert_eq!(end_of_time(&[], 5, 9, 0, |_| false), None);
         // The same, where the hour ahead was over here at 1190, and that time came later.
         let end = |time: u64, newest| {
             let written = |layer: &LayerInfo| if layer.number == 2 { 1190 } else { 1500 };
-            end_of_time(&layers, time * second, newest * second, |layer| written(layer) < time)
+            end_of_time(&layers, time * second, newest * second, 0, |layer| written(layer) < time)
         };
         assert_eq!(end(4700, 1450), None, "later than all that is");
         assert_eq!(end(1150, 1450), Some(300), "it was that time then");
         assert_eq!(end(1250, 1450), None, "the newest stretch, as before");
         // Right, with a rest of which layers know nothing, then far behind, then right again.
         let layers = [layer(1, 1000, 1100), layer(2, 1100, 1200), layer(3, 10, 20), layer(4, 1210, 1220)];
-        let end = |time| end_of_time(&layers, time * second, 1300 * second, |_| false);
+        let end = |time| end_of_time(&layers, time * second, 1300 * second, 0, |_| false);
         assert_eq!([end(1000), end(1150), end(1200)], [Some(300); 3], "not the last one of those that were behind");
         assert_eq!(end(15), Some(400), "as it was shown then");
         assert_eq!([end(1210), end(1250), end(1300)], [None; 3]);
         assert_eq!(end(1205), None, "while it was behind");
         assert_eq!(end(500), Some(100), "earlier than all but what was behind: there is none");
         assert_eq!(end(5), None, "earlier than all");
+        // The same when what was right before has expired.
+        let end = |time, expired| end_of_time(&layers[2..], time * second, 1300 * second, expired * second, |_| false);
+        assert_eq!(
+            [end(1000, 1200), end(1190, 1200)],
+            [Some(300); 2],
+            "before the window: not the end of what was behind"
+        );
+        assert_eq!(end(15, 1200), Some(400), "as it was shown then");
+        assert_eq!([end(1205, 1200), end(1250, 1200)], [None; 2], "while it was behind, and since");
     }
 }

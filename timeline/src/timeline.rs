@@ -441,6 +441,11 @@ impl Timeline {
         lock(&self.chronicle).chronicle().clone()
     }
 
+    /// The newest time that has expired.
+    pub(crate) fn expired_ns(&self) -> u64 {
+        lock(&self.chronicle).chronicle().oldest().1
+    }
+
     /// Makes events durable.
     ///
     /// # Errors

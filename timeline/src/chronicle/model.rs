@@ -462,22 +462,19 @@ impl Times for Every {
     }
 }
 
+fn begin_at(height: u64, time_ns: u64) -> Event {
+    Event::Begin { height, time_ns, incarnation: [7; 16], position: height, epoch: 1 }
+}
+
 /// The source's clock was a day ahead, and was set right while a gap was open: from 2000 to 3000.
 #[test]
 fn a_gap_in_which_the_clock_was_set_right() {
     let (second, ahead) = (1_000_000_000, 86_400);
-    let begin = |height, time: u64| Event::Begin {
-        height,
-        time_ns: time * second,
-        incarnation: [7; 16],
-        position: height,
-        epoch: 1,
-    };
     let chronicle = chronicle_of(&[
-        begin(8, ahead + 8),
+        begin_at(8, (ahead + 8) * second),
         Event::GapEnd { height: 800, time_ns: (ahead + 800) * second },
         Event::GapBegin { height: 2000, time_ns: (ahead + 2000) * second, reason: GapReason::RingFull },
-        begin(2008, 2008),
+        begin_at(2008, 2008 * second),
         Event::GapEnd { height: 3000, time_ns: 3000 * second },
     ]);
     let ask = |time: u64| {
@@ -529,22 +526,15 @@ impl Times for SetRight {
     }
 }
 
-/// A gap while the source's clock was ahead is none when its hour comes again: the first sync of 1000 to 1100, then set back.
+/// A gap while the source's clock was an hour ahead, from 1000 to 1200, is none when the hour that it showed comes again.
 #[test]
 fn a_gap_of_an_hour_that_came_again() {
     let (second, ahead) = (1_000_000_000, 3600);
-    let begin = |height, time: u64| Event::Begin {
-        height,
-        time_ns: time * second,
-        incarnation: [7; 16],
-        position: height,
-        epoch: 1,
-    };
     let chronicle = chronicle_of(&[
-        begin(8, 500),
+        begin_at(8, 500 * second),
         Event::GapEnd { height: 800, time_ns: 600 * second },
         Event::GapBegin { height: 1000, time_ns: (ahead + 1000) * second, reason: GapReason::RingFull },
-        begin(1008, ahead + 1008),
+        begin_at(1008, (ahead + 1008) * second),
         Event::GapEnd { height: 1200, time_ns: (ahead + 1200) * second },
     ]);
     let ask = |time: u64| {

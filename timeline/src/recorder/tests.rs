@@ -87,7 +87,7 @@ fn a_clock_that_was_behind_takes_no_time_from_what_came_before() {
     recorder.applied(168, 10 * SECOND).expect("applied");
     recorder.push(Address::new(0, 1), 169, Before::Bytes(&[1; 512])).expect("push");
     recorder.commit(168).expect("commit");
-    let end = crate::points::end_of_time(&timeline.layers(), 1050 * SECOND, 10 * SECOND, |_| false);
+    let end = crate::points::end_of_time(&timeline.layers(), 1050 * SECOND, 10 * SECOND, 0, |_| false);
     assert_eq!(end, Some(160), "not over the mark");
     recorder.write(240, 11 * SECOND);
     recorder.write(320, 20 * SECOND);
