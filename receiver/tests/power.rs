@@ -60,6 +60,7 @@ async fn through_power_cuts(seed: u64, lives: usize, deeds: usize, points: usize
             let deed = host.any_deed();
             going = host.deed(deed).await;
         }
+        assert!(going || !media[0].has_power(), "life {life}: it ended with the power on\n{}", host.receiver.log());
         lived += u32::from(going && media[0].has_power());
         // Now, if it was not before.
         media[0].cut_power();

@@ -165,8 +165,7 @@ fn home_again_under_load_and_back_and_home_again() {
         let small =
             Writer::start(promoted(&pair, 1), image_of(&promoted(&pair, 1)), rng.random(), Duration::from_millis(7));
         let done = pair.recovery.varve(&["failback", "g", "--yes", "--json"]).ok().json_lines().pop().unwrap();
-        // Speed is `make bench`'s: here, that they are figures and no minutes.
-        assert!(done["lag_seconds"].as_f64().unwrap() < 30.0, "{done:#}");
+        assert!(done["lag_seconds"].as_f64().unwrap() < 5.0, "{done:#}");
         std::thread::sleep(Duration::from_secs(2));
         let status = takeover(&pair);
         assert_eq!(status["failback"]["phase"], "following", "{status:#}");
@@ -176,7 +175,7 @@ fn home_again_under_load_and_back_and_home_again() {
         let args = [&["failback", "g", "--cut-over", "--yes", "--json"], quick].concat();
         let home = pair.recovery.varve(&args).ok().json_lines().pop().unwrap();
         eprintln!("{writes} writes, pause {} s, sent {} B at the barrier", home["pause_seconds"], home["sent_bytes"]);
-        assert!(home["pause_seconds"].as_f64().unwrap() < 30.0 && home["home"] == true, "{home:#}");
+        assert!(home["pause_seconds"].as_f64().unwrap() < 5.0 && home["home"] == true, "{home:#}");
         assert_eq!(home["epoch"], 3 + 2 * round);
         assert_image(a.path(), &image, "volume a");
         assert_image(b.path(), &image_b, "volume b");

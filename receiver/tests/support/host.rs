@@ -518,10 +518,7 @@ impl Host {
                 return true;
             }
             // A disk without power: what has landed is not applied any more. A session may also end when everything is there.
-            let over = *ended_at.get_or_insert_with(Instant::now);
-            if self.alive() {
-                ended_at = None;
-            } else if over.elapsed() > ENDED_LIMIT {
+            if !self.alive() && ended_at.get_or_insert_with(Instant::now).elapsed() > ENDED_LIMIT {
                 return false;
             }
             assert!(start.elapsed() < LIMIT, "the mark does not arrive\n{}", self.receiver.log());

@@ -43,7 +43,8 @@ pub enum Fault {
     BothKilled(u64),
     /// Nothing passes; `true`: still so while the next fault happens.
     LinkCut(u64, bool),
-    /// So many of 1000 packets are lost, so many come twice, so many late; and how late all are, in ms. Until the round ends.
+    /// So many of 1000 packets are lost, so many come twice, so many late; and how late all are, in ms. Until the round ends, or
+    /// until it is waited for that all is protected.
     LinkBad([u32; 3], u64),
     /// The agent has another address from here on, as behind a router that was restarted.
     LinkMoved,
