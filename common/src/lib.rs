@@ -8,10 +8,11 @@
 //! - [`limits`]: every limit in one place
 //! - [`config`], [`paths`]: configuration files and where everything lives below a root
 //! - [`control`]: the words between `varve` and the daemons (JSON lines over a Unix socket)
-//! - [`point`]: points in time as people ask for them, and as they are answered
+//! - [`point`]: points in time as people ask for them, and as they are answered; [`clock`]: where a source's clock was set
 //! - [`watch`]: alerts, from what a daemon knows of its groups; [`metrics`]: the same as numbers
 //! - [`problem`]: what an operator is told when something is refused or fails
 
+pub mod clock;
 pub mod config;
 pub mod control;
 pub mod format;

@@ -207,6 +207,14 @@ impl DirectFile {
         self.move_len(len)
     }
 
+    /// Dates a regular file's last change.
+    ///
+    /// # Errors
+    /// If the kernel refuses it.
+    pub fn set_modified(&self, time: std::time::SystemTime) -> Result<(), IoError> {
+        self.buffered.set_modified(time).map_err(|e| IoError::new("set the time of", &self.path, e))
+    }
+
     fn move_len(&self, new: u64) -> Result<(), IoError> {
         let old = self.len();
         // The old tail may now be served directly: nothing of it may wait in the page cache.

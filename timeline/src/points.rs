@@ -7,8 +7,8 @@ use crate::layer::ChunkInfo;
 use crate::limits::CLOCKS_APART_NS_MAX;
 use crate::timeline::Timeline;
 use std::time::SystemTime;
+use varve_common::clock::is_setback;
 use varve_common::control::{DensityStatus, PointsReply, show_time};
-use varve_common::limits::CLOCK_SETBACK_NS_MIN;
 use varve_common::point::{LocatedPoint, PointSpec};
 
 /// A record's end: what can be recovered.
@@ -20,51 +20,76 @@ pub struct RecordPoint {
     pub time_ns: u64,
 }
 
-/// Whether the source's clock was wrong and was set right between two times of its stream: within a layer they do not fall.
-pub fn is_setback(before_ns: u64, then_ns: u64) -> bool {
-    // Half, because what the source sets back at once may have gone on a little before it is seen here.
-    then_ns.saturating_add(CLOCK_SETBACK_NS_MIN / 2) < before_ns
+/// Where a time is looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TimeEnd {
+    /// Up to the newest point.
+    Newest,
+    /// Up to this height.
+    Height(u64),
+    /// Nowhere. It lies between a stretch in which the source's clock was ahead and the next one, which has the right times.
+    SetRight {
+        /// The height at which the stretch ends.
+        before: u64,
+        /// The next one's first time.
+        after_ns: u64,
+    },
 }
 
 /// Where the source's clock was set back, it showed some times twice. Of the stretches between, the newest that has a time is
 /// the one in which it is looked for, and this is the height at which that ends; a time that none has is later than all.
 /// A clock that was behind leaps when it is set right: that ends a stretch as well, for what it leaps over is the time of
-/// older ones. `None`: the newest one. `newest_ns`: of the newest point.
+/// older ones. `newest_ns`: of the newest point.
 ///
-/// `came_later`: whether that time came, by the clock here, only when a stretch that ended with this layer was over. Then it was
-/// shown there because the clock was ahead, and is not the time that is meant. `expired_ns`: the newest time that has expired.
+/// `came_ns`: when, by the clock here, the newest point of a layer did, if that can say something. If a stretch was over before
+/// that time came, it was shown there because the clock was ahead, and is not the time that is meant. `expired_ns`: the newest
+/// time that has expired.
 pub(crate) fn end_of_time(
     layers: &[LayerInfo],
     time_ns: u64,
     newest_ns: u64,
     expired_ns: u64,
-    came_later: impl Fn(&LayerInfo) -> bool,
-) -> Option<u64> {
-    let (mut first_ns, mut last_ns, mut end) = (newest_ns, newest_ns, None);
-    // The last layer of an older stretch.
-    let mut newest: Option<&LayerInfo> = None;
-    let later = |newest: Option<&LayerInfo>| newest.is_some_and(&came_later);
+    came_ns: impl Fn(&LayerInfo) -> Option<u64>,
+) -> TimeEnd {
+    let (mut first_ns, mut last_ns, mut end) = (newest_ns, newest_ns, TimeEnd::Newest);
+    // The last layer of an older stretch, and when the one after that begins.
+    let mut newest: Option<(&LayerInfo, u64)> = None;
+    // Whether it is there at all, or there is no time at which it was.
+    let look = |first_ns: u64, newest: Option<(&LayerInfo, u64)>, end| {
+        let (Some((layer, after_ns)), TimeEnd::Height(before)) = (newest, end) else { return Some(end) };
+        let over_ns = came_ns(layer).map_or(u64::MAX, |came_ns| came_ns.saturating_add(CLOCKS_APART_NS_MAX));
+        match time_ns <= over_ns {
+            true => Some(end),
+            // Nothing came between the two. If no time of the stretch had come, the clock here may be the wrong one.
+            false => (time_ns < after_ns && first_ns <= over_ns).then_some(TimeEnd::SetRight { before, after_ns }),
+        }
+    };
     let (mut next_height, mut leapt_over) = (None, false);
     for layer in layers.iter().rev() {
         // Points that no layer has yet are no leap.
         let leaps = next_height.is_some() && is_setback(first_ns, layer.last_time_ns);
         if leaps || is_setback(layer.last_time_ns, first_ns) {
-            if (first_ns..=last_ns).contains(&time_ns) && !later(newest) {
+            if (first_ns..=last_ns).contains(&time_ns)
+                && let Some(end) = look(first_ns, newest, end)
+            {
                 return end;
             }
-            newest = Some(layer);
+            newest = Some((layer, first_ns));
             leapt_over |= leaps && is_setback(time_ns, layer.last_time_ns) && time_ns < first_ns;
             // As yet the newest stretch may have marks alone, and no layer.
-            end = Some(next_height.unwrap_or(layer.last_height));
+            end = TimeEnd::Height(next_height.unwrap_or(layer.last_height));
             (first_ns, last_ns) = (layer.first_time_ns, layer.last_time_ns);
         }
         first_ns = first_ns.min(layer.first_time_ns);
         next_height = Some(layer.first_height);
     }
     match (first_ns..=last_ns).contains(&time_ns) {
-        true => end.filter(|_| !later(newest)),
+        true => look(first_ns, newest, end).unwrap_or(TimeEnd::Newest),
         // What the clock showed while it was behind is not older than the oldest stretch, nor than one that has expired.
-        false => next_height.filter(|_| leapt_over && (time_ns < first_ns || time_ns < expired_ns)),
+        false if leapt_over && (time_ns < first_ns || time_ns < expired_ns) => {
+            next_height.map_or(TimeEnd::Newest, TimeEnd::Height)
+        }
+        false => TimeEnd::Newest,
     }
 }
 
@@ -122,7 +147,7 @@ impl Times for Lookup<'_> {
         self.found(self.timeline.at_or_before_height(height))
     }
 
-    fn end_of(&self, time_ns: u64, newest_ns: u64) -> Option<u64> {
+    fn end_of(&self, time_ns: u64, newest_ns: u64) -> TimeEnd {
         self.timeline.end_of_time(time_ns, newest_ns)
     }
 }
@@ -199,22 +224,33 @@ impl Timeline {
     /// # Errors
     /// If a layer cannot be read.
     pub fn at_or_before_time(&self, time_ns: u64) -> Result<Option<RecordPoint>, HistoryError> {
-        let until = self.end_of_time(time_ns, self.applied().time_ns).unwrap_or(u64::MAX);
-        self.last(until, |point| point.time_ns <= time_ns, |chunk| chunk.first_time_ns <= time_ns)
+        let until = match self.end_of_time(time_ns, self.applied().time_ns) {
+            TimeEnd::Height(height) => height,
+            TimeEnd::Newest | TimeEnd::SetRight { .. } => u64::MAX,
+        };
+        let layers: Vec<LayerInfo> = self.layers().into_iter().filter(|layer| layer.first_height < until).collect();
+        // Where the clock was set back to this time or an earlier one: what came before is older, whatever its times.
+        let begins = |pair: &&[LayerInfo]| {
+            is_setback(pair[0].last_time_ns, pair[1].first_time_ns) && pair[1].first_time_ns <= time_ns
+        };
+        let begin = layers.windows(2).rev().find(begins).map(|pair| pair[1]);
+        let from = begin.map_or(0, |begin| begin.number);
+        let stretch = layers.iter().rev().filter(|layer| layer.number >= from);
+        let has = |chunk: &ChunkInfo| chunk.first_time_ns <= time_ns;
+        let found = self.last(stretch, |point| point.time_ns <= time_ns, has)?;
+        // Its first points may be in memory yet. They change nothing: else there were a record.
+        Ok(found.or(begin.map(|begin| RecordPoint { height: begin.first_height, time_ns: begin.first_time_ns })))
     }
 
     /// See [`end_of_time`].
-    fn end_of_time(&self, time_ns: u64, newest_ns: u64) -> Option<u64> {
+    fn end_of_time(&self, time_ns: u64, newest_ns: u64) -> TimeEnd {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
         // A time that is still to come can only be meant as the source showed it.
-        let came_later = |layer: &LayerInfo| {
-            let written_ns = self.written_ns(layer.number).filter(|_| time_ns <= now);
-            written_ns.is_some_and(|written_ns| written_ns.saturating_add(CLOCKS_APART_NS_MAX) < time_ns)
-        };
-        end_of_time(&self.layers(), time_ns, newest_ns, self.expired_ns(), came_later)
+        let came_ns = |layer: &LayerInfo| self.written_ns(layer.number).filter(|_| time_ns <= now);
+        end_of_time(&self.layers(), time_ns, newest_ns, self.expired_ns(), came_ns)
     }
 
-    /// When, by the clock here, a layer was written to for the last time. `None`: there is none. One that cannot be asked counts as
+    /// When, by the clock here, a layer's newest point came; of the open one, when it was written to last. `None`: there is none. One that cannot be asked counts as
     /// written now: nothing is taken for old because of an error.
     pub fn written_ns(&self, layer: u32) -> Option<u64> {
         let path = crate::layer::path_of(&self.layers_dir(), layer);
@@ -230,7 +266,8 @@ impl Timeline {
     /// # Errors
     /// As above.
     pub fn at_or_before_height(&self, height: u64) -> Result<Option<RecordPoint>, HistoryError> {
-        self.last(u64::MAX, |point| point.height <= height, |chunk| chunk.first_height < height)
+        let layers = self.layers();
+        self.last(layers.iter().rev(), |point| point.height <= height, |chunk| chunk.first_height < height)
     }
 
     /// The oldest record after `time_ns`.
@@ -249,15 +286,15 @@ impl Timeline {
         self.first(|point| point.height > height, |chunk| chunk.complete_to > height)
     }
 
-    /// The last point of the layers that begin below `until` for which `wanted` holds. `wanted` and `chunk_has` hold up to some place and not behind it; a chunk
-    /// for which `chunk_has` does not hold has no such point.
-    fn last(
+    /// The last point of these layers, the newest first, for which `wanted` holds. `wanted` and `chunk_has` hold up to some place
+    /// and not behind it; a chunk for which `chunk_has` does not hold has no such point.
+    fn last<'a>(
         &self,
-        until: u64,
+        layers: impl Iterator<Item = &'a LayerInfo>,
         wanted: impl Fn(&RecordPoint) -> bool,
         chunk_has: impl Fn(&ChunkInfo) -> bool,
     ) -> Result<Option<RecordPoint>, HistoryError> {
-        for layer in self.layers().iter().rev().filter(|layer| layer.first_height < until) {
+        for layer in layers {
             let chunks = self.chunks(layer.number)?;
             let end = chunks.partition_point(&chunk_has);
             for chunk in chunks[..end].iter().rev().filter(|chunk| chunk.points > 0) {
@@ -348,7 +385,12 @@ mod tests {
         };
         // Right, then an hour ahead, then right again.
         let layers = [layer(1, 1000, 1100), layer(2, 1100, 4800), layer(3, 1200, 1300), layer(4, 1300, 1400)];
-        let end = |time, newest| end_of_time(&layers, time * second, newest * second, 0, |_| false);
+        let height = |end: TimeEnd| match end {
+            TimeEnd::Newest => None,
+            TimeEnd::Height(height) => Some(height),
+            TimeEnd::SetRight { .. } => panic!("{end:?}"),
+        };
+        let end = |time, newest| height(end_of_time(&layers, time * second, newest * second, 0, |_| None));
         assert_eq!(end(1350, 1450), None);
         assert_eq!(end(1250, 1450), None, "the newest stretch");
         assert_eq!(end(1150, 1450), Some(300), "only the one before has it");
@@ -358,18 +400,30 @@ mod tests {
         // Set back once more, and nothing but a mark came since.
         assert_eq!(end(1390, 1010), Some(501));
         assert_eq!(end(1010, 1010), None);
-        assert_eq!(end_of_time(&[], 5, 9, 0, |_| false), None);
+        assert_eq!(height(end_of_time(&[], 5, 9, 0, |_| None)), None);
         // The same, where the hour ahead was over here at 1190, and that time came later.
-        let end = |time: u64, newest| {
-            let written = |layer: &LayerInfo| if layer.number == 2 { 1190 } else { 1500 };
-            end_of_time(&layers, time * second, newest * second, 0, |layer| written(layer) < time)
+        let end_if = |over: u64, time: u64, newest| {
+            let came = |layer: &LayerInfo| Some(second * if layer.number == 2 { over } else { 1500 });
+            end_of_time(&layers, time * second, newest * second, 0, came)
         };
+        let end = |time: u64, newest| height(end_if(1190, time, newest));
         assert_eq!(end(4700, 1450), None, "later than all that is");
         assert_eq!(end(1150, 1450), Some(300), "it was that time then");
         assert_eq!(end(1250, 1450), None, "the newest stretch, as before");
+        // The same, where it was over at 1100: nothing came for a while, and then the clock was right.
+        let between = TimeEnd::SetRight { before: 300, after_ns: 1200 * second };
+        assert_eq!([end_if(1100, 1161, 1450), end_if(1100, 1199, 1450)], [between; 2]);
+        assert_eq!(end_if(1100, 1160, 1450), TimeEnd::Height(300), "the clocks may be a minute apart");
+        assert_eq!(end_if(1100, 1200, 1450), TimeEnd::Newest);
+        assert_eq!(end_if(1100, 4700, 1450), TimeEnd::Newest, "later than all that is");
+        assert_eq!(
+            end_if(900, 1190, 1450),
+            TimeEnd::Newest,
+            "by no time of it: it may be the clock here that was wrong"
+        );
         // Right, with a rest of which layers know nothing, then far behind, then right again.
         let layers = [layer(1, 1000, 1100), layer(2, 1100, 1200), layer(3, 10, 20), layer(4, 1210, 1220)];
-        let end = |time| end_of_time(&layers, time * second, 1300 * second, 0, |_| false);
+        let end = |time| height(end_of_time(&layers, time * second, 1300 * second, 0, |_| None));
         assert_eq!([end(1000), end(1150), end(1200)], [Some(300); 3], "not the last one of those that were behind");
         assert_eq!(end(15), Some(400), "as it was shown then");
         assert_eq!([end(1210), end(1250), end(1300)], [None; 3]);
@@ -377,7 +431,8 @@ mod tests {
         assert_eq!(end(500), Some(100), "earlier than all but what was behind: there is none");
         assert_eq!(end(5), None, "earlier than all");
         // The same when what was right before has expired.
-        let end = |time, expired| end_of_time(&layers[2..], time * second, 1300 * second, expired * second, |_| false);
+        let end =
+            |time, expired| height(end_of_time(&layers[2..], time * second, 1300 * second, expired * second, |_| None));
         assert_eq!(
             [end(1000, 1200), end(1190, 1200)],
             [Some(300); 2],

@@ -7,11 +7,11 @@ use crate::error::HistoryError;
 use crate::layer::{Before, Chunk, OpenLayer, Recovered};
 use crate::limits::{CHUNK_POINTS_MAX, GRANULE_SECTORS, LAYER_AGE_MAX, LEAP_NS_MIN};
 use crate::open_index::OpenIndex;
-use crate::points::is_setback;
 use crate::run::RunKey;
 use crate::timeline::{Closing, OpenPart, Timeline};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime};
+use varve_common::clock::is_setback;
 use varve_common::control::show_time;
 
 /// Collects before-images and makes them durable. Nothing of a commit is findable before it is durable, and on return of
@@ -31,6 +31,8 @@ pub struct Recorder {
     highest_ns: u64,
     /// When the next layer begins: where the one before ended, unless the clock was set in between.
     begins_ns: Option<u64>,
+    /// When, by the clock here, the newest point or mark came.
+    came: SystemTime,
     next_number: u32,
 }
 
@@ -66,9 +68,14 @@ impl Recorder {
             newest_point: (0, 0),
             highest_ns: 0,
             begins_ns: None,
+            came: SystemTime::now(),
             next_number: 1,
         };
-        match recorder.timeline.newest_layer()? {
+        let newest = recorder.timeline.newest_layer()?;
+        if let Some(written_ns) = newest.and_then(|(number, _)| recorder.timeline.written_ns(number)) {
+            recorder.came = SystemTime::UNIX_EPOCH + Duration::from_nanos(written_ns);
+        }
+        match newest {
             None => recorder.begin_anew(history, reached)?,
             Some((number, true)) => {
                 recorder.next_number = number + 1;
@@ -262,6 +269,7 @@ impl Recorder {
             }
         }
         self.highest_ns = self.highest_ns.max(self.newest_point.1);
+        self.came = SystemTime::now();
         Ok(())
     }
 
@@ -276,8 +284,6 @@ impl Recorder {
         if self.leaps(time_ns) {
             tracing::warn!(height, before, now, "the source's clock was behind and has been set right");
             self.begin_stretch(time_ns)?;
-            // At once, for that is how a reader sees it: points alone are only in memory.
-            self.layer = Some(self.begin_layer()?);
         }
         Ok(())
     }
@@ -304,6 +310,10 @@ impl Recorder {
         self.points.clear();
         self.newest_point.1 = time_ns;
         self.begins_ns = self.begins_ns.and(Some(time_ns));
+        if self.next_number > 1 {
+            // At once, for that is how a reader sees it: points alone are only in memory.
+            self.layer = Some(self.begin_layer()?);
+        }
         Ok(())
     }
 
@@ -366,6 +376,7 @@ impl Recorder {
         if height > self.newest_point.0 {
             self.look_at_clock(height, time_ns)?;
             self.newest_point.1 = self.newest_point.1.max(time_ns);
+            self.came = SystemTime::now();
         }
         self.timeline.set_applied(height, time_ns);
         Ok(())
@@ -441,7 +452,7 @@ impl Recorder {
         self.begins_ns = Some(info.last_time_ns);
         let complete_to = current.layer.complete_to();
         let chunks = current.layer.chunks().to_vec();
-        let file = current.layer.close()?;
+        let file = current.layer.close(self.came)?;
         let entries = self.timeline.open_entries(info.number);
         let closing = Closing {
             number: info.number,

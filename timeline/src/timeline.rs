@@ -487,7 +487,7 @@ impl Timeline {
             self.setbacks.fetch_add(1, Ordering::SeqCst);
         }
         // Between the same two heights there may be an image and a mark of different clocks.
-        let falls = crate::points::is_setback(applied.time_ns, time_ns);
+        let falls = varve_common::clock::is_setback(applied.time_ns, time_ns);
         *applied = Applied { height, time_ns: if falls { time_ns } else { time_ns.max(applied.time_ns) } };
         drop(applied);
         self.advanced.notify_all();

@@ -2,12 +2,12 @@
 //! of it. Pure; the session, recovery and the applier use the same.
 
 use crate::landing::batch::Effect;
+use varve_common::clock::is_setback;
 use varve_common::format::{AppliedSlot, EntryHeader, Mark, MarkKind};
 use varve_common::record::{Record, RecordError, Records};
 use varve_common::state::GapReason;
 use varve_common::wire::messages::Incarnation;
 use varve_common::wire::{Codec, Frame, FrameKind};
-use varve_timeline::points::is_setback;
 
 /// A position with its incarnation and time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

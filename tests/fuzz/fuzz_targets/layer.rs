@@ -202,7 +202,7 @@ fn damaged(input: &mut Input<'_>) {
         written.extend(chunk.entries(1, offset).zip(plains));
     }
     let last = *layer.chunks().last().expect("one");
-    let end = layer.close().expect("close").bytes();
+    let end = layer.close(std::time::SystemTime::now()).expect("close").bytes();
     let path = path_of(&DIR, 1);
     let mut bytes = std::fs::read(&path).expect("read");
     let mut only_last = true;

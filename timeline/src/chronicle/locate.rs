@@ -3,7 +3,8 @@
 use super::marks::{Gap, hex};
 use super::state::Chronicle;
 use super::{Bookmark, HeightTime};
-use crate::points::is_setback;
+use crate::points::TimeEnd;
+use varve_common::clock::is_setback;
 use varve_common::control::{show_exact_time, show_position};
 use varve_common::format::chronicle::NO_END;
 use varve_common::point::{Consistency, LocatedPoint, PointSpec};
@@ -21,10 +22,9 @@ pub trait Times {
     fn after(&self, time_ns: u64) -> Option<HeightTime>;
     /// The newest record that ends at or below a height.
     fn at_height(&self, height: u64) -> Option<HeightTime>;
-    /// The height up to which a time is looked for: the source's clock may have shown it twice. `newest_ns`: of the newest
-    /// point. `None`: everywhere.
-    fn end_of(&self, _time_ns: u64, _newest_ns: u64) -> Option<u64> {
-        None
+    /// How far a time is looked for: the source's clock may have shown it twice. `newest_ns`: of the newest point.
+    fn end_of(&self, _time_ns: u64, _newest_ns: u64) -> TimeEnd {
+        TimeEnd::Newest
     }
 }
 
@@ -50,6 +50,14 @@ pub enum PointError {
         before: Option<HeightTime>,
         /// The first point after.
         after: Option<HeightTime>,
+    },
+    /// The source's clock was ahead, and was set right while nothing came.
+    #[error("the production host's clock was ahead and was set right, and nothing came from it at that time")]
+    ClockSetRight {
+        /// The position of the last point before; its time is later than what was asked.
+        before: String,
+        /// Time of the first record after.
+        after_ns: u64,
     },
     /// It is older than the oldest point.
     #[error("it is older than the oldest point")]
@@ -98,6 +106,11 @@ impl PointError {
         match self {
             Self::InGap { before, after, .. } | Self::Damaged { before, after, .. } => {
                 Problem::refused(what, self.to_string(), beside(*before, *after).unwrap_or(points))
+            }
+            Self::ClockSetRight { before, after_ns } => {
+                let after = show_exact_time(*after_ns);
+                let next = format!("the nearest before: --at pos:{before}; the nearest after: --at {after}");
+                Problem::refused(what, self.to_string(), next)
             }
             Self::BeforeWindow { first } => {
                 let next = format!("the oldest point: --at {}; {points}", show_exact_time(first.1));
@@ -339,7 +352,15 @@ impl Look<'_> {
 
     /// The newest point at or before a time, unless a gap was open then.
     fn time(&self, time_ns: u64) -> Result<HeightTime, PointError> {
-        let until = self.times.end_of(time_ns, self.newest.1).unwrap_or(u64::MAX).min(self.newest.0);
+        let until = match self.times.end_of(time_ns, self.newest.1) {
+            TimeEnd::Newest => self.newest.0,
+            TimeEnd::Height(height) => height.min(self.newest.0),
+            TimeEnd::SetRight { before, after_ns } => {
+                let Some(before) = self.at_or_below(before) else { return Err(self.first()) };
+                let before = self.chronicle.show_position(before.0);
+                return Err(PointError::ClockSetRight { before, after_ns });
+            }
+        };
         let beyond = until == self.newest.0 && time_ns >= self.newest.1;
         let record = if beyond { Some(self.newest) } else { self.times.at_or_before(time_ns) };
         let mark = self.chronicle.marks.at_or_before(time_ns, until);

@@ -2,6 +2,7 @@
 
 use super::state::Chronicle;
 use super::{Event, HeightTime, PointError, StreamFacts, Times};
+use crate::points::TimeEnd;
 use proptest::prelude::*;
 use varve_common::point::{Consistency, PointSpec};
 use varve_common::state::GapReason;
@@ -508,7 +509,7 @@ struct SetRight {
 impl Times for SetRight {
     fn at_or_before(&self, time_ns: u64) -> Option<HeightTime> {
         let time = time_ns / self.second;
-        self.at_height(if self.end_of(time_ns, 0).is_some() { (time - self.ahead).min(self.at) } else { time })
+        self.at_height(if self.end_of(time_ns, 0) != TimeEnd::Newest { (time - self.ahead).min(self.at) } else { time })
     }
 
     fn after(&self, _time_ns: u64) -> Option<HeightTime> {
@@ -520,9 +521,9 @@ impl Times for SetRight {
         Some((height, (height + if height <= self.at { self.ahead } else { 0 }) * self.second))
     }
 
-    fn end_of(&self, time_ns: u64, _newest_ns: u64) -> Option<u64> {
+    fn end_of(&self, time_ns: u64, _newest_ns: u64) -> TimeEnd {
         let time = time_ns / self.second;
-        (time >= self.ahead && time > self.to).then_some(self.at)
+        if time >= self.ahead && time > self.to { TimeEnd::Height(self.at) } else { TimeEnd::Newest }
     }
 }
 

@@ -10,6 +10,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
 use varve_common::format::BLOCK_BYTES;
 use varve_common::format::layer::LayerHeader;
 use varve_io::{AlignedBuf, DirectFile, IoError, crashsafe, sparse};
@@ -206,18 +207,23 @@ impl OpenLayer {
         LayerFile::of_open(Arc::clone(&self.file), self.header, Arc::clone(&self.end))
     }
 
-    /// Gives back the space that was only reserved. Nothing is appended any more; the file's length is the layer's.
+    /// Gives back the space that was only reserved. Nothing is appended any more; the file's length is the layer's. `came`: when,
+    /// by the clock here, its newest point did: the file is dated so, for it may be closed long after.
     ///
     /// # Errors
     /// If an append failed, or the disk refuses.
-    pub fn close(self) -> Result<LayerFile, HistoryError> {
+    pub fn close(self, came: SystemTime) -> Result<LayerFile, HistoryError> {
         if self.failed {
             let why = "an append failed: the layer has to be opened anew";
             return Err(IoError::new("close", self.file.path(), io::Error::other(why)).into());
         }
-        let end = self.bytes();
-        if self.file.len() != end {
+        let (end, shorter) = (self.bytes(), self.file.len() != self.bytes());
+        if shorter {
             self.file.set_len(end)?;
+        }
+        // Best effort: with a later date, a time between is found as the source showed it.
+        let _ = self.file.set_modified(came);
+        if shorter {
             self.file.sync_data()?;
         }
         Ok(self.reader())
@@ -290,7 +296,7 @@ mod tests {
         let error = layer.append(&mut chunk, 16).expect_err("poisoned");
         assert!(error.to_string().contains("opened anew"), "{error}");
         assert_eq!((layer.complete_to(), layer.chunks().len()), (8, 1));
-        assert!(layer.close().is_err());
+        assert!(layer.close(SystemTime::now()).is_err());
 
         let (mut layer, found) = OpenLayer::open(dir.path(), [1; 16], 1).expect("open");
         assert_eq!((found.complete_to, found.torn), (8, false));

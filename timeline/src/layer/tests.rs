@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use std::fs::OpenOptions;
 use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
+use std::time::SystemTime;
 use varve_common::format::layer::Point;
 
 const GROUP: [u8; 16] = [3; 16];
@@ -112,7 +113,7 @@ fn small(dir: &Path) -> (Vec<Vec<Change>>, Vec<Vec<Entry>>, Vec<ChunkInfo>) {
         changes.push(some);
     }
     let chunks = layer.chunks().to_vec();
-    assert_eq!(layer.close().expect("close").bytes(), chunks[2].end());
+    assert_eq!(layer.close(SystemTime::now()).expect("close").bytes(), chunks[2].end());
     (changes, entries, chunks)
 }
 
@@ -182,7 +183,7 @@ proptest! {
         prop_assert_eq!((again.complete_to(), again.bytes(), again.records()), (complete_to, layer.bytes(), entries.len()));
         prop_assert_eq!((&found.entries, &found.chunks, found.complete_to), (&entries, &chunks, complete_to));
         prop_assert_eq!(found.points as usize, all_points.iter().map(Vec::len).sum::<usize>());
-        let closed = layer.close().expect("close");
+        let closed = layer.close(SystemTime::now()).expect("close");
         let opened = LayerFile::open(dir.path(), GROUP, 4).expect("open");
         prop_assert_eq!(opened.load().expect("load"), found);
         prop_assert_eq!(opened.chunks().expect("chunks"), (chunks.clone(), vec![]));
@@ -352,7 +353,7 @@ fn an_append_may_be_torn_anywhere() {
         let (layer, again) = OpenLayer::open(dir.path(), GROUP, 1).expect("open");
         assert_eq!(again.entries, [&kept_entries[..], &more].concat());
         assert!(again.damage.is_empty() && again.complete_to == 200_008);
-        let closed = layer.close().expect("close");
+        let closed = layer.close(SystemTime::now()).expect("close");
         assert!(closed.load().expect("load").damage.is_empty());
         for (change, entry) in kept.iter().chain([&next]).zip(&again.entries) {
             assert_eq!(read(&closed, entry).expect("read"), change.plain);

@@ -1,5 +1,6 @@
 use super::*;
 use crate::cache::IndexCache;
+use crate::chronicle::PointError;
 use crate::entry::Address;
 use crate::resolve::Origin;
 use crate::timeline::RUNS_NAME;
@@ -87,8 +88,8 @@ fn a_clock_that_was_behind_takes_no_time_from_what_came_before() {
     recorder.applied(168, 10 * SECOND).expect("applied");
     recorder.push(Address::new(0, 1), 169, Before::Bytes(&[1; 512])).expect("push");
     recorder.commit(168).expect("commit");
-    let end = crate::points::end_of_time(&timeline.layers(), 1050 * SECOND, 10 * SECOND, 0, |_| false);
-    assert_eq!(end, Some(160), "not over the mark");
+    let end = crate::points::end_of_time(&timeline.layers(), 1050 * SECOND, 10 * SECOND, 0, |_| None);
+    assert_eq!(end, crate::points::TimeEnd::Height(160), "not over the mark");
     recorder.write(240, 11 * SECOND);
     recorder.write(320, 20 * SECOND);
     recorder.applied(320, 20 * SECOND).expect("applied");
@@ -193,6 +194,57 @@ fn a_time_that_came_after_a_clock_was_set_back_is_none_of_before() {
     written(660);
     assert_eq!([at(630), at(655)], [Some(160); 2]);
     assert_eq!(located(630).ok(), Some(160));
+}
+
+/// The source was an hour ahead from 9:40 on, went down at 10:00, and has the right time at 10:40, when it comes again: nobody
+/// can say what half past ten was by its clock.
+#[test]
+fn a_time_between_a_clock_that_was_ahead_and_the_right_one_is_refused() {
+    let dir = directory();
+    let timeline = timeline(dir.path());
+    let (minute, day) = (60 * SECOND, 1_700_000_000 * SECOND);
+    let (right, ahead) = (|at: u64| day + at * minute, |at: u64| day + (60 + at) * minute);
+    let mut recorder = open(&timeline);
+    let time_ns = right(530);
+    let begin = Event::Begin { height: 8, time_ns, incarnation: [7; 16], position: 8, epoch: 1 };
+    recorder.events(&[begin, Event::GapEnd { height: 16, time_ns }]).expect("events");
+    recorder.write(80, right(540));
+    recorder.write(160, ahead(580));
+    recorder.write(240, ahead(600));
+    // It came at ten: the receiver was started anew since.
+    drop(recorder);
+    let file = std::fs::File::options().write(true).open(crate::layer::path_of(&timeline.layers_dir(), 1));
+    let came = std::time::UNIX_EPOCH + std::time::Duration::from_nanos(right(600));
+    file.and_then(|file| file.set_modified(came)).expect("its time");
+    let facts =
+        StreamFacts { height: 240, time_ns: ahead(600), incarnation: [7; 16], position: 240, epoch: 1, gap: None };
+    let mut recorder = Recorder::open(timeline.clone(), &facts, 240, 240).expect("open");
+    let located = |at: u64| timeline.locate(&PointSpec::Time(right(at)), 0);
+    assert_eq!(located(630).expect("as it was shown").height, 80, "nobody knows better yet");
+    // Canaries alone, then a write.
+    for (height, time_ns) in [(248, right(640)), (296, right(640) + 20 * SECOND)] {
+        recorder.points(&[(height, time_ns)]).expect("points");
+        recorder.applied(height, time_ns).expect("applied");
+    }
+    for write in [false, true] {
+        if write {
+            recorder.write(328, right(650));
+            recorder.applied(328, right(650)).expect("applied");
+        }
+        let refused = located(630).expect_err("between");
+        assert!(
+            matches!(&refused, PointError::ClockSetRight { after_ns, .. } if *after_ns == right(640)),
+            "{refused:?}"
+        );
+        let problem = refused.problem("db", "half past ten");
+        assert!(problem.next.contains(&format!("--at pos:{}:240;", "07".repeat(4))), "{problem:?}");
+        // Nothing changed before the canaries, which are only in memory at first.
+        let canary = timeline.locate(&PointSpec::Time(right(640) + 10 * SECOND), 0).expect("as the one before it");
+        assert_eq!((canary.height, canary.time_ns), (if write { 248 } else { 240 }, right(640)));
+        assert_eq!(located(640).expect("what it names").time_ns, right(640));
+        assert_eq!(located(545).expect("right then").height, 80);
+    }
+    assert_eq!(located(650).expect("right now").height, 328);
 }
 
 /// The run has its name, and then the directory cannot be synced, or there is no file descriptor to open it with.
