@@ -160,6 +160,16 @@ pub fn entry_bytes(length_word: u32) -> u64 {
     (RING_HEADER_BYTES + u64::from(length)).next_multiple_of(8)
 }
 
+/// Time of the record that begins here, its ring header included. `None`: it was given up, or is not whole.
+pub fn entry_time_ns(entry: &[u8]) -> Option<u64> {
+    let (word, rest) = U32::read_from_prefix(entry).ok()?;
+    if word.get() & (RING_BUSY_BIT | RING_DISCARD_BIT) != 0 {
+        return None;
+    }
+    let (header, _) = RecordHeader::ref_from_prefix(rest.get(RING_HEADER_BYTES as usize - size_of::<U32>()..)?).ok()?;
+    Some(header.time_ns.get())
+}
+
 /// Walks the records of a slice of the stream. Records that were given up (`RING_DISCARD_BIT`) are passed over.
 /// Never panics, whatever the bytes; ends at the first error.
 pub struct Records<'a> {
@@ -286,6 +296,10 @@ mod tests {
             b'a', b'b', b'c', 0, 0, 0, 0, 0, // payload, padding
         ];
         assert_eq!(out, golden);
+        assert_eq!(entry_time_ns(&out), Some(1_700_000_000_000_000_000));
+        assert_eq!(entry_time_ns(&out[..39]), None, "not whole");
+        out[3] = (RING_DISCARD_BIT >> 24) as u8;
+        assert_eq!(entry_time_ns(&out), None, "given up");
     }
 
     proptest! {
@@ -312,8 +326,11 @@ mod tests {
         /// Any bytes, and any damage to good bytes: an error or records, never a panic, and never beyond the input.
         #[test]
         fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..600), position in any::<u64>()) {
-            for record in Records::new(position & !7, &bytes).flatten() {
+            let time_ns = entry_time_ns(&bytes);
+            for (index, record) in Records::new(position & !7, &bytes).enumerate() {
+                let Ok(record) = record else { continue };
                 prop_assert!(record.payload.len() <= bytes.len());
+                prop_assert!(index > 0 || time_ns.is_none_or(|time_ns| time_ns == record.header.time_ns.get()));
             }
         }
     }

@@ -107,11 +107,44 @@ async fn a_year_behind_set_right_and_the_receiver_killed() {
     a_clock_that_was_wrong(seed(), -365 * DAY, true).await;
 }
 
+/// What one clock dated and what the next one did arrives at once, and is applied at once: no point is dated by both.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clock_that_is_set_between_two_records() {
+    let seed = seed();
+    let mut rng = StdRng::seed_from_u64(seed ^ 2);
+    let mut host = Host::new(seed, &[4 << 20, 300 << 10], "");
+    host.receiver.start(None);
+    host.enrol().await;
+    assert!(host.connect().await);
+    assert!(host.deed(Deed::Records(20)).await && host.deed(Deed::CloseGap).await);
+    let looker = Looker { paths: host.receiver.paths.clone(), past: host.past.clone() };
+    for away in [false, true] {
+        let wrong = [60, 3600, DAY][rng.random_range(0..3)] * if rng.random_bool(0.5) { 1 } else { -1 };
+        if away {
+            host.disconnect();
+        }
+        for wrong_by in [0, wrong, -wrong] {
+            host.set_clock_by(wrong_by);
+            // All of it waits for the link while there is none.
+            assert_eq!(host.deed(Deed::Records(20)).await, !away);
+        }
+        assert!(!away || host.connect().await);
+        assert!(host.settle().await);
+        let len = host.past.lock().unwrap().len();
+        let ends: Vec<usize> = (1..=3).map(|stretch| len - 1 - 20 * (3 - stretch)).collect();
+        block_in_place(|| look(&looker, &mut rng, &ends));
+    }
+    let log = host.receiver.log();
+    assert!(log.contains("clock was set back"), "{log}");
+    host.receiver.stop();
+}
+
 /// The source that is lost was an hour ahead: what is written here since then has the time of this machine.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_promoted_stream_is_not_dated_by_a_clock_that_was_ahead() {
-    let mut rng = StdRng::seed_from_u64(seed() ^ 1);
-    let mut host = Host::new(seed(), &[4 << 20], "");
+    let seed = seed();
+    let mut rng = StdRng::seed_from_u64(seed ^ 1);
+    let mut host = Host::new(seed, &[4 << 20], "");
     host.receiver.start(None);
     host.enrol().await;
     assert!(host.connect().await);

@@ -44,13 +44,17 @@ pub struct PlayedStream {
 
 impl PlayedStream {
     pub fn append(&self, kind: RecordKind, offset: u64, payload: &[u8]) -> u64 {
+        self.append_dated(kind, offset, payload, crate::clock::wall_ns())
+    }
+
+    pub fn append_dated(&self, kind: RecordKind, offset: u64, payload: &[u8], time_ns: u64) -> u64 {
         let length = payload.len() as u64;
         let header = RecordHeader {
             kind: kind as u8,
             flags: 0,
             volume: 0.into(),
             payload: (length as u32).into(),
-            time_ns: crate::clock::wall_ns().into(),
+            time_ns: time_ns.into(),
             offset: offset.into(),
             length: length.into(),
         };

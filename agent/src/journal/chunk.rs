@@ -1,8 +1,9 @@
 //! A chunk in memory, on its way to the receiver.
 
+use varve_common::clock::is_step;
 use varve_common::format::BLOCK_BYTES;
 use varve_common::format::journal::{CHUNK_HEADER_BYTES, CHUNK_TOTAL_BYTES_MAX};
-use varve_common::record::entry_bytes;
+use varve_common::record::{entry_bytes, entry_time_ns};
 use varve_io::AlignedBuf;
 
 /// Memory for any chunk.
@@ -47,7 +48,7 @@ impl Chunk {
     }
 
     /// Where a frame that starts at `from` ends: at a record boundary, at most `until`, at most `bytes_max` long unless
-    /// its first record alone is longer. `None`: no record begins at `from`.
+    /// its first record alone is longer, and before the clock was set. `None`: no record begins at `from`.
     pub fn cut(&self, from: u64, until: u64, bytes_max: u64) -> Option<u64> {
         let mut at = self.position;
         while at < self.end && at < from {
@@ -57,11 +58,15 @@ impl Chunk {
             return None;
         }
         let until = until.min(self.end);
+        let mut before_ns = None;
         while at < until {
             let bytes = self.entry(at);
-            if at > from && at + bytes - from > bytes_max {
+            let time_ns = entry_time_ns(self.bytes(at, at + bytes));
+            let clock_set = before_ns.zip(time_ns).is_some_and(|(before, then)| is_step(before, then));
+            if at > from && at + bytes - from > bytes_max || clock_set {
                 break;
             }
+            before_ns = time_ns.or(before_ns);
             at += bytes;
         }
         Some(at)

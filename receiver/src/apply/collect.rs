@@ -9,6 +9,7 @@ use crate::landing::batch::Effect;
 use crate::landing::reader::{Next, Reader, in_memory};
 use crate::limits::{APPLY_BYTES_MAX, APPLY_RECORDS_MAX, APPLY_STORED_BYTES_MAX};
 use bytes::Bytes;
+use varve_common::clock::is_step;
 use varve_common::format::{ENTRY_HEADER_BYTES, EntryHeader, Mark, MarkKind};
 use varve_common::limits::FRAME_PLAIN_BYTES_MAX;
 use varve_common::point::Consistency;
@@ -68,7 +69,7 @@ impl Batch {
     }
 
     /// Adds the records of a data entry that begins at `state`. `shared` is the memory in which `body` lies at an offset,
-    /// if it may be kept. Gives the newest record's time.
+    /// if it may be kept. Gives the newest record's time; or `Later`, and nothing is added.
     fn add(
         &mut self,
         state: &StreamState,
@@ -76,11 +77,10 @@ impl Batch {
         body: &[u8],
         shared: Option<(&Bytes, usize)>,
         volumes: &[u64],
-    ) -> Result<Option<u64>, Failure> {
+    ) -> Result<Added, Failure> {
         let damaged = |why: String| Failure::damaged(format!("an entry of the landing log that was checked: {why}"));
         let frame = frame_of(header).ok_or_else(|| damaged("unknown codec".to_owned()))?;
-        self.stored_bytes += body.len();
-        self.plain_bytes += frame.plain_bytes;
+        let used = self.plain_used;
         let (buffer, base) = match (frame.codec, shared) {
             (Codec::Plain, Some((part, offset))) => (self.keep(part), offset),
             (Codec::Plain, None) => {
@@ -101,6 +101,15 @@ impl Batch {
             (0, _) => &self.plain[base..base + frame.plain_bytes],
             _ => body,
         };
+        if let Some(Ok(first)) = Records::new(frame.position, plain).next()
+            && !self.points.is_empty()
+            && is_step(state.at.time_ns, first.header.time_ns.get())
+        {
+            self.plain_used = used;
+            return Ok(Added::Later);
+        }
+        self.stored_bytes += body.len();
+        self.plain_bytes += frame.plain_bytes;
         let mut time_ns = None;
         for record in Records::new(frame.position, plain) {
             let record = record.map_err(|e| damaged(e.to_string()))?;
@@ -138,7 +147,7 @@ impl Batch {
             };
             self.plan.push(piece, Stamp { height });
         }
-        Ok(time_ns)
+        Ok(Added::All { time_ns })
     }
 
     /// The number of this memory among the batch's buffers.
@@ -187,6 +196,28 @@ fn events_of(mark: &Mark, before: &StreamState, after: &StreamState) -> Vec<Even
     }
 }
 
+/// What became of an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Added {
+    /// All its records are in the batch.
+    All {
+        /// Of the newest one.
+        time_ns: Option<u64>,
+    },
+    /// The source's clock was set before it. A batch is dated as a whole: this is for the next one.
+    Later,
+}
+
+/// A step through what is open.
+enum Stepped {
+    /// Past an entry.
+    Past(Effect),
+    /// There was none left.
+    Used,
+    /// See [`Added::Later`].
+    Later,
+}
+
 /// What ended a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
@@ -196,6 +227,8 @@ pub enum Ended {
     Full,
     /// A mark was passed: what comes after is another batch.
     Mark,
+    /// So is what the source dated after its clock was set.
+    ClockSet,
 }
 
 /// Where the applier stands in the log, and the work it has open.
@@ -256,12 +289,16 @@ impl Cursor {
             if batch.is_full() {
                 return Ok(Ended::Full);
             }
-            let effect = match self.open.take() {
+            let stepped = match self.open.take() {
                 None => return Ok(Ended::Used),
                 Some(Open::Memory { landed, at }) => self.step_in_memory(landed, at, batch, volumes)?,
                 Some(Open::Log { until }) => self.step_in_log(until, batch, volumes)?,
             };
-            let Some(effect) = effect else { return Ok(Ended::Used) };
+            let effect = match stepped {
+                Stepped::Past(effect) => effect,
+                Stepped::Used => return Ok(Ended::Used),
+                Stepped::Later => return Ok(Ended::ClockSet),
+            };
             let before = self.state;
             self.state.pass(&effect);
             if let Effect::Mark(mark) = effect {
@@ -277,10 +314,10 @@ impl Cursor {
         at: usize,
         batch: &mut Batch,
         volumes: &[u64],
-    ) -> Result<Option<Effect>, Failure> {
+    ) -> Result<Stepped, Failure> {
         if at >= landed.entry_bytes {
             self.reader.jump(landed.end(), self.reader.chain());
-            return Ok(None);
+            return Ok(Stepped::Used);
         }
         let place = Place { offset: landed.place.offset + at as u64, ..landed.place };
         let lost = || Failure::damaged(format!("no entry in memory at {place:?}"));
@@ -289,35 +326,47 @@ impl Cursor {
         let effect = match effect {
             Effect::Data { end, .. } => {
                 let shared = Some((&landed.bytes, at + ENTRY_HEADER_BYTES));
-                Effect::Data { end, time_ns: batch.add(&self.state, &header, body, shared, volumes)? }
+                match batch.add(&self.state, &header, body, shared, volumes)? {
+                    Added::All { time_ns } => Effect::Data { end, time_ns },
+                    Added::Later => {
+                        self.open = Some(Open::Memory { landed, at });
+                        return Ok(Stepped::Later);
+                    }
+                }
             }
             mark => mark,
         };
         let next = at + header.total_bytes();
         self.reader.jump(Place { offset: landed.place.offset + next as u64, ..place }, header.header_crc.get());
         self.open = Some(Open::Memory { landed, at: next });
-        Ok(Some(effect))
+        Ok(Stepped::Past(effect))
     }
 
-    fn step_in_log(&mut self, until: Place, batch: &mut Batch, volumes: &[u64]) -> Result<Option<Effect>, Failure> {
+    fn step_in_log(&mut self, until: Place, batch: &mut Batch, volumes: &[u64]) -> Result<Stepped, Failure> {
         // Exactly: more entries may begin in the block in which the last one ends.
-        if self.reader.place() >= until {
-            return Ok(None);
+        let (place, chain) = (self.reader.place(), self.reader.chain());
+        if place >= until {
+            return Ok(Stepped::Used);
         }
         let state = self.state;
         self.reader.allow(until);
         let effect = match self.reader.next(|header, body| check_place(&state, header, body))? {
             Next::Entry(header, body, checked) => match checked.effect {
-                Effect::Data { end, .. } => {
-                    Effect::Data { end, time_ns: batch.add(&state, &header, body, None, volumes)? }
-                }
+                Effect::Data { end, .. } => match batch.add(&state, &header, body, None, volumes)? {
+                    Added::All { time_ns } => Effect::Data { end, time_ns },
+                    Added::Later => {
+                        self.reader.jump(place, chain);
+                        self.open = Some(Open::Log { until });
+                        return Ok(Stepped::Later);
+                    }
+                },
                 mark => mark,
             },
             Next::End => return Err(Failure::damaged(format!("the landing log ends before {until:?}"))),
             Next::Damaged(why) => return Err(Failure::damaged(format!("the landing log before {until:?}: {why}"))),
         };
         self.open = Some(Open::Log { until });
-        Ok(Some(effect))
+        Ok(Stepped::Past(effect))
     }
 }
 

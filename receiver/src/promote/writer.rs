@@ -23,6 +23,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use varve_common::clock::is_step;
 use varve_common::format::{Mark, MarkKind};
 use varve_common::record::{PAYLOAD_BYTES_MAX, RING_HEADER_BYTES, RecordHeader, RecordKind};
 use varve_common::wire::messages::Incarnation;
@@ -297,18 +298,21 @@ impl StreamWriter {
 
     fn push(&self, kind: RecordKind, volume: u16, start: u64, len: u64, bytes: Option<Bytes>) -> io::Result<()> {
         let mut inner = self.lock();
+        let mut now_ns;
         loop {
             inner.check()?;
             inner.pending.forget(self.timeline.applied().height);
             inner.pending.spill(PROMOTED_CONTENT_BYTES_MAX);
-            if inner.pending.bytes() < PROMOTED_PENDING_BYTES_MAX && inner.frame.len() < PROMOTED_FRAME_BYTES {
+            let room = inner.pending.bytes() < PROMOTED_PENDING_BYTES_MAX && inner.frame.len() < PROMOTED_FRAME_BYTES;
+            now_ns = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
+            // A frame is dated as a whole.
+            if room && (inner.frame.is_empty() || !is_step(inner.time_ns, now_ns)) {
                 break;
             }
             // The disks are slower than the writer: it waits, as it would for any disk.
             self.queue.hurry();
             inner = self.wait(inner, Duration::from_millis(5));
         }
-        let now_ns = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
         // The source's clock, which dated what came before, may have been ahead.
         inner.time_ns = onward_ns(inner.time_ns, now_ns);
         let payload = bytes.as_ref().map_or(&[][..], |bytes| &bytes[..]);

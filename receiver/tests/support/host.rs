@@ -24,6 +24,8 @@ const REGION: u64 = 1 << 20;
 pub const GROUP: &str = "db";
 /// How long marks are waited for after the session has ended.
 const ENDED_LIMIT: Duration = Duration::from_secs(10);
+/// A frame does not reach over a greater one: the clock was set there.
+const CLOCK_STEP_NS: u64 = 5_000_000_000;
 
 pub fn now_ns() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64
@@ -331,6 +333,9 @@ impl Host {
             let (position, mut plain, mut steps) = (self.sent, Vec::new(), Vec::new());
             while plain.len() < wanted
                 && limit.is_none_or(|limit| self.sent < limit)
+                && self.unsent.front().is_some_and(|next| {
+                    steps.last().is_none_or(|last: &Step| last.time_ns.abs_diff(next.time_ns) <= CLOCK_STEP_NS)
+                })
                 && let Some(step) = self.unsent.pop_front()
             {
                 plain.extend_from_slice(&step.plain);
