@@ -6,6 +6,7 @@ use crate::error::HistoryError;
 use crate::layer::ChunkInfo;
 use crate::limits::CLOCKS_APART_NS_MAX;
 use crate::timeline::Timeline;
+use std::ops::RangeInclusive;
 use std::time::SystemTime;
 use varve_common::clock::is_setback;
 use varve_common::control::{DensityStatus, PointsReply, show_time};
@@ -27,13 +28,46 @@ pub enum TimeEnd {
     Newest,
     /// Up to this height.
     Height(u64),
-    /// Nowhere. It lies between a stretch in which the source's clock was ahead and the next one, which has the right times.
+    /// Nowhere. It lies between a stretch in which the source's clock was ahead and the next one that has the right times.
     SetRight {
-        /// The height at which the stretch ends.
+        /// The height at which what has the right times begins.
         before: u64,
-        /// The next one's first time.
+        /// Its first time.
         after_ns: u64,
     },
+}
+
+/// Layers between two settings of the source's clock.
+struct Stretch<'a> {
+    /// Its times.
+    times: RangeInclusive<u64>,
+    layers: &'a [LayerInfo],
+    /// The height at which it ends. `None`: the newest one has none yet.
+    end: Option<u64>,
+    /// The clock was behind in it, and leapt when it was set right.
+    leaps: bool,
+}
+
+/// The newest first; that may have marks alone, and no layer yet. `newest_ns`: of the newest point.
+fn stretches(layers: &[LayerInfo], newest_ns: u64) -> Vec<Stretch<'_>> {
+    let mut newer = Stretch { times: newest_ns..=newest_ns, layers: &[], end: None, leaps: false };
+    let mut all = Vec::new();
+    let mut to = layers.len();
+    for (index, layer) in layers.iter().enumerate().rev() {
+        let next = layers.get(index + 1);
+        // Points that no layer has yet are no leap.
+        let leaps = next.is_some() && is_setback(*newer.times.start(), layer.last_time_ns);
+        if leaps || is_setback(layer.last_time_ns, *newer.times.start()) {
+            to = index + 1;
+            let end = Some(next.map_or(layer.last_height, |next| next.first_height));
+            let times = layer.first_time_ns..=layer.last_time_ns;
+            all.push(std::mem::replace(&mut newer, Stretch { times, layers: &[], end, leaps }));
+        }
+        newer.times = layer.first_time_ns.min(*newer.times.start())..=*newer.times.end();
+        newer.layers = &layers[index..to];
+    }
+    all.push(newer);
+    all
 }
 
 /// Where the source's clock was set back, it showed some times twice. Of the stretches between, the newest that has a time is
@@ -51,45 +85,35 @@ pub(crate) fn end_of_time(
     expired_ns: u64,
     came_ns: impl Fn(&LayerInfo) -> Option<u64>,
 ) -> TimeEnd {
-    let (mut first_ns, mut last_ns, mut end) = (newest_ns, newest_ns, TimeEnd::Newest);
-    // The last layer of an older stretch, and when the one after that begins.
-    let mut newest: Option<(&LayerInfo, u64)> = None;
-    // Whether it is there at all, or there is no time at which it was.
-    let look = |first_ns: u64, newest: Option<(&LayerInfo, u64)>, end| {
-        let (Some((layer, after_ns)), TimeEnd::Height(before)) = (newest, end) else { return Some(end) };
-        let over_ns = came_ns(layer).map_or(u64::MAX, |came_ns| came_ns.saturating_add(CLOCKS_APART_NS_MAX));
-        match time_ns <= over_ns {
-            true => Some(end),
-            // Nothing came between the two. If no time of the stretch had come, the clock here may be the wrong one.
-            false => (time_ns < after_ns && first_ns <= over_ns).then_some(TimeEnd::SetRight { before, after_ns }),
+    let over_ns_of = |layer: &LayerInfo| came_ns(layer).map(|came_ns| came_ns.saturating_add(CLOCKS_APART_NS_MAX));
+    let stretches = stretches(layers, newest_ns);
+    for (newer, stretch) in stretches.iter().enumerate().filter(|(_, stretch)| stretch.times.contains(&time_ns)) {
+        let Some(end) = stretch.end else { return TimeEnd::Newest };
+        let Some(over_ns) = stretch.layers.last().and_then(&over_ns_of).filter(|over_ns| *over_ns < time_ns) else {
+            return TimeEnd::Height(end);
+        };
+        // Nothing came between it and the next one that has the right times, as the clock here has them. If no time of the
+        // stretch itself had come by then, that may be the wrong one.
+        let next = (0..newer).min_by_key(|newer| *stretches[*newer].times.start());
+        let Some((next, before)) = next.and_then(|next| Some((&stretches[next], stretches[next + 1].end?))) else {
+            continue;
+        };
+        let right = next.layers.first().is_some_and(|first| Some(first.last_time_ns) <= over_ns_of(first));
+        let after_ns = *next.times.start();
+        if right && time_ns < after_ns && *stretch.times.start() <= over_ns {
+            return TimeEnd::SetRight { before, after_ns };
         }
-    };
-    let (mut next_height, mut leapt_over) = (None, false);
-    for layer in layers.iter().rev() {
-        // Points that no layer has yet are no leap.
-        let leaps = next_height.is_some() && is_setback(first_ns, layer.last_time_ns);
-        if leaps || is_setback(layer.last_time_ns, first_ns) {
-            if (first_ns..=last_ns).contains(&time_ns)
-                && let Some(end) = look(first_ns, newest, end)
-            {
-                return end;
-            }
-            newest = Some((layer, first_ns));
-            leapt_over |= leaps && is_setback(time_ns, layer.last_time_ns) && time_ns < first_ns;
-            // As yet the newest stretch may have marks alone, and no layer.
-            end = TimeEnd::Height(next_height.unwrap_or(layer.last_height));
-            (first_ns, last_ns) = (layer.first_time_ns, layer.last_time_ns);
-        }
-        first_ns = first_ns.min(layer.first_time_ns);
-        next_height = Some(layer.first_height);
     }
-    match (first_ns..=last_ns).contains(&time_ns) {
-        true => look(first_ns, newest, end).unwrap_or(TimeEnd::Newest),
-        // What the clock showed while it was behind is not older than the oldest stretch, nor than one that has expired.
-        false if leapt_over && (time_ns < first_ns || time_ns < expired_ns) => {
-            next_height.map_or(TimeEnd::Newest, TimeEnd::Height)
+    let leapt_over = stretches
+        .windows(2)
+        .any(|pair| pair[1].leaps && is_setback(time_ns, *pair[1].times.end()) && time_ns < *pair[0].times.start());
+    let oldest = stretches.last().filter(|oldest| !oldest.times.contains(&time_ns));
+    // What the clock showed while it was behind is not older than the oldest stretch, nor than one that has expired.
+    match (oldest, layers.first()) {
+        (Some(oldest), Some(first)) if leapt_over && (time_ns < *oldest.times.start() || time_ns < expired_ns) => {
+            TimeEnd::Height(first.first_height)
         }
-        false => TimeEnd::Newest,
+        _ => TimeEnd::Newest,
     }
 }
 
@@ -421,6 +445,23 @@ mod tests {
             TimeEnd::Newest,
             "by no time of it: it may be the clock here that was wrong"
         );
+        // As little as if it were behind by an hour, and the source had been set back by 20 s alone.
+        let one_set_back = [layer(1, 1000, 9000), layer(2, 8980, 9500)];
+        let end = |behind: u64| {
+            let came =
+                |layer: &LayerInfo| Some(layer.last_time_ns - if layer.number == 1 { 3600 } else { behind } * second);
+            end_of_time(&one_set_back, 7000 * second, 9600 * second, 0, came)
+        };
+        assert_eq!(end(3600), TimeEnd::Newest);
+        assert_eq!(end(0), TimeEnd::SetRight { before: 200, after_ns: 8980 * second }, "it was right at least since");
+        // Set right in two steps: only the last one's times are right.
+        let twice = [layer(1, 1000, 8000), layer(2, 4000, 4600), layer(3, 3500, 3700)];
+        let end = |time: u64| {
+            let came = |layer: &LayerInfo| Some([1100, 1700, 3700][layer.number as usize - 1] * second);
+            end_of_time(&twice, time * second, 3750 * second, 0, came)
+        };
+        assert_eq!([end(1700), end(3499)], [TimeEnd::SetRight { before: 300, after_ns: 3500 * second }; 2]);
+        assert_eq!([end(3500), end(3750), end(3900), end(4100)], [TimeEnd::Newest; 4], "later than all is no refusal");
         // Right, with a rest of which layers know nothing, then far behind, then right again.
         let layers = [layer(1, 1000, 1100), layer(2, 1100, 1200), layer(3, 10, 20), layer(4, 1210, 1220)];
         let end = |time| height(end_of_time(&layers, time * second, 1300 * second, 0, |_| None));

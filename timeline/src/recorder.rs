@@ -260,6 +260,9 @@ impl Recorder {
         if waiting >= CHUNK_POINTS_MAX / 2 || (waiting > 0 && waiting + points.len() > CHUNK_POINTS_MAX) {
             self.append_points()?;
         }
+        if points.iter().any(|point| point.0 > self.newest_point.0) {
+            self.came = SystemTime::now();
+        }
         for (height, time_ns) in points {
             if *height > self.newest_point.0 && self.points.len() < CHUNK_POINTS_MAX {
                 // Set in the middle of these, it is seen with the next ones: see `begin_stretch`.
@@ -269,7 +272,6 @@ impl Recorder {
             }
         }
         self.highest_ns = self.highest_ns.max(self.newest_point.1);
-        self.came = SystemTime::now();
         Ok(())
     }
 
@@ -312,7 +314,13 @@ impl Recorder {
         self.begins_ns = self.begins_ns.and(Some(time_ns));
         if self.next_number > 1 {
             // At once, for that is how a reader sees it: points alone are only in memory.
-            self.layer = Some(self.begin_layer()?);
+            self.layer = match self.begin_layer() {
+                Err(HistoryError::Io(error)) if error.is_no_space() => {
+                    tracing::error!(%error, "no room for the layer of another clock: it begins with the next change");
+                    None
+                }
+                begun => Some(begun?),
+            };
         }
         Ok(())
     }

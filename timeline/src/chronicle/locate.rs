@@ -38,6 +38,8 @@ pub enum PointError {
         reason: GapReason,
         /// The last point before.
         before: Option<HeightTime>,
+        /// Its position, if its time has come again since: the clock was set back.
+        before_position: Option<String>,
         /// The first point after.
         after: Option<HeightTime>,
     },
@@ -56,8 +58,8 @@ pub enum PointError {
     ClockSetRight {
         /// The position of the last point before; its time is later than what was asked.
         before: String,
-        /// Time of the first record after.
-        after_ns: u64,
+        /// Time of the first point after.
+        after_ns: Option<u64>,
     },
     /// It is older than the oldest point.
     #[error("it is older than the oldest point")]
@@ -104,13 +106,14 @@ impl PointError {
         let what = format!("'{}' is no point of group '{group}'", asked.escape_debug());
         let points = format!("'varve points {group}' shows what can be recovered");
         match self {
+            Self::InGap { before_position: Some(before), after, .. } => {
+                Problem::refused(what, self.to_string(), beside_position(before, after.map(|after| after.1)))
+            }
             Self::InGap { before, after, .. } | Self::Damaged { before, after, .. } => {
                 Problem::refused(what, self.to_string(), beside(*before, *after).unwrap_or(points))
             }
             Self::ClockSetRight { before, after_ns } => {
-                let after = show_exact_time(*after_ns);
-                let next = format!("the nearest before: --at pos:{before}; the nearest after: --at {after}");
-                Problem::refused(what, self.to_string(), next)
+                Problem::refused(what, self.to_string(), beside_position(before, *after_ns))
             }
             Self::BeforeWindow { first } => {
                 let next = format!("the oldest point: --at {}; {points}", show_exact_time(first.1));
@@ -146,6 +149,11 @@ fn beside(before: Option<HeightTime>, after: Option<HeightTime>) -> Option<Strin
     let after = after.map(|(_, time)| format!("the nearest after: --at {}", show_exact_time(time)));
     let both: Vec<String> = before.into_iter().chain(after).collect();
     (!both.is_empty()).then(|| both.join("; "))
+}
+
+fn beside_position(before: &str, after_ns: Option<u64>) -> String {
+    let after = after_ns.map(|after_ns| format!("; the nearest after: --at {}", show_exact_time(after_ns)));
+    format!("the nearest before: --at pos:{before}{}", after.unwrap_or_default())
 }
 
 impl Chronicle {
@@ -300,7 +308,9 @@ impl Look<'_> {
         if before.is_none() && after.is_none() {
             return PointError::NoPoint(gap.reason);
         }
-        PointError::InGap { reason: gap.reason, before, after }
+        let came_again = before.filter(|before| after.unwrap_or(self.newest).1 < before.1);
+        let before_position = came_again.map(|before| self.chronicle.show_position(before.0));
+        PointError::InGap { reason: gap.reason, before, before_position, after }
     }
 
     /// The point at `height`, if it is one.
@@ -356,6 +366,11 @@ impl Look<'_> {
             TimeEnd::Newest => self.newest.0,
             TimeEnd::Height(height) => height.min(self.newest.0),
             TimeEnd::SetRight { before, after_ns } => {
+                // A host that comes again with another ring begins with a gap.
+                let after_ns = match self.chronicle.gap_above(before) {
+                    Some(gap) => gap.to.and_then(|to| self.at_or_above(to.0)).map(|after| after.1),
+                    None => Some(after_ns),
+                };
                 let Some(before) = self.at_or_below(before) else { return Err(self.first()) };
                 let before = self.chronicle.show_position(before.0);
                 return Err(PointError::ClockSetRight { before, after_ns });
@@ -395,7 +410,9 @@ mod tests {
 
     #[test]
     fn a_gap_with_points_behind_it_is_told_as_past() {
-        let told = |after| PointError::InGap { reason: GapReason::Rollback, before: None, after }.to_string();
+        let told = |after| {
+            PointError::InGap { reason: GapReason::Rollback, before: None, before_position: None, after }.to_string()
+        };
         assert_eq!(told(Some((8, 1))), "it lies in a gap: the replicas were rolled back or taken over");
         assert!(told(None).contains("run the same command again"));
     }

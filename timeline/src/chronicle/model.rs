@@ -487,6 +487,7 @@ fn a_gap_in_which_the_clock_was_set_right() {
     let in_gap = PointError::InGap {
         reason: GapReason::RingFull,
         before: Some((2000, (ahead + 2000) * second)),
+        before_position: Some(format!("{}:2000", "07".repeat(4))),
         after: Some((3000, 3000 * second)),
     };
     for time in [2008, 2100, 2992] {

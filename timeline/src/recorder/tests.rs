@@ -4,7 +4,9 @@ use crate::chronicle::PointError;
 use crate::entry::Address;
 use crate::resolve::Origin;
 use crate::timeline::RUNS_NAME;
+use varve_common::control::show_exact_time;
 use varve_common::point::PointSpec;
+use varve_common::state::GapReason;
 
 const GROUP: [u8; 16] = [5; 16];
 const SECOND: u64 = 1_000_000_000;
@@ -196,14 +198,17 @@ fn a_time_that_came_after_a_clock_was_set_back_is_none_of_before() {
     assert_eq!(located(630).ok(), Some(160));
 }
 
-/// The source was an hour ahead from 9:40 on, went down at 10:00, and has the right time at 10:40, when it comes again: nobody
-/// can say what half past ten was by its clock.
-#[test]
-fn a_time_between_a_clock_that_was_ahead_and_the_right_one_is_refused() {
-    let dir = directory();
-    let timeline = timeline(dir.path());
-    let (minute, day) = (60 * SECOND, 1_700_000_000 * SECOND);
-    let (right, ahead) = (|at: u64| day + at * minute, |at: u64| day + (60 + at) * minute);
+const MINUTE: u64 = 60 * SECOND;
+
+/// Minutes of a day, as a clock shows them that is right.
+fn right(minutes: u64) -> u64 {
+    1_700_000_000 * SECOND + minutes * MINUTE
+}
+
+/// The source was an hour ahead from 9:40 on, and went down at 10:00; the receiver was started anew since.
+fn ahead_and_down(dir: &std::path::Path) -> (Arc<Timeline>, Recorder) {
+    let timeline = timeline(dir);
+    let ahead = |minutes: u64| right(60 + minutes);
     let mut recorder = open(&timeline);
     let time_ns = right(530);
     let begin = Event::Begin { height: 8, time_ns, incarnation: [7; 16], position: 8, epoch: 1 };
@@ -211,16 +216,24 @@ fn a_time_between_a_clock_that_was_ahead_and_the_right_one_is_refused() {
     recorder.write(80, right(540));
     recorder.write(160, ahead(580));
     recorder.write(240, ahead(600));
-    // It came at ten: the receiver was started anew since.
     drop(recorder);
     let file = std::fs::File::options().write(true).open(crate::layer::path_of(&timeline.layers_dir(), 1));
     let came = std::time::UNIX_EPOCH + std::time::Duration::from_nanos(right(600));
     file.and_then(|file| file.set_modified(came)).expect("its time");
     let facts =
         StreamFacts { height: 240, time_ns: ahead(600), incarnation: [7; 16], position: 240, epoch: 1, gap: None };
-    let mut recorder = Recorder::open(timeline.clone(), &facts, 240, 240).expect("open");
+    let recorder = Recorder::open(timeline.clone(), &facts, 240, 240).expect("open");
+    let found = timeline.locate(&PointSpec::Time(right(630)), 0);
+    assert_eq!(found.expect("as it was shown").height, 80, "nobody knows better yet");
+    (timeline, recorder)
+}
+
+/// It has the right time at 10:40, when it comes again: nobody can say what half past ten was by its clock.
+#[test]
+fn a_time_between_a_clock_that_was_ahead_and_the_right_one_is_refused() {
+    let dir = directory();
+    let (timeline, mut recorder) = ahead_and_down(dir.path());
     let located = |at: u64| timeline.locate(&PointSpec::Time(right(at)), 0);
-    assert_eq!(located(630).expect("as it was shown").height, 80, "nobody knows better yet");
     // Canaries alone, then a write.
     for (height, time_ns) in [(248, right(640)), (296, right(640) + 20 * SECOND)] {
         recorder.points(&[(height, time_ns)]).expect("points");
@@ -233,7 +246,7 @@ fn a_time_between_a_clock_that_was_ahead_and_the_right_one_is_refused() {
         }
         let refused = located(630).expect_err("between");
         assert!(
-            matches!(&refused, PointError::ClockSetRight { after_ns, .. } if *after_ns == right(640)),
+            matches!(&refused, PointError::ClockSetRight { after_ns, .. } if *after_ns == Some(right(640))),
             "{refused:?}"
         );
         let problem = refused.problem("db", "half past ten");
@@ -245,6 +258,32 @@ fn a_time_between_a_clock_that_was_ahead_and_the_right_one_is_refused() {
         assert_eq!(located(545).expect("right then").height, 80);
     }
     assert_eq!(located(650).expect("right now").height, 328);
+}
+
+/// The same with another ring, as after a boot: a mark that opens a gap is the first that comes.
+#[test]
+fn a_time_between_two_boots_of_which_the_first_was_ahead_is_refused() {
+    let dir = directory();
+    let (timeline, mut recorder) = ahead_and_down(dir.path());
+    let located = |at: u64| timeline.locate(&PointSpec::Time(right(at)), 0);
+    let opens = Event::GapBegin { height: 240, time_ns: right(660), reason: GapReason::NewRing };
+    let begin = Event::Begin { height: 248, time_ns: right(640), incarnation: [8; 16], position: 0, epoch: 1 };
+    recorder.points(&[]).expect("none");
+    recorder.events(&[opens, begin]).expect("events");
+    recorder.applied(248, right(640)).expect("applied");
+    let before = format!("the nearest before: --at pos:{}:240", "07".repeat(4));
+    let next_of = |at| located(at).expect_err("refused").problem("db", "half past ten").next;
+    assert_eq!(next_of(630), before);
+    recorder.points(&[]).expect("none");
+    recorder.events(&[Event::GapEnd { height: 256, time_ns: right(642) }]).expect("events");
+    recorder.applied(256, right(642)).expect("applied");
+    recorder.write(336, right(642) + SECOND);
+    recorder.applied(336, right(642) + SECOND).expect("applied");
+    let after = format!("the nearest after: --at {}", show_exact_time(right(642)));
+    assert_eq!(next_of(630), format!("{before}; {after}"));
+    assert_eq!(located(642).expect("what it names").height, 256);
+    // In the gap itself. What it names before is no time: the clock has shown that again since, or will.
+    assert_eq!(next_of(641), format!("{before}; {after}"));
 }
 
 /// The run has its name, and then the directory cannot be synced, or there is no file descriptor to open it with.
