@@ -40,7 +40,8 @@ fuzz_target!(|data: &[u8]| {
         state.ever_consistent = start & 2 != 0;
         state.gap = (start & 6 != 6).then_some(GapReason::InitialSync);
     }
-    let rules = Rules { volumes: VOLUMES.into(), incarnation: RING, epoch: EPOCH };
+    let epochs = EPOCH..=EPOCH + u64::from(start >> 4 & 1);
+    let rules = Rules { volumes: VOLUMES.into(), incarnation: RING, epochs, grows: start & 8 != 0 };
     let (answers, _answered) = mpsc::unbounded_channel();
     let mut intake = Intake::new(rules, state, resumed, answers, Arc::new(Counters::default()));
     let mut behind = Behind { state, chain: 0, offset: BLOCK_BYTES as u64 };
@@ -223,6 +224,7 @@ fn mark(input: &mut Input<'_>, position: u64) -> Mark {
         position,
         time_ns: input.u64(),
         epoch: EPOCH + u64::from(twist % 32 == 2),
+        height_min: if twist % 8 == 3 { input.u64() } else { 0 },
     }
 }
 
