@@ -206,7 +206,14 @@ impl Looker {
             let said = said.map(|rest| rest.split([';', ' ']).next().unwrap().to_owned());
             match (said, index) {
                 (Some(text), Some(index)) => {
-                    let near = PointSpec::Time(parse_time(&text));
+                    // A position where the clock has shown that time again since.
+                    let near = match text.strip_prefix("pos:").and_then(|position| position.split_once(':')) {
+                        Some((prefix, offset)) => PointSpec::Position {
+                            incarnation_prefix: prefix.to_owned(),
+                            offset: offset.parse().unwrap(),
+                        },
+                        None => PointSpec::Time(parse_time(&text)),
+                    };
                     assert_eq!(self.look(&near, index, rng, false), Seen::Right, "{at}: {word}: {near}: {problem:?}");
                 }
                 (None, None) => {}
