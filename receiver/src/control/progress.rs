@@ -134,8 +134,11 @@ mod tests {
             }
             Ok(7)
         };
+        let begun = Instant::now();
         let lines = heard(told, work).await;
-        assert!((2..=5).contains(&lines.len()), "{lines:?}");
+        // On a machine that is slow the work takes longer. The last line is its end.
+        let most = begun.elapsed().as_millis() / INTERVAL.as_millis() + 1;
+        assert!(lines.len() >= 2 && lines.len() as u128 <= most, "{lines:?}, at most {most}");
         assert!(matches!(&lines[0], Reply::Progress(step) if step.done_bytes > 0 && step.bytes_per_second > 0.0));
     }
 }
