@@ -161,43 +161,6 @@ fn a_clock_that_was_ahead_keeps_no_time_that_comes_again() {
     assert_eq!(at(6001), Some(height + 80));
 }
 
-/// The source was an hour ahead until 10:00 and is lost at 10:20: half past ten is later than all, not what it once called so.
-#[test]
-fn a_time_that_came_after_a_clock_was_set_back_is_none_of_before() {
-    let dir = directory();
-    let timeline = timeline(dir.path());
-    let (minute, day) = (60 * SECOND, 1_700_000_000 * SECOND);
-    let (right, ahead) = (|at: u64| day + at * minute, |at: u64| day + (60 + at) * minute);
-    let mut recorder = open(&timeline);
-    let time_ns = right(530);
-    let begin = Event::Begin { height: 8, time_ns, incarnation: [7; 16], position: 8, epoch: 1 };
-    recorder.events(&[begin, Event::GapEnd { height: 16, time_ns }]).expect("events");
-    // Right at first, so that the times of the stretch reach from nine to eleven.
-    recorder.write(80, right(540));
-    recorder.write(160, ahead(550));
-    recorder.write(240, ahead(600));
-    recorder.write(320, right(600));
-    recorder.write(400, right(620));
-    recorder.applied(400, right(620)).expect("applied");
-    let written = |at: u64| {
-        let file = std::fs::File::options()
-            .write(true)
-            .open(crate::layer::path_of(&timeline.layers_dir(), 1))
-            .expect("layer 1");
-        file.set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_nanos(right(at))).expect("its time");
-    };
-    let at = |at: u64| timeline.at_or_before_time(right(at)).expect("read").map(|point| point.height);
-    let located = |at: u64| timeline.locate(&PointSpec::Time(right(at)), 0).map(|point| point.height);
-    written(600);
-    assert_eq!([at(545), at(605), at(619), at(620)], [Some(80), Some(320), Some(320), Some(400)]);
-    assert_eq!([at(630), at(655), at(700)], [Some(400); 3], "later than all that was");
-    assert_eq!(located(630).ok(), Some(400));
-    // Were that stretch the right one, and this one behind: what it shows is what it was.
-    written(660);
-    assert_eq!([at(630), at(655)], [Some(160); 2]);
-    assert_eq!(located(630).ok(), Some(160));
-}
-
 const MINUTE: u64 = 60 * SECOND;
 
 /// Minutes of a day, as a clock shows them that is right.
@@ -205,21 +168,59 @@ fn right(minutes: u64) -> u64 {
     1_700_000_000 * SECOND + minutes * MINUTE
 }
 
-/// The source was an hour ahead from 9:40 on, and went down at 10:00; the receiver was started anew since.
-fn ahead_and_down(dir: &std::path::Path) -> (Arc<Timeline>, Recorder) {
-    let timeline = timeline(dir);
-    let ahead = |minutes: u64| right(60 + minutes);
-    let mut recorder = open(&timeline);
+/// The same by one that is an hour ahead.
+fn ahead(minutes: u64) -> u64 {
+    right(60 + minutes)
+}
+
+/// The stream begins at ten to nine and has a write at nine, both by the right clock.
+fn begun_right(timeline: &Arc<Timeline>) -> Recorder {
+    let mut recorder = open(timeline);
     let time_ns = right(530);
     let begin = Event::Begin { height: 8, time_ns, incarnation: [7; 16], position: 8, epoch: 1 };
     recorder.events(&[begin, Event::GapEnd { height: 16, time_ns }]).expect("events");
     recorder.write(80, right(540));
+    recorder
+}
+
+/// The newest point of the first layer came at this time.
+fn first_layer_came(timeline: &Timeline, minutes: u64) {
+    let file = std::fs::File::options().write(true).open(crate::layer::path_of(&timeline.layers_dir(), 1));
+    let came = std::time::UNIX_EPOCH + std::time::Duration::from_nanos(right(minutes));
+    file.and_then(|file| file.set_modified(came)).expect("its time");
+}
+
+/// The source was an hour ahead until 10:00 and is lost at 10:20: half past ten is later than all, not what it once called so.
+#[test]
+fn a_time_that_came_after_a_clock_was_set_back_is_none_of_before() {
+    let dir = directory();
+    let timeline = timeline(dir.path());
+    let mut recorder = begun_right(&timeline);
+    recorder.write(160, ahead(550));
+    recorder.write(240, ahead(600));
+    recorder.write(320, right(600));
+    recorder.write(400, right(620));
+    recorder.applied(400, right(620)).expect("applied");
+    let at = |at: u64| timeline.at_or_before_time(right(at)).expect("read").map(|point| point.height);
+    let located = |at: u64| timeline.locate(&PointSpec::Time(right(at)), 0).map(|point| point.height);
+    first_layer_came(&timeline, 600);
+    assert_eq!([at(545), at(605), at(619), at(620)], [Some(80), Some(320), Some(320), Some(400)]);
+    assert_eq!([at(630), at(655), at(700)], [Some(400); 3], "later than all that was");
+    assert_eq!(located(630).ok(), Some(400));
+    // Were that stretch the right one, and this one behind: what it shows is what it was.
+    first_layer_came(&timeline, 660);
+    assert_eq!([at(630), at(655)], [Some(160); 2]);
+    assert_eq!(located(630).ok(), Some(160));
+}
+
+/// The source was an hour ahead from 9:40 on, and went down at 10:00; the receiver was started anew since.
+fn ahead_and_down(dir: &std::path::Path) -> (Arc<Timeline>, Recorder) {
+    let timeline = timeline(dir);
+    let mut recorder = begun_right(&timeline);
     recorder.write(160, ahead(580));
     recorder.write(240, ahead(600));
     drop(recorder);
-    let file = std::fs::File::options().write(true).open(crate::layer::path_of(&timeline.layers_dir(), 1));
-    let came = std::time::UNIX_EPOCH + std::time::Duration::from_nanos(right(600));
-    file.and_then(|file| file.set_modified(came)).expect("its time");
+    first_layer_came(&timeline, 600);
     let facts =
         StreamFacts { height: 240, time_ns: ahead(600), incarnation: [7; 16], position: 240, epoch: 1, gap: None };
     let recorder = Recorder::open(timeline.clone(), &facts, 240, 240).expect("open");
