@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use varve_export::{Disk, Stretch, device};
+use varve_export::device::{self, Way};
+use varve_export::{Disk, Stretch};
 use varve_io::{AlignedBuf, DirectFile};
 
 const SEQUENTIAL_BYTES: usize = 64 << 10;
@@ -48,7 +49,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut detaching = Vec::new();
     for _ in 0..20 {
         let begin = Instant::now();
-        let mut attached = device::attach(disk.clone(), Path::new(dir), "try", true)?;
+        let mut attached = device::attach(disk.clone(), Path::new(dir), "try", true, Way::Fastest)?;
         attaching.push(begin.elapsed());
         let begin = Instant::now();
         attached.detach()?;
@@ -60,7 +61,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "attach p50 {:?} max {:?}; detach p50 {:?} max {:?}",
         attaching[10], attaching[19], detaching[10], detaching[19]
     );
-    let mut attached = device::attach(disk, Path::new(dir), "measured", true)?;
+    let mut attached = device::attach(disk, Path::new(dir), "measured", true, Way::Fastest)?;
     let device = attached.path().to_owned();
     for _ in 0..2 {
         for (name, path) in [("file  ", Path::new(file)), ("device", &device)] {

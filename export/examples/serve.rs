@@ -12,7 +12,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     match args.as_slice() {
         ["attach", file, dir, name] => {
             let disk = Arc::new(FileDisk::open(file, false)?);
-            let mut attached = varve_export::device::attach(disk, dir.as_ref(), name, false)?;
+            let mut attached =
+                varve_export::device::attach(disk, dir.as_ref(), name, false, varve_export::device::Way::Fastest)?;
             println!("{} ({})", attached.path().display(), attached.how());
             std::io::stdin().read_line(&mut String::new())?;
             attached.detach()?;

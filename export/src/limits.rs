@@ -52,13 +52,19 @@ pub const NBD_STRETCHES_MAX: usize = 16_384;
 pub const FUSE_REQUEST_BYTES_MAX: u32 = 1 << 20;
 /// Threads that answer for one attached disk; each keeps up to 2 MiB once it has seen the largest read and write. Measured on two
 /// cores: with 8 threads 50 000 random reads/s, with 4 40 000, with 2 21 000; one reader alone sees no difference.
-pub const FUSE_THREADS: usize = 8;
+pub const DEVICE_THREADS: usize = 8;
 /// Requests that the kernel may have under way at once for one attached disk (asynchronous direct I/O).
 pub const FUSE_BACKGROUND_MAX: u16 = 64;
 /// The longest that a program of util-linux may take.
 pub const LOSETUP_TIMEOUT: Duration = Duration::from_secs(15);
-/// The longest to wait until a loop device is gone after it was told to.
-pub const LOOP_GONE_TIMEOUT: Duration = Duration::from_secs(5);
+/// The longest to wait until a loop device is gone after it was told to, or until a ublk device is not used.
+pub const DEVICE_GONE_TIMEOUT: Duration = Duration::from_secs(5);
+/// A ublk device of which nothing was asked for so long is not used, as far as can be told: the kernel does not say who has it
+/// open.
+pub const UBLK_QUIET: Duration = Duration::from_secs(1);
+/// A ublk device that is used and is taken away answers with errors for so long, unless somebody has seen one: of a device that is
+/// gone a program only reads the end.
+pub const UBLK_LAST_WORD: Duration = Duration::from_millis(300);
 
 const _: () = assert!(NBD_OPTION_BYTES_MAX as usize > 2 * NBD_STRING_BYTES_MAX);
 const _: () = assert!(NBD_IN_FLIGHT_BYTES_MAX >= NBD_REQUEST_BYTES_MAX);

@@ -1,8 +1,10 @@
-//! Attached disks, with the real kernel: needs root, /dev/fuse, loop devices and losetup.
+//! Attached disks, with the real kernel: needs root, and /dev/fuse, loop devices and losetup, or ublk. What is there is taken, as
+//! by the product; `make vm` runs all of it in guests that have ublk (`VARVE_TEST_DEVICE=ublk`: nothing else will do).
 #![allow(clippy::unwrap_used)]
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -11,9 +13,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::libc;
-use varve_export::device::{Attached, attach, clean};
+use varve_export::device::{self, Attached, Way, clean};
 use varve_export::disks::{FileDisk, MemoryDisk};
-use varve_export::{Disk, ExportErrorKind, Stretch};
+use varve_export::{Disk, ExportError, ExportErrorKind, Stretch};
 use varve_io::{AlignedBuf, DirectFile, sparse};
 
 const MIB: usize = 1 << 20;
@@ -83,6 +85,20 @@ fn read_direct(device: &Path, offset: u64, len: usize) -> Result<Vec<u8>, varve_
     Ok(buf.to_vec())
 }
 
+/// How disks have to be attached here.
+fn expected_how() -> String {
+    let offered = if varve_io::ublk::is_offered() { "ublk" } else { "fuse+loop" };
+    std::env::var("VARVE_TEST_DEVICE").unwrap_or_else(|_| offered.to_owned())
+}
+
+fn by_ublk() -> bool {
+    expected_how() == "ublk"
+}
+
+fn attach(disk: Arc<dyn Disk>, dir: &Path, name: &str, read_only: bool) -> Result<Attached, ExportError> {
+    device::attach(disk, dir, name, read_only, if by_ublk() { Way::Fastest } else { Way::Loop })
+}
+
 fn mounted(attached: &Attached, at: &Path) -> Mounted {
     fs::create_dir_all(at).unwrap();
     assert!(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(attached.path()).status().unwrap().success());
@@ -104,7 +120,7 @@ fn what_is_written_is_on_the_disk() {
     let place = Place::new();
     let disk = Arc::new(MemoryDisk::new(8 * MIB));
     let mut attached = attach(disk.clone(), &place.dir(), "one", false).unwrap();
-    assert_eq!(attached.how(), "fuse+loop");
+    assert_eq!(attached.how(), expected_how());
     let device = DirectFile::open_rw(attached.path()).unwrap();
     assert_eq!(device.len(), 8 << 20);
     let mut model = vec![0; 8 * MIB];
@@ -166,7 +182,12 @@ fn holes_are_seen_by_seek() {
     disk.write_at(&[1; 8192], 64 << 10).unwrap();
     disk.write_at(&[1; 4096], (1 << 20) - 4096).unwrap();
     let mut attached = attach(disk.clone(), &place.dir(), "one", true).unwrap();
-    let through = FileDisk::open(attached.file(), true).unwrap();
+    let Some(file) = attached.file() else {
+        // There is no file, and a block device's holes are not to be seen.
+        assert!(by_ublk());
+        return attached.detach().unwrap();
+    };
+    let through = FileDisk::open(file, true).unwrap();
     let mut at = 0;
     while at < 1 << 20 {
         let expected = disk.stretch(at, (1 << 20) - at).unwrap();
@@ -190,7 +211,9 @@ fn read_only_is_read_only_all_the_way() {
         f.sync_all()
     });
     assert!(written.is_err());
-    assert!(File::options().write(true).open(attached.file()).is_err());
+    if let Some(file) = attached.file() {
+        assert!(File::options().write(true).open(file).is_err());
+    }
     attached.detach().unwrap();
 }
 
@@ -210,7 +233,35 @@ fn a_mounted_device_is_not_taken_away() {
 }
 
 #[test]
+fn a_device_that_is_read_is_told_and_goes_after() {
+    let place = Place::new();
+    let mut attached = attach(Arc::new(MemoryDisk::new(MIB)), &place.dir(), "one", false).unwrap();
+    let path = attached.path().to_owned();
+    let (end, reads) = (AtomicBool::new(false), AtomicU64::new(0));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            // One open file.
+            let (device, mut buf) = (DirectFile::open_read(&path).unwrap(), AlignedBuf::new(4096));
+            while !end.load(Ordering::Relaxed) {
+                device.read_exact_at(&mut buf, 0).unwrap();
+                reads.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        let error = attached.detach().unwrap_err();
+        end.store(true, Ordering::Relaxed);
+        assert_eq!(error.kind(), ExportErrorKind::InUse);
+    });
+    assert!(reads.into_inner() > 0);
+    attached.detach().unwrap();
+    assert!(!path.exists() || !by_ublk());
+}
+
+#[test]
 fn an_open_device_is_told_and_goes_when_closed() {
+    if by_ublk() {
+        // The kernel does not tell who has it open; who asks for something is told by the test above.
+        return;
+    }
     let place = Place::new();
     let mut attached = attach(Arc::new(MemoryDisk::new(MIB)), &place.dir(), "one", false).unwrap();
     let open = File::open(attached.path()).unwrap();
@@ -237,8 +288,12 @@ fn dropping_a_used_device_hangs_nobody() {
         });
     assert!(written.is_err(), "the disk is gone");
     let cleaned = clean(&place.dir()).unwrap();
-    assert!(cleaned.removed.is_empty() && cleaned.left.len() == 1, "{cleaned:?}");
-    assert!(cleaned.left[0].contains(mount.0.to_str().unwrap()), "{cleaned:?}");
+    if by_ublk() {
+        assert_eq!(cleaned, Default::default());
+    } else {
+        assert!(cleaned.removed.is_empty() && cleaned.left.len() == 1, "{cleaned:?}");
+        assert!(cleaned.left[0].contains(mount.0.to_str().unwrap()), "{cleaned:?}");
+    }
     drop(mount);
     assert!(begin.elapsed() < Duration::from_secs(10));
     // The last mount is gone in the background.
@@ -251,6 +306,7 @@ fn dropping_a_used_device_hangs_nobody() {
 /// A disk whose reads can be told to fail, panic, wait.
 #[derive(Default)]
 struct Moody {
+    asked: AtomicU64,
     errno: AtomicU64,
     panic: AtomicBool,
     wait: Mutex<Duration>,
@@ -264,6 +320,10 @@ impl Disk for Moody {
         false
     }
     fn read_at(&self, buf: &mut [u8], _: u64) -> io::Result<()> {
+        if self.asked.fetch_add(1, Ordering::Relaxed) == 0 {
+            // Nobody may listen.
+            let _ = writeln!(io::stdout(), "asked");
+        }
         let wait = *self.wait.lock().unwrap();
         thread::sleep(wait);
         assert!(!self.panic.load(Ordering::Relaxed), "this test wants a panic");
@@ -307,6 +367,69 @@ fn errors_and_panics_of_a_disk_are_errors_of_a_request() {
     assert!(device.write_all_at(&aligned(&[1; 4096]), 0).is_err());
     drop(device);
     attached.detach().unwrap();
+}
+
+#[test]
+fn a_disk_that_hangs_keeps_no_ublk_device() {
+    if !by_ublk() {
+        // The other is told to abort, and its session's threads are waited for.
+        return;
+    }
+    let place = Place::new();
+    let disk = Arc::new(Moody::default());
+    let attached = attach(disk.clone(), &place.dir(), "hangs", false).unwrap();
+    *disk.wait.lock().unwrap() = Duration::from_secs(60);
+    let (path, asked) = (attached.path().to_owned(), disk.asked.load(Ordering::Relaxed));
+    thread::scope(|scope| {
+        // More than there are threads to answer.
+        let read = |at: u64| read_direct(&path, at * 65536, 4096).unwrap_err().errno();
+        let readers: Vec<_> = (0..12).map(|at| scope.spawn(move || read(at))).collect();
+        while disk.asked.load(Ordering::Relaxed) < asked + 8 {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let begin = Instant::now();
+        drop(attached);
+        assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+        for reader in readers {
+            assert_eq!(reader.join().unwrap(), Some(libc::EIO));
+        }
+        assert!(!path.exists());
+        // The next one is another device: late answers are nobody's.
+        let bytes = noise(MIB, 3);
+        let mut next = attach(Arc::new(MemoryDisk::read_only(bytes.clone())), &place.dir(), "hangs", true).unwrap();
+        assert!(read_direct(next.path(), 0, MIB).unwrap() == bytes);
+        next.detach().unwrap();
+    });
+}
+
+#[test]
+fn who_reads_a_device_that_is_taken_away_gets_an_error_and_no_end() {
+    for _ in 0..5 {
+        let place = Place::new();
+        let attached = attach(Arc::new(MemoryDisk::new(MIB)), &place.dir(), "one", true).unwrap();
+        let path = attached.path().to_owned();
+        let reads = AtomicU64::new(0);
+        thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                let mut device = File::options().read(true).custom_flags(libc::O_DIRECT).open(&path).unwrap();
+                let mut buf = AlignedBuf::new(4096);
+                loop {
+                    reads.fetch_add(1, Ordering::Relaxed);
+                    device.rewind().unwrap();
+                    match device.read(&mut buf) {
+                        Ok(4096) => {}
+                        other => return other.map_err(|e| e.raw_os_error()),
+                    }
+                }
+            });
+            while reads.load(Ordering::Relaxed) < 10 {
+                thread::sleep(Duration::from_millis(1));
+            }
+            drop(attached);
+            assert_eq!(reader.join().unwrap(), Err(Some(libc::EIO)));
+        });
+        let _ = clean(&place.dir());
+    }
 }
 
 #[test]
@@ -366,10 +489,46 @@ fn many_come_and_go_at_once() {
             });
         }
     });
-    assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+    // Nobody hangs; an emulated machine takes half a minute.
+    assert!(begin.elapsed() < Duration::from_secs(120), "{:?}", begin.elapsed());
 }
 
 const CHILD_DIR: &str = "VARVE_TEST_CHILD_DIR";
+
+/// Not a test: the process that is killed by `a_daemon_that_is_killed_while_it_attaches_ends`.
+#[test]
+fn child_that_is_killed_while_it_attaches() {
+    let Ok(dir) = std::env::var(CHILD_DIR) else { return };
+    let disk = Arc::new(Moody::default());
+    *disk.wait.lock().unwrap() = Duration::from_secs(600);
+    let _attached = attach(disk, Path::new(&dir), "killed", false);
+}
+
+/// The kernel looks for partitions: what waits for them there must not keep the process.
+#[test]
+fn a_daemon_that_is_killed_while_it_attaches_ends() {
+    if !by_ublk() {
+        // Nothing is looked for.
+        return;
+    }
+    let place = Place::new();
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "child_that_is_killed_while_it_attaches", "--nocapture"])
+        .env(CHILD_DIR, place.dir())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().ends_with("asked")));
+    child.kill().unwrap();
+    let begin = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        assert!(begin.elapsed() < Duration::from_secs(60), "it does not end");
+        thread::sleep(Duration::from_millis(10));
+    }
+    let cleaned = clean(&place.dir()).unwrap();
+    assert_eq!(cleaned.left, Vec::<String>::new());
+}
 
 /// Not a test: the process that is killed by the next one.
 #[test]
@@ -395,7 +554,8 @@ fn a_killed_daemon_with_its_own_mounts_is_cleaned_up() {
     killed(unshare, 1);
 }
 
-/// `removed` counts what is cleaned up: the loop device, and the mount where it outlives the daemon.
+/// `removed` counts what is cleaned up: the loop device, and the mount where it outlives the daemon. A ublk disk goes by itself
+/// and leaves its number.
 fn killed(mut program: Command, removed: usize) {
     let place = Place::new();
     let mut child = program
@@ -416,10 +576,17 @@ fn killed(mut program: Command, removed: usize) {
     child.kill().unwrap();
     child.wait().unwrap();
     assert_eq!(waiting.join().unwrap(), Some(libc::EIO));
-    assert_eq!(read_direct(&device, 8192, 4096).unwrap_err().errno(), Some(libc::EIO));
-    assert_eq!(leftovers(place.0.path()).len(), removed + 1, "and a directory");
+    let after = read_direct(&device, 8192, 4096).unwrap_err().errno();
+    if by_ublk() {
+        assert!([libc::EIO, libc::ENOENT, libc::ENXIO].map(Some).contains(&after), "{after:?}");
+    } else {
+        assert_eq!(after, Some(libc::EIO));
+    }
+    let removed = if by_ublk() { 1 } else { removed };
+    assert_eq!(leftovers(place.0.path()).len(), removed + usize::from(!by_ublk()), "and a directory");
     let cleaned = clean(&place.dir()).unwrap();
     assert_eq!((cleaned.removed.len(), cleaned.left.len()), (removed, 0), "{cleaned:?}");
+    assert!(!device.exists() || !by_ublk());
     assert_eq!(leftovers(place.0.path()), Vec::<String>::new());
     assert_eq!(clean(&place.dir()).unwrap(), Default::default());
 }

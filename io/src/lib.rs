@@ -1,13 +1,14 @@
 //! Direct I/O, io_uring, durable file steps and block device facts.
 //!
 //! This is the one crate outside `bpf/` where `unsafe` is allowed, and inside it only the modules
-//! [`aligned`], [`uring`] and the private `sys` use it. Everything above works on safe types.
+//! [`aligned`], [`ublk`], [`uring`] and the private `sys` use it. Everything above works on safe types.
 //!
 //! | module | for |
 //! |---|---|
 //! | [`aligned`] | memory that O_DIRECT accepts, and a bounded pool of it |
 //! | [`direct`] | one file or block device, read and written past the page cache |
 //! | [`uring`] | many reads or writes at queue depth, waited for as one call; reads waited for one by one |
+//! | [`ublk`] | a block device that this process answers for |
 //! | [`sparse`] | holes, zeroes, allocation |
 //! | [`crashsafe`] | file steps that survive power loss; one daemon per directory |
 //! | [`blockdev`] | what a block device is, who uses it, which disks are under a path |
@@ -26,6 +27,7 @@ pub mod hook;
 pub mod notify;
 pub mod sparse;
 mod sys;
+pub mod ublk;
 pub mod uring;
 pub mod watcher;
 

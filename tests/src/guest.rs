@@ -74,7 +74,7 @@ impl Machine {
         run(script("root").arg(&root)).ok();
         let mut all = vec![root.as_path()];
         all.extend(disks);
-        let machine = Self::with(scratch, series, &[], &all, "?fuse ?autofs4", "2G");
+        let machine = Self::with(scratch, series, &[], &all, "?fuse ?autofs4 ?ublk_drv", "2G");
         Machine { append: " varve.system", ..machine }
     }
 

@@ -429,7 +429,7 @@ pub fn free_port() -> u16 {
 /// Cargo does not build other packages' programs for a test, so one that is older than its sources is refused: a
 /// test of yesterday's program proves nothing.
 #[track_caller]
-pub(crate) fn built(name: &str) -> PathBuf {
+pub fn built(name: &str) -> PathBuf {
     if let Some(dir) = std::env::var_os("VARVE_BIN_DIR") {
         return PathBuf::from(dir).join(name);
     }

@@ -134,9 +134,20 @@ fn open(dir: &Path, mib: u64, incarnation: u8, model: &Arc<Model>) -> (Arc<Journ
 fn until(what: &str, condition: impl Fn() -> bool) {
     let began = Instant::now();
     while !condition() {
-        assert!(began.elapsed() < LIMIT, "never: {what}");
+        assert!(began.elapsed() < LIMIT, "never: {what}\n{}", threads());
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// Where the threads of this process stand. Once one of a journal did not go on and did not end, for a reason that is not known.
+fn threads() -> String {
+    let tell = |task: std::fs::DirEntry| {
+        let file = |name: &str| std::fs::read_to_string(task.path().join(name)).unwrap_or_else(|e| e.to_string());
+        let [name, wait, call, stack] = ["comm", "wchan", "syscall", "stack"].map(file);
+        format!("{} in {wait}, system call {}\n{stack}", name.trim_end(), call.trim_end())
+    };
+    let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    tasks.map(tell).collect::<Vec<_>>().join("\n")
 }
 
 /// Everything from `from` on is what the ring had there.

@@ -7,19 +7,19 @@ use std::sync::PoisonError;
 
 use varve_io::blockdev::in_use;
 
-use super::{ALIVE, losetup, mount};
+use super::{ALIVE, losetup, mount, ublk};
 use crate::error::ExportError;
 
 /// What [`clean`] found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Cleaned {
-    /// Mounts and loop devices that are gone now.
+    /// Mounts, loop and ublk devices that are gone now.
     pub removed: Vec<String>,
-    /// Loop devices that somebody still uses, with who; they go away when that ends. All they give is EIO.
+    /// Devices that are still there, with why: a loop device that somebody uses goes away when that ends. All they give is EIO.
     pub left: Vec<String>,
 }
 
-/// Removes the dead mounts and loop devices below `dir`. What this process has attached stays. `dir` must belong to this
+/// Removes the dead mounts and devices below `dir`. What this process has attached stays. `dir` must belong to this
 /// daemon alone: whatever else of this kind is below it is taken for dead.
 ///
 /// # Errors
@@ -50,6 +50,13 @@ pub fn clean(dir: &Path) -> Result<Cleaned, ExportError> {
     for place in mounts.iter().filter(|place| dead(place)) {
         mount::force_off(place);
         cleaned.removed.push(format!("mount {}", place.display()));
+    }
+    match ublk::clean(&dir) {
+        Ok((removed, left)) => {
+            cleaned.removed.extend(removed);
+            cleaned.left.extend(left);
+        }
+        Err(e) => cleaned.left.push(e.chain()),
     }
     for entry in fs::read_dir(&dir).map_err(|e| failed("cannot list what was attached", &e))?.flatten() {
         let place = entry.path();

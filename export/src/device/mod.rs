@@ -1,16 +1,20 @@
-//! A disk as a local block device: a FUSE file under a loop device.
+//! A disk as a local block device: by ublk where the kernel offers it, else a FUSE file under a loop device.
 //!
 //! ```text
+//! reader → /dev/ublkbN → threads of this process → Disk
 //! reader → /dev/loopN → loop (direct I/O) → FUSE file DIR/NAME/varve-disk-* → threads of this process → Disk
 //! ```
 //!
-//! It works on every kernel that has FUSE and loop devices, without modules of others. ublk would save the way through
-//! two drivers; its place is here, beside [`attach`], behind the same [`Attached`]: where `/dev/ublk-control` exists
-//! `attach` would use it and [`Attached::how`] would say so.
+//! The second works on every kernel that has FUSE and loop devices; [`Attached::how`] says which it is. It is taken if ublk fails,
+//! and for what must not be taken away from a program that has it open and is still: of a ublk disk the kernel tells who has
+//! claimed it (a mount, dm, an exclusive open), and nobody else. What is seen here is whether something is asked ([`Way`]).
 //!
 //! **Nothing hangs.** The threads of a session never touch their own mount: everything that enters it from this process
 //! (losetup, unmounting) happens in the thread of the caller. If this process dies, the kernel closes its `/dev/fuse` and every
-//! request, waiting or new, fails with EIO; the dead mount and its loop device stay until [`clean`] finds them.
+//! request, waiting or new, fails with EIO; the dead mount and its loop device stay until [`clean`] finds them. A ublk disk goes
+//! with its process, and what [`clean`] finds is the kernel's number of it. What the kernel does for a ublk disk on behalf of this
+//! process (making it, taking it away) keeps the process until it is done, killed or not, so no disk is waited for in it: what is
+//! looked at in the making is read before, and from the first step of taking it away on, all that is asked fails at once.
 //!
 //! Not solved: a *writable* device with much dirty memory on a machine that is out of memory. The threads here may then
 //! wait for memory that is freed only by writing to this device. The kernel's remedy is `PR_SET_IO_FLUSHER`.
@@ -19,6 +23,7 @@ mod clean;
 mod fuse;
 mod losetup;
 mod mount;
+mod ublk;
 
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder};
@@ -35,22 +40,39 @@ pub use clean::{Cleaned, clean};
 
 use crate::disk::Disk;
 use crate::error::{ExportError, ExportErrorKind};
-use crate::limits::{DISK_BYTES_MAX, LOOP_GONE_TIMEOUT, NAME_BYTES_MAX};
+use crate::limits::{DEVICE_GONE_TIMEOUT, DISK_BYTES_MAX, NAME_BYTES_MAX};
 use mount::Served;
 
 /// The mounts of this process that are alive: [`clean`] leaves them alone.
 static ALIVE: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 
-/// A disk that is attached as a local block device. Dropping it takes the device away even if it is used: its users get
-/// EIO. [`Attached::detach`] refuses that.
+/// A disk that is attached as a local block device. Dropping it takes the device away even if it is used
+/// ([`Attached::take_away`]). [`Attached::detach`] refuses that.
 #[derive(Debug)]
 pub struct Attached {
     device: PathBuf,
     dir: PathBuf,
-    served: Served,
-    /// The loop device was told to go.
-    told: bool,
+    by: By,
     gone: bool,
+}
+
+#[derive(Debug)]
+enum By {
+    Ublk(Box<ublk::Served>),
+    Loop {
+        served: Served,
+        /// The loop device was told to go.
+        told: bool,
+    },
+}
+
+/// By what a disk is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// ublk if the kernel offers it, else the other.
+    Fastest,
+    /// A loop device: the kernel knows who has it open, so that it is not taken away from anybody.
+    Loop,
 }
 
 /// Attaches `disk` as a local block device. `dir` is a directory of this daemon alone (made 0700 if missing); the mount
@@ -59,22 +81,31 @@ pub struct Attached {
 /// # Errors
 /// A name that is no file name, a size that is no multiple of 512, an attached disk of that name, no FUSE, no
 /// loop devices, no losetup, no permission.
-pub fn attach(disk: Arc<dyn Disk>, dir: &Path, name: &str, read_only: bool) -> Result<Attached, ExportError> {
+pub fn attach(disk: Arc<dyn Disk>, dir: &Path, name: &str, read_only: bool, way: Way) -> Result<Attached, ExportError> {
     check(disk.as_ref(), name)?;
     let read_only = read_only || disk.is_read_only();
     let dir = private_dir(dir)?;
     let place = Place::make(dir.join(name))?;
+    if way == Way::Fastest && varve_io::ublk::is_offered() {
+        match ublk::Served::start(disk.clone(), &dir, name, read_only) {
+            Ok(served) => {
+                let device = served.path().to_owned();
+                return Ok(Attached { device, dir: place.keep(), by: By::Ublk(Box::new(served)), gone: false });
+            }
+            Err(error) => tracing::warn!("ublk is there and cannot be used: {}", error.chain()),
+        }
+    }
     let served = Served::start(disk, &place.0, name, read_only)?;
     let device = losetup::set_up(served.file(), read_only)?;
     if !losetup::is_direct(&device) {
         tracing::warn!(device = %device.display(), "the loop device reads through the page cache; it will be slow");
     }
     let dir = place.keep();
-    Ok(Attached { device, dir, served, told: false, gone: false })
+    Ok(Attached { device, dir, by: By::Loop { served, told: false }, gone: false })
 }
 
 impl Attached {
-    /// The block device: `/dev/loopN`.
+    /// The block device: `/dev/ublkbN` or `/dev/loopN`.
     pub fn path(&self) -> &Path {
         &self.device
     }
@@ -84,19 +115,25 @@ impl Attached {
         &self.dir
     }
 
-    /// The FUSE file under the loop device: for tests, and for whoever wants to seek its holes.
-    pub fn file(&self) -> &Path {
-        self.served.file()
+    /// The FUSE file under the loop device, if that is how: for tests, and for whoever wants to seek its holes.
+    pub fn file(&self) -> Option<&Path> {
+        match &self.by {
+            By::Ublk(_) => None,
+            By::Loop { served, .. } => Some(served.file()),
+        }
     }
 
     /// How it is attached, for the operator.
     pub fn how(&self) -> &'static str {
-        "fuse+loop"
+        match &self.by {
+            By::Ublk(_) => "ublk",
+            By::Loop { .. } => "fuse+loop",
+        }
     }
 
     /// Who uses the device (a mount, a swap, dm, md, an exclusive open), as text; `None` if nobody does.
     pub fn in_use(&self) -> Option<String> {
-        if self.gone || losetup::backing_file(&self.device)? != self.served.file() {
+        if self.gone || !self.is_ours() {
             return None;
         }
         in_use(&self.device)
@@ -114,26 +151,92 @@ impl Attached {
         if let Some(user) = self.in_use() {
             return Err(self.used(user));
         }
-        if !self.told {
-            losetup::take_down(&self.device)?;
-            self.told = true;
+        match self.by {
+            By::Ublk(_) => self.detach_ublk()?,
+            By::Loop { .. } => self.detach_loop()?,
         }
-        wait(|| losetup::backing_file(&self.device).as_deref() != Some(self.served.file()))
-            .then_some(())
-            .ok_or_else(|| self.used("a program has it open; it goes away when that closes it".to_owned()))?;
+        self.forget();
+        Ok(())
+    }
+
+    /// Takes the device away, used or not: whatever its users ask for gets EIO. Of a ublk device that is gone, who still has it
+    /// open reads the end.
+    pub fn take_away(&mut self) {
+        if self.gone {
+            return;
+        }
+        let user = self.in_use();
+        let is_ublk = matches!(self.by, By::Ublk(_));
+        if user.is_none() && !is_ublk && self.detach().is_ok() {
+            return;
+        }
+        if user.is_some() || !is_ublk {
+            tracing::warn!(device = %self.device.display(), "the device goes away while it is used; its users get errors");
+        }
+        let ours = self.is_ours();
+        match &mut self.by {
+            By::Ublk(served) => {
+                if let Err(e) = served.stop() {
+                    tracing::warn!("{}", e.chain());
+                }
+            }
+            By::Loop { served, told } => {
+                if !*told
+                    && ours
+                    && let Err(e) = losetup::take_down(&self.device)
+                {
+                    tracing::warn!("{e}");
+                }
+                served.abort();
+            }
+        }
+        self.forget();
+    }
+
+    fn detach_ublk(&mut self) -> Result<(), ExportError> {
+        let By::Ublk(served) = &self.by else { return Ok(()) };
+        if !wait(DEVICE_GONE_TIMEOUT, || served.is_quiet()) {
+            return Err(self.used("a program reads or writes it".to_owned()));
+        }
+        // Somebody may have mounted it meanwhile.
+        if let Some(user) = in_use(&self.device) {
+            return Err(self.used(user));
+        }
+        let By::Ublk(served) = &mut self.by else { return Ok(()) };
+        served.stop().map_err(|e| {
+            let next = "try again; a ublk device goes away with the daemon";
+            ExportError::io(format!("cannot stop {}", self.device.display()), e.source_io(), next)
+        })
+    }
+
+    fn detach_loop(&mut self) -> Result<(), ExportError> {
+        let By::Loop { served, told } = &mut self.by else { return Ok(()) };
+        if !*told {
+            losetup::take_down(&self.device)?;
+            *told = true;
+        }
+        if !wait(DEVICE_GONE_TIMEOUT, || losetup::backing_file(&self.device).as_deref() != Some(served.file())) {
+            return Err(self.used("a program has it open; it goes away when that closes it".to_owned()));
+        }
         // The kernel lets go of the file a moment after the device is gone.
         let mut last = Ok(());
-        if !wait(|| {
-            last = self.served.stop();
+        if !wait(DEVICE_GONE_TIMEOUT, || {
+            last = served.stop();
             !matches!(&last, Err(e) if e.kind() == io::ErrorKind::ResourceBusy)
         }) {
             return Err(self.used(format!("a program uses {}", self.dir.display())));
         }
         last.map_err(|e| {
             ExportError::io(format!("cannot unmount {}", self.dir.display()), &e, "unmount it by hand (umount -f)")
-        })?;
-        self.forget();
-        Ok(())
+        })
+    }
+
+    /// Whether the device of that name is the one that was attached.
+    fn is_ours(&self) -> bool {
+        match &self.by {
+            By::Ublk(_) => true,
+            By::Loop { served, .. } => losetup::backing_file(&self.device).as_deref() == Some(served.file()),
+        }
     }
 
     fn used(&self, why: String) -> ExportError {
@@ -149,22 +252,7 @@ impl Attached {
 
 impl Drop for Attached {
     fn drop(&mut self) {
-        if self.gone {
-            return;
-        }
-        if self.in_use().is_none() && self.detach().is_ok() {
-            return;
-        }
-        tracing::warn!(device = %self.device.display(), "the device goes away while it is used; its users get EIO");
-        let ours = losetup::backing_file(&self.device).as_deref() == Some(self.served.file());
-        if !self.told
-            && ours
-            && let Err(e) = losetup::take_down(&self.device)
-        {
-            tracing::warn!("{e}");
-        }
-        self.served.abort();
-        self.forget();
+        self.take_away();
     }
 }
 
@@ -188,14 +276,14 @@ fn private_dir(dir: &Path) -> Result<PathBuf, ExportError> {
     made.map_err(|e| ExportError::io(format!("cannot make {}", dir.display()), &e, "check the directory above it"))
 }
 
-/// Polls for [`LOOP_GONE_TIMEOUT`]: there is no event for a loop device that goes away.
-fn wait(mut done: impl FnMut() -> bool) -> bool {
+/// Polls for so long: there is no event for a device that goes away.
+fn wait(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
     let begin = Instant::now();
     loop {
         if done() {
             return true;
         }
-        if begin.elapsed() > LOOP_GONE_TIMEOUT {
+        if begin.elapsed() > limit {
             return false;
         }
         thread::sleep(Duration::from_millis(1).max(begin.elapsed() / 8));

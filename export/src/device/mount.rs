@@ -13,7 +13,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use super::fuse::OneFile;
 use crate::disk::Disk;
 use crate::error::{ExportError, ExportErrorKind};
-use crate::limits::{FUSE_REQUEST_BYTES_MAX, FUSE_THREADS};
+use crate::limits::{DEVICE_THREADS, FUSE_REQUEST_BYTES_MAX};
 
 const FUSE_DEVICE: &str = "/dev/fuse";
 /// As `/proc/self/mountinfo` has it: how a stale mount of ours is told from others.
@@ -36,7 +36,7 @@ impl Served {
         let file = file_name(dir.parent().unwrap_or(dir));
         let mut served = Self { dir: dir.to_owned(), file: dir.join(&file), session: None };
         let mut config = Config::default();
-        config.n_threads = Some(FUSE_THREADS);
+        config.n_threads = Some(DEVICE_THREADS);
         // A descriptor for each thread: replies do not meet at one lock.
         config.clone_fd = true;
         let failed = |e| ExportError::io(format!("cannot serve {}", dir.display()), &e, "see the kernel's log");
@@ -87,10 +87,13 @@ impl Drop for Served {
 /// mount (a daemon with a mount namespace of its own was killed; a mount was taken away from under a user) shows
 /// nothing but this name, so it tells whose it was.
 pub(super) fn file_name(dir: &Path) -> String {
-    // FNV-1a: the same in every version, unlike the standard library's.
+    format!("varve-disk-{:016x}", path_hash(dir))
+}
+
+/// FNV-1a: the same in every version, unlike the standard library's.
+pub(super) fn path_hash(path: &Path) -> u64 {
     let mix = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
-    let hash = dir.as_os_str().as_encoded_bytes().iter().fold(0xcbf2_9ce4_8422_2325, mix);
-    format!("varve-disk-{hash:016x}")
+    path.as_os_str().as_encoded_bytes().iter().fold(0xcbf2_9ce4_8422_2325, mix)
 }
 
 fn open_fuse() -> Result<File, ExportError> {

@@ -21,7 +21,7 @@ use varve_common::control::{ExportKind, ViewVolume as VolumeReply};
 use varve_common::format::{Mark, MarkKind};
 use varve_common::problem::Problem;
 use varve_common::state::GapReason;
-use varve_export::device::{self, Attached};
+use varve_export::device::{self, Attached, Way};
 use varve_export::disk::Disk;
 use varve_io::DirectFile;
 use varve_timeline::timeline::Timeline;
@@ -208,7 +208,8 @@ fn attach(slot: &Slot, under: &Under, run_dir: &Path) -> Result<Devices, Problem
         let disk = PromotedVolume::new(writer, backlog, timeline, point, replica, number as u16, rolled);
         let (bytes, disk) = (disk.len(), Arc::new(disk));
         disks.push((path.clone(), disk.clone()));
-        let attached = device::attach(disk, run_dir, &format!("promoted-{}-{number}", slot.name), false);
+        // Not ublk: whoever writes to it and is still is not taken it away from.
+        let attached = device::attach(disk, run_dir, &format!("promoted-{}-{number}", slot.name), false, Way::Loop);
         let attached = attached.map_err(|e| export_problem(&e))?;
         let link = link(run_dir, &slot.name, number);
         let _ = std::fs::remove_file(&link);

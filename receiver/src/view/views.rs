@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 use varve_common::control::{ExportKind, ViewReply, ViewVolume as VolumeReply, show_time};
 use varve_common::point::{LocatedPoint, PointSpec};
 use varve_common::problem::{Problem, ProblemKind};
-use varve_export::device::{self, Attached};
+use varve_export::device::{self, Attached, Way};
 use varve_export::disk::Disk;
 use varve_export::error::{ExportError, ExportErrorKind};
 use varve_export::nbd::{Clients, Exports, NbdServer};
@@ -137,7 +137,7 @@ impl Views {
             let (mut devices, mut places) = (Vec::new(), Vec::new());
             for (number, (path, volume)) in volumes.iter().enumerate() {
                 let name = format!("view{id}-{number}");
-                let attached = device::attach(volume.clone(), &self.run_dir, &name, !wish.writable);
+                let attached = device::attach(volume.clone(), &self.run_dir, &name, !wish.writable, Way::Fastest);
                 let attached = attached.map_err(|e| export_problem(&e))?;
                 let device = Some(attached.path().display().to_string());
                 places.push(VolumeReply { device, ..reply(path, volume) });
@@ -225,7 +225,9 @@ impl Views {
         match &mut view.served {
             Served::Devices(devices) => {
                 for attached in devices {
-                    if let Err(error) = attached.detach().or_else(|e| if force { Ok(()) } else { Err(e) }) {
+                    if force {
+                        attached.take_away();
+                    } else if let Err(error) = attached.detach() {
                         let problem = export_problem(&error);
                         self.lock().insert(id, view);
                         return Err(Problem { what, ..problem });

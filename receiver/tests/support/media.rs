@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
-use varve_export::device::{Attached, attach};
+use varve_export::device::{Attached, Way, attach};
 use varve_export::{Disk, Stretch};
 
 const BLOCK: usize = 4096;
@@ -141,7 +141,7 @@ impl Media {
     /// As a device; `dir` is for its own files.
     pub fn attach(self: &Arc<Self>, dir: &Path) -> Attached {
         let disk: Arc<dyn Disk> = self.clone();
-        attach(disk, dir, "disk", false).unwrap()
+        attach(disk, dir, "disk", false, Way::Loop).unwrap()
     }
 
     fn power_on(&self) {

@@ -1,6 +1,7 @@
 //! The tests of the capture programs (`bpf/tests/`), as they are, on other kernels: their verifiers, their layouts, KASLR.
 
-use std::path::{Path, PathBuf};
+use crate::binary;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use varve_tests::*;
 
@@ -9,19 +10,6 @@ const LEFT_OUT: [&str; 2] = ["held_write", "taken_back"];
 /// zram, and whatever compression it is built with.
 const MODULES: &str =
     "?zsmalloc ?lzo_compress ?lzo ?lzo-rle ?lz4_compress ?lz4hc_compress ?842_compress ?zstd_compress zram";
-
-/// The newest build of one of the crate's tests: beside this one. No other crate may have a test of that name.
-#[track_caller]
-fn binary(name: &str) -> PathBuf {
-    let directory = std::env::current_exe().unwrap().parent().unwrap().to_owned();
-    let mine = |path: &Path| {
-        let file = path.file_name().unwrap().to_str().unwrap_or_default();
-        file.strip_prefix(name).is_some_and(|rest| rest.starts_with('-')) && path.extension().is_none()
-    };
-    let found = std::fs::read_dir(&directory).unwrap().flatten().map(|entry| entry.path()).filter(|path| mine(path));
-    let newest = found.max_by_key(|path| std::fs::metadata(path).and_then(|meta| meta.modified()).unwrap());
-    newest.unwrap_or_else(|| panic!("no {name}-… in {}: cargo build -p varve-bpf --tests", directory.display()))
-}
 
 fn capture_tests(series: &str) {
     require_root();
