@@ -103,3 +103,16 @@ pub(crate) fn set_heap_limits(whole: i32, top: i32) {
         libc::mallopt(libc::M_TRIM_THRESHOLD, top);
     }
 }
+
+/// The calling thread, and those it starts from here on, go on without CAP_SYS_ADMIN in their effective set.
+pub(crate) fn put_down_sys_admin() -> io::Result<()> {
+    const VERSION_3: u32 = 0x2008_0522;
+    const SYS_ADMIN: u32 = 21;
+    // Version, thread; then effective, permitted, inheritable of 0 to 31, and the same of 32 to 63.
+    let (mut header, mut sets) = ([VERSION_3, 0], [[0_u32; 3]; 2]);
+    // SAFETY: both calls take a header of two words and sets of six, which are ours for their time; capget writes to them.
+    check(unsafe { libc::syscall(libc::SYS_capget, header.as_mut_ptr(), sets.as_mut_ptr()) })?;
+    sets[0][0] &= !(1 << SYS_ADMIN);
+    // SAFETY: as above.
+    check(unsafe { libc::syscall(libc::SYS_capset, header.as_mut_ptr(), sets.as_ptr()) }).map(drop)
+}

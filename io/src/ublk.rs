@@ -21,6 +21,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::error::IoError;
+use crate::sys;
 
 /// All devices.
 const CLASS: &str = "/sys/class/ublk-char";
@@ -235,7 +236,6 @@ pub fn delete(id: u32) -> Result<(), IoError> {
 #[derive(Debug)]
 pub struct Device {
     id: u32,
-    /// Until it is stopped: as long as it is open, newer kernels wait for answers that nobody may be there to give.
     lane: Option<Lane>,
 }
 
@@ -288,14 +288,17 @@ impl Device {
         PathBuf::from(format!("/dev/ublkb{}", self.id))
     }
 
+    /// Nothing of it holds the device open any more: newer kernels give up what a dead queue owes only then.
+    pub fn close(&mut self) {
+        self.lane = None;
+    }
+
     /// For the bytes of its requests.
     pub fn lane(&self) -> Option<Lane> {
         self.lane.clone()
     }
 
-    /// Makes the disk, and looks for partitions on it. A queue must be fetching: this waits for it. What is asked until this ends
-    /// must not wait for long: if the process is killed meanwhile, nobody answers any more, and the kernel's thread that waits
-    /// keeps the process.
+    /// Makes the disk. A queue must be fetching: this waits for it.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -304,18 +307,19 @@ impl Device {
     }
 
     /// Takes the disk away: who has it open reads its end from here on, and cannot write. Waits until all that is asked is
-    /// answered: the queue must be served until it ends, and as quickly as for [`Device::start`].
+    /// answered: the queue must be served until it ends, and quickly: if the process is killed meanwhile, nobody answers any more, and the
+    /// kernel's thread that waits keeps the process.
     ///
     /// # Errors
     /// If the kernel refuses.
     pub fn stop(&mut self) -> Result<(), IoError> {
-        self.lane = None;
         ask("stop a device of", STOP_DEV, self.id, &mut [], 0)
     }
 }
 
 impl Drop for Device {
     fn drop(&mut self) {
+        self.lane = None;
         // It ends when the last lane is closed.
         let _ = delete(self.id);
     }
@@ -440,7 +444,9 @@ impl Drop for Descriptors {
     }
 }
 
-/// The requests of a device. The kernel wants all of it from one thread: make it there.
+/// The requests of a device. The kernel wants all of it from one thread: make it there. That thread goes on without
+/// CAP_SYS_ADMIN: of a server that has it the kernel reads partitions while it makes the disk, and if the process is killed just
+/// then, nobody answers any more, and the kernel's thread that waits keeps the process.
 pub struct Queue {
     ring: IoUring,
     lane: Lane,
@@ -462,6 +468,7 @@ impl Queue {
     /// If the kernel refuses a step.
     pub fn new(lane: Lane, answers: Arc<Answers>) -> Result<Self, IoError> {
         let failed = |e| IoError::new("serve a device of", Path::new(CONTROL), e);
+        sys::put_down_sys_admin().map_err(failed)?;
         let descriptors = Descriptors::map(&lane.file).map_err(failed)?;
         let ring = IoUring::new(u32::from(DEPTH) * 2).map_err(failed)?;
         let (counter, taken) = (Box::new(0), Vec::new());

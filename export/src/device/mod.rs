@@ -13,8 +13,8 @@
 //! (losetup, unmounting) happens in the thread of the caller. If this process dies, the kernel closes its `/dev/fuse` and every
 //! request, waiting or new, fails with EIO; the dead mount and its loop device stay until [`clean`] finds them. A ublk disk goes
 //! with its process, and what [`clean`] finds is the kernel's number of it. What the kernel does for a ublk disk on behalf of this
-//! process (making it, taking it away) keeps the process until it is done, killed or not, so no disk is waited for in it: what is
-//! looked at in the making is read before, and from the first step of taking it away on, all that is asked fails at once.
+//! process (making it, taking it away) keeps the process until it is done, killed or not, so no disk is waited for in it: nothing is
+//! read in the making, and from the first step of taking it away on, all that is asked fails at once.
 //!
 //! Not solved: a *writable* device with much dirty memory on a machine that is out of memory. The threads here may then
 //! wait for memory that is freed only by writing to this device. The kernel's remedy is `PR_SET_IO_FLUSHER`.
@@ -34,7 +34,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use varve_io::blockdev::in_use;
+use varve_io::blockdev::{in_use, known_user};
 
 pub use clean::{Cleaned, clean};
 
@@ -133,10 +133,32 @@ impl Attached {
 
     /// Who uses the device (a mount, a swap, dm, md, an exclusive open), as text; `None` if nobody does.
     pub fn in_use(&self) -> Option<String> {
-        if self.gone || !self.is_ours() {
-            return None;
+        match &self.by {
+            _ if self.gone || !self.is_ours() => None,
+            By::Ublk(served) if !served.is_quiet() => known_user(&self.device),
+            _ => in_use(&self.device),
         }
-        in_use(&self.device)
+    }
+
+    /// Whether [`Attached::detach`] would be refused, as far as can be told: then with who uses it. Blocks for some seconds while it
+    /// is read or written.
+    ///
+    /// # Errors
+    /// It is in use.
+    pub fn is_free(&self) -> Result<(), ExportError> {
+        if let By::Ublk(served) = &self.by
+            && !self.gone
+            && !wait(DEVICE_GONE_TIMEOUT, || served.is_quiet())
+        {
+            let user = known_user(&self.device);
+            return Err(self.used(user.unwrap_or_else(|| "a program reads or writes it".to_owned())));
+        }
+        self.in_use().map_or(Ok(()), |user| Err(self.used(user)))
+    }
+
+    /// Whether it was detached or taken away.
+    pub fn is_gone(&self) -> bool {
+        self.gone
     }
 
     /// Takes the device away if nobody uses it. After an error it is still there and this can be tried again. Blocks for
@@ -148,9 +170,7 @@ impl Attached {
         if self.gone {
             return Ok(());
         }
-        if let Some(user) = self.in_use() {
-            return Err(self.used(user));
-        }
+        self.is_free()?;
         match self.by {
             By::Ublk(_) => self.detach_ublk()?,
             By::Loop { .. } => self.detach_loop()?,
@@ -165,13 +185,12 @@ impl Attached {
         if self.gone {
             return;
         }
-        let user = self.in_use();
-        let is_ublk = matches!(self.by, By::Ublk(_));
-        if user.is_none() && !is_ublk && self.detach().is_ok() {
-            return;
-        }
-        if user.is_some() || !is_ublk {
-            tracing::warn!(device = %self.device.display(), "the device goes away while it is used; its users get errors");
+        // A ublk device is not asked about: that may mean to wait for what it is asked.
+        if matches!(self.by, By::Loop { .. }) {
+            if self.in_use().is_none() && self.detach().is_ok() {
+                return;
+            }
+            tracing::warn!(device = %self.device.display(), "the device goes away while it is used; its users get EIO");
         }
         let ours = self.is_ours();
         match &mut self.by {
@@ -194,14 +213,6 @@ impl Attached {
     }
 
     fn detach_ublk(&mut self) -> Result<(), ExportError> {
-        let By::Ublk(served) = &self.by else { return Ok(()) };
-        if !wait(DEVICE_GONE_TIMEOUT, || served.is_quiet()) {
-            return Err(self.used("a program reads or writes it".to_owned()));
-        }
-        // Somebody may have mounted it meanwhile.
-        if let Some(user) = in_use(&self.device) {
-            return Err(self.used(user));
-        }
         let By::Ublk(served) = &mut self.by else { return Ok(()) };
         served.stop().map_err(|e| {
             let next = "try again; a ublk device goes away with the daemon";

@@ -5,7 +5,6 @@
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::io;
-use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -16,15 +15,12 @@ use std::time::Instant;
 
 use nix::libc;
 use varve_io::ublk::{Answers, DEPTH, Device, Lane, Op, Queue, REQUEST_BYTES_MAX, Request, Shape};
-use varve_io::{AlignedBuf, IoError, PAGE_BYTES, ublk};
+use varve_io::{AlignedBuf, IoError, ublk};
 
 use super::mount::path_hash;
 use super::wait;
 use crate::disk::Disk;
 use crate::limits::{DEVICE_GONE_TIMEOUT, DEVICE_THREADS, UBLK_LAST_WORD, UBLK_QUIET};
-
-/// Of a disk's begin and of its end, where tables of partitions are.
-const PRIMED_BYTES: usize = 64 << 10;
 
 /// A device with the threads that answer for it.
 #[derive(Debug)]
@@ -44,17 +40,14 @@ impl Served {
         let failed = |e| IoError::new("serve", &path, e);
         let ended = || failed(io::Error::other("its thread has ended"));
         let board = Arc::new(Board::new(Arc::new(Answers::new().map_err(failed)?)));
-        let primed = Arc::new(Mutex::new(prime(disk.as_ref()).map_err(failed)?));
-        let server =
-            Server { disk, read_only, lane: lane.ok_or_else(ended)?, board: board.clone(), primed: primed.clone() };
+        let server = Server { disk, read_only, lane: lane.ok_or_else(ended)?, board: board.clone() };
         let mut served = Self { device: Some(device), path: path.clone(), board, taker: None };
         let (ready, fetching) = sync_channel(1);
         let builder = thread::Builder::new().name(format!("ublk-{name}"));
         served.taker = Some(builder.spawn(move || server.run(&ready)).map_err(failed)?);
         fetching.recv().map_err(|_| ended())??;
-        let started = served.device.as_mut().map_or(Ok(()), Device::start);
-        lock(&primed).clear();
-        started.map(|()| served)
+        served.device.as_mut().map_or(Ok(()), Device::start)?;
+        Ok(served)
     }
 
     /// The disk's node.
@@ -62,22 +55,30 @@ impl Served {
         &self.path
     }
 
-    /// Whether nothing is asked, and was not a moment ago. The kernel does not tell who has a disk open.
+    /// Whether nothing is asked, and was not a moment ago: the kernel does not tell who has a disk open. To open it oneself may mean
+    /// to wait for what is asked.
     pub(super) fn is_quiet(&self) -> bool {
         self.board.is_quiet()
     }
 
     /// Takes the disk away, used or not. Whatever is asked gets EIO, so that this waits for no disk; afterwards who has it open
-    /// reads its end.
+    /// reads its end. After an error it is still there.
     pub(super) fn stop(&mut self) -> Result<(), IoError> {
         let Some(device) = &mut self.device else { return Ok(()) };
         let is_used = !self.board.is_quiet();
         self.board.end();
         if is_used {
             // Rather an error for a program that reads than an end that it takes for the disk's.
+            tracing::warn!(device = %self.path.display(), "the device goes away while it is used; its users get errors");
             wait(UBLK_LAST_WORD, || self.board.has_refused());
         }
-        device.stop()?;
+        if self.taker.as_ref().is_none_or(JoinHandle::is_finished) {
+            device.close();
+        }
+        if let Err(error) = device.stop() {
+            self.board.go_on();
+            return Err(error);
+        }
         // Its workers may wait for the disk. They have nobody to answer to, and end after that.
         wait(DEVICE_GONE_TIMEOUT, || {
             self.taker.as_ref().is_none_or(JoinHandle::is_finished) || self.board.is_at_disk()
@@ -181,6 +182,11 @@ impl Board {
         (0..DEPTH).for_each(|tag| self.refuse(tag));
     }
 
+    /// It did not end.
+    fn go_on(&self) {
+        self.ending.store(false, Ordering::SeqCst);
+    }
+
     fn has_refused(&self) -> bool {
         self.refused.load(Ordering::SeqCst)
     }
@@ -238,21 +244,6 @@ pub(super) fn clean(dir: &Path) -> Result<(Vec<String>, Vec<String>), IoError> {
 /// A request with its number among all.
 type Numbered = (u64, Request);
 
-/// Where the kernel looks for partitions, with what is there: while it looks, no disk is waited for ([`Device::start`]). What it
-/// finds farther inside (logical partitions) is read when it is asked for.
-type Primed = Vec<(Range<u64>, AlignedBuf)>;
-
-fn prime(disk: &dyn Disk) -> io::Result<Primed> {
-    let (len, bytes) = (disk.len(), PRIMED_BYTES as u64);
-    let read = |range: Range<u64>| {
-        let bytes = (range.end - range.start) as usize;
-        let mut buffer = AlignedBuf::new(bytes.next_multiple_of(PAGE_BYTES));
-        disk.read_at(&mut buffer[..bytes], range.start).map(|()| (range, buffer))
-    };
-    let end = len.saturating_sub(bytes) / PAGE_BYTES as u64 * PAGE_BYTES as u64;
-    Ok(vec![read(0..bytes.min(len))?, read(end..len)?])
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -263,8 +254,6 @@ struct Server {
     read_only: bool,
     lane: Lane,
     board: Arc<Board>,
-    /// Until the device is there.
-    primed: Arc<Mutex<Primed>>,
 }
 
 impl Server {
@@ -287,7 +276,8 @@ impl Server {
             if workers > 0
                 && let Err(error) = self.hand_out(queue, give)
             {
-                tracing::error!("a ublk device is dead: {}", error.chain());
+                tracing::error!("a ublk device is dead, its view gives errors until it is closed: {}", error.chain());
+                self.board.end();
             }
         });
     }
@@ -312,6 +302,9 @@ impl Server {
         loop {
             let next = lock(take).recv();
             let Ok((number, request)) = next else { return };
+            if self.board.with(request.tag, number, || ()).is_none() {
+                continue;
+            }
             self.board.at_disk.fetch_add(1, Ordering::SeqCst);
             // A thread that ended would be missed by the next request.
             let done = catch_unwind(AssertUnwindSafe(|| self.act(number, &request, &mut buffer)));
@@ -331,17 +324,6 @@ impl Server {
         }
     }
 
-    /// Whether these bytes were there already.
-    fn copy_primed(&self, buffer: &mut [u8], offset: u64) -> bool {
-        let primed = lock(&self.primed);
-        let end = offset + buffer.len() as u64;
-        let found = primed.iter().find(|(range, _)| range.start <= offset && end <= range.end);
-        if let Some((range, bytes)) = found {
-            buffer.copy_from_slice(&bytes[(offset - range.start) as usize..][..buffer.len()]);
-        }
-        found.is_some()
-    }
-
     /// The bytes that were read or written. Of the others none are told: what is zeroed at once may be more than an answer can
     /// say.
     fn act(&self, number: u64, request: &Request, buffer: &mut Option<AlignedBuf>) -> io::Result<u32> {
@@ -358,17 +340,8 @@ impl Server {
         if !inside || (matches!(request.op, Some(Op::Read | Op::Write)) && bytes > REQUEST_BYTES_MAX) {
             return refused(libc::EINVAL);
         }
-        if request.op != Some(Op::Read) {
-            lock(&self.primed).clear();
-        }
         match request.op {
-            Some(Op::Read) => {
-                let buffer = part(buffer, bytes);
-                if !self.copy_primed(buffer, offset) {
-                    disk.read_at(buffer, offset)?;
-                }
-                Ok(bytes)
-            }
+            Some(Op::Read) => disk.read_at(part(buffer, bytes), offset).map(|()| bytes),
             Some(Op::Write) => {
                 let buffer = part(buffer, bytes);
                 let taken = self.board.with(request.tag, number, || self.lane.take(request, buffer));

@@ -17,5 +17,5 @@ pub use identity::{Identity, is_another};
 pub use marks::{Marks, NoMarks, marks};
 pub use mounts::Mount;
 pub(crate) use sysfs::logical_block_bytes_of_dev;
-pub use usage::in_use;
+pub use usage::{in_use, known_user};
 pub use writes::Writes;

@@ -31,6 +31,11 @@ pub fn in_use(path: impl AsRef<Path>) -> Option<String> {
     }
 }
 
+/// The same without opening it: what mounts, swaps, and devices above it tell. An open may wait for the device.
+pub fn known_user(path: impl AsRef<Path>) -> Option<String> {
+    device_user(path.as_ref()).ok().flatten()
+}
+
 fn device_user(path: &Path) -> Result<Option<String>, crate::IoError> {
     let facts = BlockFacts::of(path)?;
     if let Some(mount) = facts.mounts.first() {

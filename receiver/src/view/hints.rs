@@ -39,7 +39,7 @@ const SIGNATURES: [Signature; 5] = [
     Signature {
         at: 510,
         magic: &[0x55, 0xaa],
-        hint: "a partition table: the partitions are DEVICEp1 and so on; if they are not there, 'partx -a DEVICE' makes them",
+        hint: "a partition table: 'partx -a DEVICE' (or 'losetup -P') shows the partitions",
     },
 ];
 

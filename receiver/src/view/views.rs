@@ -217,21 +217,24 @@ impl Views {
             let why = "there is none of this number";
             return Err(Problem::not_found(what, why, "'varve view list' shows the open ones"));
         };
-        if let Some(user) = user_of(&view.served).filter(|_| !force) {
+        if !force && let Some(user) = user_of(&view.served) {
             self.lock().insert(id, view);
             let next = "end that (umount, vgchange -an, disconnect), or --force: its users then get errors";
             return Err(Problem::refused(what, format!("it is in use: {user}"), next));
         }
         match &mut view.served {
+            Served::Devices(devices) if force => devices.iter_mut().for_each(Attached::take_away),
             Served::Devices(devices) => {
-                for attached in devices {
-                    if force {
-                        attached.take_away();
-                    } else if let Err(error) = attached.detach() {
-                        let problem = export_problem(&error);
-                        self.lock().insert(id, view);
-                        return Err(Problem { what, ..problem });
+                // All or none, as far as it can be told before.
+                let free = devices.iter().try_for_each(Attached::is_free);
+                if let Err(error) = free.and_then(|()| devices.iter_mut().try_for_each(Attached::detach)) {
+                    for (attached, volume) in devices.iter().zip(&mut view.reply.volumes) {
+                        // Its number may soon be another one's.
+                        volume.device = volume.device.take().filter(|_| !attached.is_gone());
                     }
+                    let problem = export_problem(&error);
+                    self.lock().insert(id, view);
+                    return Err(Problem { what, ..problem });
                 }
             }
             Served::Nbd { .. } => {}
