@@ -69,8 +69,10 @@ impl Served {
         self.board.end();
         if is_used {
             // Rather an error for a program that reads than an end that it takes for the disk's.
-            tracing::warn!(device = %self.path.display(), "the device goes away while it is used; its users get errors");
             wait(UBLK_LAST_WORD, || self.board.has_refused());
+        }
+        if self.board.has_refused() {
+            tracing::warn!(device = %self.path.display(), "the device goes away while it is used; its users get errors");
         }
         if self.taker.as_ref().is_none_or(JoinHandle::is_finished) {
             device.close();
