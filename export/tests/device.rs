@@ -1,5 +1,5 @@
-//! Attached disks, with the real kernel: needs root, and /dev/fuse, loop devices and losetup, or ublk. What is there is taken, as
-//! by the product; `make vm` runs all of it in guests that have ublk (`VARVE_TEST_DEVICE=ublk`: nothing else will do).
+//! Attached disks, with the real kernel: needs root, and /dev/fuse, loop devices and losetup, or ublk. What is there is taken, but
+//! for what says `ublk_` or `loop_`; `make vm` runs all of it in guests, by each way (`VARVE_TEST_DEVICE`: nothing else will do).
 #![allow(clippy::unwrap_used)]
 
 use std::fs::{self, File};
@@ -175,19 +175,15 @@ fn discards_and_zeroes_reach_the_disk() {
     attached.detach().unwrap();
 }
 
+/// Of ublk there is no file, and a block device's holes are not to be seen.
 #[test]
-fn holes_are_seen_by_seek() {
+fn loop_holes_are_seen_by_seek() {
     let place = Place::new();
     let disk = Arc::new(MemoryDisk::new(MIB));
     disk.write_at(&[1; 8192], 64 << 10).unwrap();
     disk.write_at(&[1; 4096], (1 << 20) - 4096).unwrap();
-    let mut attached = attach(disk.clone(), &place.dir(), "one", true).unwrap();
-    let Some(file) = attached.file() else {
-        // There is no file, and a block device's holes are not to be seen.
-        assert!(by_ublk());
-        return attached.detach().unwrap();
-    };
-    let through = FileDisk::open(file, true).unwrap();
+    let mut attached = device::attach(disk.clone(), &place.dir(), "one", true, Way::Loop).unwrap();
+    let through = FileDisk::open(attached.file().unwrap(), true).unwrap();
     let mut at = 0;
     while at < 1 << 20 {
         let expected = disk.stretch(at, (1 << 20) - at).unwrap();
@@ -256,14 +252,11 @@ fn a_device_that_is_read_is_told_and_goes_after() {
     assert!(!path.exists() || !by_ublk());
 }
 
+/// Of ublk the kernel does not tell who has it open; who asks for something is told by the test above.
 #[test]
-fn an_open_device_is_told_and_goes_when_closed() {
-    if by_ublk() {
-        // The kernel does not tell who has it open; who asks for something is told by the test above.
-        return;
-    }
+fn loop_an_open_device_is_told_and_goes_when_closed() {
     let place = Place::new();
-    let mut attached = attach(Arc::new(MemoryDisk::new(MIB)), &place.dir(), "one", false).unwrap();
+    let mut attached = device::attach(Arc::new(MemoryDisk::new(MIB)), &place.dir(), "one", false, Way::Loop).unwrap();
     let open = File::open(attached.path()).unwrap();
     let error = attached.detach().unwrap_err();
     assert_eq!(error.kind(), ExportErrorKind::InUse);
@@ -367,11 +360,9 @@ fn errors_and_panics_of_a_disk_are_errors_of_a_request() {
 }
 
 #[test]
-fn a_disk_that_hangs_keeps_no_ublk_device() {
-    if !by_ublk() {
-        // The other is told to abort, and its session's threads are waited for.
-        return;
-    }
+#[ignore = "needs ublk: make vm"]
+fn ublk_a_disk_that_hangs_keeps_no_device() {
+    assert!(by_ublk());
     let place = Place::new();
     let disk = Arc::new(Moody::default());
     let attached = attach(disk.clone(), &place.dir(), "hangs", false).unwrap();
@@ -494,10 +485,9 @@ const CHILD_DIR: &str = "VARVE_TEST_CHILD_DIR";
 
 /// What waits for the disk in the kernel while it makes the device would keep a process that is killed.
 #[test]
-fn a_ublk_device_is_made_and_taken_away_without_its_disk() {
-    if !by_ublk() {
-        return;
-    }
+#[ignore = "needs ublk: make vm"]
+fn ublk_a_device_is_made_and_taken_away_without_its_disk() {
+    assert!(by_ublk());
     let place = Place::new();
     let disk = Arc::new(Moody::default());
     *disk.wait.lock().unwrap() = Duration::from_secs(600);

@@ -65,6 +65,12 @@ fn gaps(both: &Both) -> usize {
     both.replica["gaps"].as_array().map_or(0, Vec::len)
 }
 
+/// Gaps that a new capture began.
+fn new_rings(both: &Both) -> usize {
+    let all = both.replica["gaps"].as_array().into_iter().flatten();
+    all.filter(|gap| gap["reason"] == "new-ring").count()
+}
+
 /// The unit has been started anew `times` times and is active.
 #[track_caller]
 fn wait_restarted(guest: &mut Guest, unit: &str, times: u32) {
@@ -159,15 +165,21 @@ fn everything_under_systemd(series: &str) {
     assert_eq!(failed, "");
 
     // A reboot as a person does it: compared anew, as docs/troubleshoot.md says and why, next to nothing differs.
+    let rings = new_rings(&back);
     for boot in 1..=BOOTS {
         guest.reboot();
         guest = machine.boot();
         let now = wait_both(&mut guest, "it is protected after the boot", is_protected);
         wait_until(LIMIT, "the volume is mounted", || guest.shell_within(LIMIT, "mountpoint -q /srv/data").code == 0);
-        // In the order of their times: a guest's clock may have gone wrong, and be right after the boot.
         let all = now.replica["gaps"].as_array().unwrap();
-        let has = |reason: &str| all.iter().any(|gap| gap["reason"] == reason);
-        assert!(has("initial-sync") && has("new-ring"), "{:#}\n{:#}", now.source, now.replica);
+        assert_eq!(
+            (all[0]["reason"].as_str(), all.last().unwrap()["reason"].as_str()),
+            (Some("initial-sync"), Some("new-ring")),
+            "{:#}\n{:#}",
+            now.source,
+            now.replica
+        );
+        assert_eq!(new_rings(&now), rings + boot as usize, "each boot is a gap: {:#}", now.replica);
         let sent = now.source["counters"]["image_bytes"].as_u64().unwrap();
         assert!(sent < 16 * MIB, "{sent} bytes differed after a clean reboot");
         guest.shell("test -s /srv/data/killed");
