@@ -4,7 +4,7 @@ use crate::catalogue::LayerInfo;
 use crate::chronicle::{Event, StreamFacts};
 use crate::entry::{Address, Entry};
 use crate::error::HistoryError;
-use crate::layer::{Before, Chunk, OpenLayer, Recovered};
+use crate::layer::{Before, Chunk, ChunkInfo, OpenLayer, Recovered};
 use crate::limits::{CHUNK_POINTS_MAX, GRANULE_SECTORS, LAYER_AGE_MAX, LEAP_NS_MIN};
 use crate::open_index::OpenIndex;
 use crate::run::RunKey;
@@ -13,9 +13,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use varve_common::clock::is_setback;
 use varve_common::control::show_time;
+use varve_io::AlignedBuf;
 
 /// Collects before-images and makes them durable. Nothing of a commit is findable before it is durable, and on return of
-/// [`Recorder::commit`] all of it is both.
+/// [`Recorder::commit`] all of it is both; after [`Recorder::commit_behind`], on return of whatever is called next but
+/// [`Recorder::push`].
 #[derive(Debug)]
 pub struct Recorder {
     timeline: Arc<Timeline>,
@@ -23,6 +25,10 @@ pub struct Recorder {
     chunk: Option<Chunk>,
     /// Points that no chunk has yet: (height, time).
     points: Vec<(u64, u64)>,
+    /// Of an append that is on its way.
+    behind: Option<Behind>,
+    /// Memory for the next one.
+    spare: Option<AlignedBuf>,
     /// All changes of the stream up to here have their before-images in a layer.
     complete_to: u64,
     /// Height of the newest record, and the stream's time: also of the marks behind it.
@@ -34,6 +40,13 @@ pub struct Recorder {
     /// When, by the clock here, the newest point or mark came.
     came: SystemTime,
     next_number: u32,
+}
+
+/// What an append brings when it is durable.
+#[derive(Debug)]
+struct Behind {
+    info: ChunkInfo,
+    entries: Vec<Entry>,
 }
 
 #[derive(Debug)]
@@ -64,6 +77,8 @@ impl Recorder {
             layer: None,
             chunk: None,
             points: Vec::new(),
+            behind: None,
+            spare: None,
             complete_to: facts.height,
             newest_point: (0, 0),
             highest_ns: 0,
@@ -327,7 +342,7 @@ impl Recorder {
 
     /// Makes the points so far durable. Every change of the stream up to them was committed: nothing waits between batches.
     fn append_points(&mut self) -> Result<(), HistoryError> {
-        self.append(self.newest_point.0.max(self.complete_to))
+        self.append(self.newest_point.0.max(self.begun_to()))
     }
 
     /// What `height`'s change replaces: whole sectors of one granule.
@@ -338,7 +353,7 @@ impl Recorder {
         if self.chunk().fits(GRANULE_SECTORS) {
             return self.chunk().push(address, height, before);
         }
-        self.append(self.complete_to)?;
+        self.append(self.begun_to())?;
         self.chunk().push(address, height, before)
     }
 
@@ -348,14 +363,55 @@ impl Recorder {
     /// # Errors
     /// If the disk refuses. Nothing may be written to the replicas then; the recorder is to be opened anew.
     pub fn commit(&mut self, complete_to: u64) -> Result<(), HistoryError> {
-        let records = self.chunk.as_ref().is_some_and(|chunk| chunk.records() > 0);
-        if records || self.points.len() >= CHUNK_POINTS_MAX / 2 {
-            self.append(complete_to.max(self.complete_to))?;
+        if self.wants_append() {
+            self.append(complete_to.max(self.begun_to()))?;
         }
+        self.settle()?;
         if self.layer.as_ref().is_some_and(|current| current.is_full(&self.timeline) || current.is_old()) {
             self.close_layer()?;
         }
         Ok(())
+    }
+
+    /// As [`Recorder::commit`], while the caller goes on: it is durable and findable after [`Recorder::settle`]. What was committed
+    /// so before is on return.
+    ///
+    /// # Errors
+    /// As [`Recorder::commit`].
+    pub fn commit_behind(&mut self, complete_to: u64) -> Result<(), HistoryError> {
+        if !self.wants_append() {
+            return Ok(());
+        }
+        let complete_to = complete_to.max(self.begun_to());
+        let current = self.begin_append(complete_to)?;
+        let current = self.layer.insert(current);
+        let Some(chunk) = &mut self.chunk else { return Ok(()) };
+        let info = current.layer.append_behind(chunk, complete_to, self.spare.take())?;
+        let entries = chunk.entries(current.layer.number(), info.offset).collect();
+        chunk.begin(complete_to);
+        self.behind = Some(Behind { info, entries });
+        Ok(())
+    }
+
+    /// Waits for what [`Recorder::commit_behind`] began: on return it is durable and findable.
+    ///
+    /// # Errors
+    /// As [`Recorder::commit`].
+    pub fn settle(&mut self) -> Result<(), HistoryError> {
+        let Some(Behind { info, entries }) = self.behind.take() else { return Ok(()) };
+        let Some(mut current) = self.layer.take() else { return Ok(()) };
+        self.spare = current.layer.settle()?;
+        self.appended(current, entries, info)
+    }
+
+    fn wants_append(&self) -> bool {
+        let records = self.chunk.as_ref().is_some_and(|chunk| chunk.records() > 0);
+        records || self.points.len() >= CHUNK_POINTS_MAX / 2
+    }
+
+    /// All changes of the stream up to here have their before-images in a layer, or on their way there.
+    fn begun_to(&self) -> u64 {
+        self.behind.as_ref().map_or(self.complete_to, |behind| behind.info.complete_to)
     }
 
     /// Makes what happened to the stream durable.
@@ -381,6 +437,7 @@ impl Recorder {
     /// # Errors
     /// As [`Recorder::points`].
     pub fn applied(&mut self, height: u64, time_ns: u64) -> Result<(), HistoryError> {
+        self.settle()?;
         if height > self.newest_point.0 {
             self.look_at_clock(height, time_ns)?;
             self.newest_point.1 = self.newest_point.1.max(time_ns);
@@ -395,7 +452,8 @@ impl Recorder {
     /// # Errors
     /// If the layer cannot be closed.
     pub fn rest(&mut self) -> Result<(), HistoryError> {
-        self.chunk = None;
+        self.settle()?;
+        (self.chunk, self.spare) = (None, None);
         match self.layer.as_ref().is_some_and(Current::is_old) {
             true => self.close_layer(),
             false => Ok(()),
@@ -403,32 +461,46 @@ impl Recorder {
     }
 
     fn chunk(&mut self) -> &mut Chunk {
+        let begun_to = self.begun_to();
         self.chunk.get_or_insert_with(|| {
             let mut chunk = Chunk::new();
-            chunk.begin(self.complete_to);
+            chunk.begin(begun_to);
             chunk
         })
     }
 
     fn append(&mut self, complete_to: u64) -> Result<(), HistoryError> {
+        let mut current = self.begin_append(complete_to)?;
+        let Some(chunk) = &mut self.chunk else { return Ok(()) };
+        let info = current.layer.append(chunk, complete_to)?;
+        let entries = chunk.entries(current.layer.number(), info.offset).collect();
+        chunk.begin(complete_to);
+        self.appended(current, entries, info)
+    }
+
+    /// A layer with room, and the chunk with the points that belong to it.
+    fn begin_append(&mut self, complete_to: u64) -> Result<Current, HistoryError> {
+        self.settle()?;
         // One that could not be closed when it was opened.
         if self.layer.as_ref().is_some_and(|current| current.is_full(&self.timeline)) {
             self.close_layer()?;
         }
-        let mut current = match self.layer.take() {
+        let current = match self.layer.take() {
             Some(current) => current,
             None => self.begin_layer()?,
         };
         self.chunk();
-        let Some(chunk) = &mut self.chunk else { return Ok(()) };
-        put_points(&mut self.points, chunk, complete_to)?;
-        let number = current.layer.number();
-        let info = *current.layer.append(chunk, complete_to)?;
-        let entries: Vec<Entry> = chunk.entries(number, info.offset).collect();
+        if let Some(chunk) = &mut self.chunk {
+            put_points(&mut self.points, chunk, complete_to)?;
+        }
+        Ok(current)
+    }
+
+    /// It is durable: now it can be found.
+    fn appended(&mut self, mut current: Current, entries: Vec<Entry>, info: ChunkInfo) -> Result<(), HistoryError> {
         current.last_height = entries.iter().map(|entry| entry.height).fold(current.last_height, u64::max);
-        current.last_height = current.last_height.max(complete_to);
-        chunk.begin(complete_to);
-        self.complete_to = complete_to;
+        current.last_height = current.last_height.max(info.complete_to);
+        self.complete_to = info.complete_to;
         self.timeline.publish(entries, info, current.info())?;
         let full = current.is_full(&self.timeline);
         self.layer = Some(current);
@@ -455,6 +527,7 @@ impl Recorder {
     /// # Errors
     /// If the run cannot be written; the layer is read again at the next start.
     pub fn close_layer(&mut self) -> Result<(), HistoryError> {
+        self.settle()?;
         let Some(current) = self.layer.take() else { return Ok(()) };
         let info = current.info();
         self.begins_ns = Some(info.last_time_ns);

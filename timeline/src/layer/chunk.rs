@@ -265,8 +265,8 @@ impl Chunk {
         })
     }
 
-    /// Puts it together for its place: the header, and the bytes to write.
-    pub(super) fn seal(&mut self, place: &Place<'_>) -> (ChunkHeader, &[u8]) {
+    /// Puts it together for its place: see [`Chunk::sealed`].
+    pub(super) fn seal(&mut self, place: &Place<'_>) -> ChunkHeader {
         let table = self.data_end..self.data_end + self.table.len();
         let points = table.end..table.end + self.points.len();
         let end = points.end.next_multiple_of(BLOCK_BYTES);
@@ -298,7 +298,18 @@ impl Chunk {
         self.buf[table].copy_from_slice(&self.table);
         self.buf[points.clone()].copy_from_slice(&self.points);
         self.buf[points.end..end].fill(0);
-        (header, &self.buf[..end])
+        header
+    }
+
+    /// What is to be written, once it is put together.
+    pub(super) fn sealed(&self, header: &ChunkHeader) -> &[u8] {
+        &self.buf[..header.total_bytes() as usize]
+    }
+
+    /// Its memory, for somebody else to write, against other: of as many bytes, or new.
+    pub(super) fn exchange(&mut self, spare: Option<AlignedBuf>) -> AlignedBuf {
+        let spare = spare.filter(|spare| spare.len() == self.buf.len());
+        std::mem::replace(&mut self.buf, spare.unwrap_or_else(|| AlignedBuf::new(CHUNK_BYTES_MAX + SLACK_BYTES)))
     }
 }
 

@@ -7,12 +7,15 @@ use super::{
 use crate::error::HistoryError;
 use crate::limits::{LAYER_BYTES, LAYER_RECORDS};
 use std::io;
+use std::panic::resume_unwind;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::thread::{Builder, JoinHandle};
 use std::time::SystemTime;
 use varve_common::format::BLOCK_BYTES;
-use varve_common::format::layer::LayerHeader;
+use varve_common::format::layer::{ChunkHeader, LayerHeader};
 use varve_io::{AlignedBuf, DirectFile, IoError, crashsafe, sparse};
 
 /// Space is reserved ahead in steps as long as the layer is already, within these bounds: an append then neither meets a
@@ -37,6 +40,34 @@ pub struct OpenLayer {
     remains: bool,
     /// An append failed: what is on disk behind the end is not known.
     failed: bool,
+    /// See [`OpenLayer::append_behind`].
+    behind: Option<Behind>,
+}
+
+/// An append that is on its way to the disk, or was.
+#[derive(Debug)]
+struct Behind {
+    header: ChunkHeader,
+    writing: Writing,
+}
+
+#[derive(Debug)]
+enum Writing {
+    /// By a thread, which gives the memory back.
+    Thread(Option<JoinHandle<Option<Written>>>),
+    /// There could be no thread.
+    Done(Result<(), IoError>),
+}
+
+type Written = (AlignedBuf, Result<(), IoError>);
+
+impl Drop for Writing {
+    /// Nobody may open a layer anew that is still being written. How it ended is found then.
+    fn drop(&mut self) {
+        if let Self::Thread(thread) = self {
+            thread.take().map(JoinHandle::join);
+        }
+    }
 }
 
 impl OpenLayer {
@@ -80,6 +111,7 @@ impl OpenLayer {
             last_time_ns: time_ns,
             remains: false,
             failed: false,
+            behind: None,
         })
     }
 
@@ -111,6 +143,7 @@ impl OpenLayer {
             last_time_ns: found.last_time_ns,
             remains: found.torn,
             failed: false,
+            behind: None,
         };
         Ok((layer, found))
     }
@@ -122,10 +155,76 @@ impl OpenLayer {
     /// If the layer is full, or the chunk does not begin where the layer is complete to, or there is no room: nothing has
     /// changed then. If the write fails, nothing is appended any more: the layer must be opened anew, which finds
     /// out what of it is there.
-    pub fn append(&mut self, chunk: &mut Chunk, complete_to: u64) -> Result<&ChunkInfo, HistoryError> {
+    pub fn append(&mut self, chunk: &mut Chunk, complete_to: u64) -> Result<ChunkInfo, HistoryError> {
+        let header = self.seal(chunk, complete_to)?;
+        let written = self.file.write_all_at_durable(chunk.sealed(&header), self.bytes());
+        self.written(&header, written)
+    }
+
+    /// As [`OpenLayer::append`], while the caller goes on: nothing of it is durable, or counts, before [`OpenLayer::settle`], which
+    /// must come before anything else is done to the layer. The chunk gets `spare` for its memory, or new.
+    ///
+    /// # Errors
+    /// As for [`OpenLayer::append`]; that the write failed is said by [`OpenLayer::settle`].
+    pub fn append_behind(
+        &mut self,
+        chunk: &mut Chunk,
+        complete_to: u64,
+        spare: Option<AlignedBuf>,
+    ) -> Result<ChunkInfo, HistoryError> {
+        let header = self.seal(chunk, complete_to)?;
+        let (info, file) = (ChunkInfo::new(&header), self.file.clone());
+        let (give, take) = sync_channel::<AlignedBuf>(1);
+        let bytes = chunk.sealed(&header).len();
+        let work = move || {
+            let memory = take.recv().ok()?;
+            let written = file.write_all_at_durable(&memory[..bytes], info.offset);
+            Some((memory, written))
+        };
+        let writing = match Builder::new().name("history".to_owned()).spawn(work) {
+            Ok(thread) => {
+                // It takes nothing else, so it is there; if it has died, settling says so.
+                let _ = give.send(chunk.exchange(spare));
+                Writing::Thread(Some(thread))
+            }
+            Err(error) => {
+                tracing::debug!(%error, "no thread: the layer is written without");
+                Writing::Done(self.file.write_all_at_durable(chunk.sealed(&header), info.offset))
+            }
+        };
+        self.behind = Some(Behind { header, writing });
+        Ok(info)
+    }
+
+    /// Waits for what [`OpenLayer::append_behind`] began: on return it is durable and counts. Gives memory to use again.
+    ///
+    /// # Errors
+    /// If the write failed: see [`OpenLayer::append`].
+    pub fn settle(&mut self) -> Result<Option<AlignedBuf>, HistoryError> {
+        let Some(Behind { header, mut writing }) = self.behind.take() else { return Ok(None) };
+        let (memory, written) = match &mut writing {
+            Writing::Thread(thread) => match thread.take().map(JoinHandle::join) {
+                Some(Ok(Some((memory, written)))) => (Some(memory), written),
+                Some(Err(panic)) => resume_unwind(panic),
+                Some(Ok(None)) | None => (None, Err(self.refused("nothing was given to be appended"))),
+            },
+            Writing::Done(written) => (None, std::mem::replace(written, Ok(()))),
+        };
+        self.written(&header, written)?;
+        Ok(memory)
+    }
+
+    fn refused(&self, why: &'static str) -> IoError {
+        IoError::new("append to", self.file.path(), io::Error::other(why))
+    }
+
+    /// Puts the chunk together for its place behind the last one, where there is room then.
+    fn seal(&mut self, chunk: &mut Chunk, complete_to: u64) -> Result<ChunkHeader, HistoryError> {
         if self.failed {
-            let why = "an append failed before: the layer has to be opened anew";
-            return Err(IoError::new("append to", self.file.path(), io::Error::other(why)).into());
+            return Err(self.refused("an append failed before: the layer has to be opened anew").into());
+        }
+        if self.behind.is_some() {
+            return Err(self.refused("the append before is still on its way").into());
         }
         if self.is_full() {
             return Err(HistoryError::Limit { what: "a layer", limit: LAYER_BYTES });
@@ -151,20 +250,25 @@ impl OpenLayer {
             complete_to,
             last_time_ns: self.last_time_ns,
         };
-        let (header, bytes) = chunk.seal(&place);
-        reserve(&self.file, offset + bytes.len() as u64)?;
-        if let Err(error) = self.file.write_all_at_durable(bytes, offset) {
+        let header = chunk.seal(&place);
+        reserve(&self.file, offset + header.total_bytes())?;
+        Ok(header)
+    }
+
+    /// The write behind the end has ended.
+    fn written(&mut self, header: &ChunkHeader, written: Result<(), IoError>) -> Result<ChunkInfo, HistoryError> {
+        if let Err(error) = written {
             self.failed = true;
             return Err(error.into());
         }
-        let info = ChunkInfo::new(&header);
+        let info = ChunkInfo::new(header);
         self.chain = header.header_crc.get();
         self.records += info.records as usize;
-        self.complete_to = complete_to;
+        self.complete_to = info.complete_to;
         self.last_time_ns = self.last_time_ns.max(info.last_time_ns);
         self.chunks.push(info);
         self.end.store(info.end(), Ordering::Release);
-        Ok(&self.chunks[self.chunks.len() - 1])
+        Ok(info)
     }
 
     /// Whether it is time for the next layer.
@@ -213,8 +317,8 @@ impl OpenLayer {
     /// # Errors
     /// If an append failed, or the disk refuses.
     pub fn close(self, came: SystemTime) -> Result<LayerFile, HistoryError> {
-        if self.failed {
-            let why = "an append failed: the layer has to be opened anew";
+        if self.failed || self.behind.is_some() {
+            let why = "an append failed, or was not waited for: the layer has to be opened anew";
             return Err(IoError::new("close", self.file.path(), io::Error::other(why)).into());
         }
         let (end, shorter) = (self.bytes(), self.file.len() != self.bytes());
@@ -301,6 +405,35 @@ mod tests {
         let (mut layer, found) = OpenLayer::open(dir.path(), [1; 16], 1).expect("open");
         assert_eq!((found.complete_to, found.torn), (8, false));
         layer.append(&mut chunk, 16).expect("append");
+    }
+
+    /// By a thread: what comes before it is waited for is refused, and that it failed is said then.
+    #[test]
+    fn an_append_behind_that_fails_is_told_of() {
+        let dir = tempfile::tempdir().expect("directory");
+        let mut layer = OpenLayer::create(dir.path(), [1; 16], 1, 0, 5).expect("create");
+        let mut chunk = Chunk::new();
+        let mut behind = |layer: &mut OpenLayer, height: u64| {
+            chunk.begin(height);
+            chunk.push(Address::new(0, 8), height + 8, Before::Bytes(&[7; 512])).expect("push");
+            layer.append_behind(&mut chunk, height + 8, None).map(drop)
+        };
+        behind(&mut layer, 0).expect("begin");
+        let error = behind(&mut layer, 8).expect_err("one at a time");
+        assert!(error.to_string().contains("on its way"), "{error}");
+        assert_eq!((layer.complete_to(), layer.chunks().len()), (0, 0));
+        assert!(layer.settle().expect("settle").is_some(), "the memory comes back");
+        assert_eq!((layer.complete_to(), layer.chunks().len()), (8, 1));
+        assert!(layer.settle().expect("settle").is_none());
+
+        let read_only = DirectFile::open_read(path_of(dir.path(), 1)).expect("open");
+        let good = std::mem::replace(&mut layer.file, Arc::new(read_only));
+        behind(&mut layer, 8).expect("begin");
+        assert!(matches!(layer.settle().expect_err("not writable"), HistoryError::Io(_)));
+        layer.file = good;
+        let error = behind(&mut layer, 8).expect_err("poisoned");
+        assert!(error.to_string().contains("opened anew"), "{error}");
+        assert_eq!((layer.complete_to(), layer.chunks().len()), (8, 1));
     }
 
     /// A full disk is not a failed append: with room again, it goes on. Needs root for the small file system.

@@ -89,7 +89,7 @@ fn append(
     chunk.begin(layer.complete_to());
     changes.iter().for_each(|change| change.push(chunk));
     points.iter().for_each(|point| chunk.point(point.height, point.time_ns).expect("point"));
-    let info = *layer.append(chunk, complete_to).expect("append");
+    let info = layer.append(chunk, complete_to).expect("append");
     let entries: Vec<Entry> = chunk.entries(layer.number(), info.offset).collect();
     assert_eq!((entries.len(), info.records as usize), (changes.len(), changes.len()));
     entries
@@ -470,7 +470,7 @@ fn what_does_not_fit_is_not_added() {
     }
     let over = chunk.push(Address::new(0, 0), 1 << 30, Before::Bytes(&bytes[..512]));
     assert!(matches!(over, Err(HistoryError::Limit { what: "a chunk", .. })));
-    let info = *layer.append(&mut chunk, 1 << 20).expect("append");
+    let info = layer.append(&mut chunk, 1 << 20).expect("append");
     assert!(info.bytes as usize <= CHUNK_BYTES_MAX && info.bytes as usize > CHUNK_BYTES_MAX - 8192, "{info:?}");
     assert!(matches!(layer.append(&mut chunk, 2 << 20), Err(HistoryError::Order { .. })), "not begun anew");
     let (_, found) = OpenLayer::open(dir.path(), GROUP, 1).expect("open");

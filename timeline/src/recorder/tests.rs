@@ -35,6 +35,48 @@ impl Recorder {
     }
 }
 
+/// An append that is on its way counts when it is waited for and not before, whatever comes next, and its layer may be full.
+#[test]
+fn what_is_committed_behind_is_there_when_it_is_settled() {
+    let dir = directory();
+    let timeline = timeline(dir.path());
+    let mut recorder = open(&timeline);
+    let change = |recorder: &mut Recorder, height: u64| {
+        recorder.push(Address::new(0, height), height, Before::Bytes(&[height as u8; 512])).expect("push");
+    };
+    let known = || {
+        let parts = timeline.resolve(0, 0, 64 << 10, 0).expect("resolve");
+        parts.iter().filter(|part| matches!(part.origin, Origin::Record(_))).count()
+    };
+    recorder.points(&[(8, SECOND), (16, SECOND), (24, SECOND), (32, SECOND)]).expect("points");
+    change(&mut recorder, 8);
+    recorder.commit_behind(8).expect("commit");
+    assert_eq!((recorder.complete_to(), known()), (0, 0));
+    // The next one is collected meanwhile, in the height where that one ends.
+    change(&mut recorder, 16);
+    assert_eq!((recorder.complete_to(), known()), (0, 0));
+    recorder.commit_behind(16).expect("commit");
+    assert_eq!((recorder.complete_to(), known()), (8, 1));
+    recorder.settle().expect("settle");
+    assert_eq!((recorder.complete_to(), known()), (16, 2));
+    // From here on a layer ends with its first chunk, and so does the one with the two.
+    timeline.set_layer_bytes(1);
+    for height in [24, 32] {
+        change(&mut recorder, height);
+        recorder.commit_behind(height).expect("commit");
+    }
+    change(&mut recorder, 40);
+    recorder.commit(40).expect("commit");
+    assert_eq!((recorder.complete_to(), known()), (40, 5));
+    assert_eq!(timeline.layers().len(), 4);
+    // Dropped, it is waited for: whoever opens the layer anew finds it.
+    change(&mut recorder, 48);
+    recorder.commit_behind(48).expect("commit");
+    drop(recorder);
+    let again = open(&timeline);
+    assert_eq!((again.complete_to(), known()), (48, 6));
+}
+
 /// With nothing written for days, canaries are all that comes, and nothing commits.
 #[test]
 fn a_write_after_days_of_canaries_has_its_time() {
