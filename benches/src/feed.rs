@@ -225,6 +225,7 @@ impl Group {
             cursor: Cursor::new(Reader::new(log, place, 0), StreamState::fresh()),
             history: History::new(recorder, counters.clone()),
             rest_at: Instant::now(),
+            is_late: false,
         };
         let thread = std::thread::Builder::new().name("apply".into()).spawn(move || applier.run()).unwrap();
         let keeper = Keeper::start(timeline.clone(), keep_bytes);

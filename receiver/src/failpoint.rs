@@ -19,7 +19,7 @@ pub const SEGMENT_MADE: &str = "segment-made";
 pub const SEGMENT_BEGUN: &str = "segment-begun";
 /// What will be replaced is known, nothing of it is durable.
 pub const HISTORY_BEFORE: &str = "history-before";
-/// What will be replaced is durable, the replica is as it was.
+/// What will be replaced is durable, or on its way to be if more follows, the replica is as it was.
 pub const HISTORY_AFTER: &str = "history-after";
 /// Before the replica is written.
 pub const APPLY_BEFORE: &str = "apply-before";

@@ -32,6 +32,8 @@ pub const BEFORE_STAGE_BYTES: usize = 6 << 20;
 pub const PART_STAGE_BYTES: u64 = 2 << 20;
 /// Content of recently written blocks that is kept so that it need not be read: per group that is being written.
 pub const RECENT_BYTES: usize = 24 << 20;
+/// What is written to a replica later than the rest of its batch, with what comes in the batches behind it, is no longer than this.
+pub const LATE_BYTES_MAX: u64 = 16 << 10;
 /// A longer stretch of zeroes is applied piece by piece, and what is a hole already is passed over.
 pub const ZERO_PIECE_BYTES: u64 = 4 << 20;
 /// Records that the applier takes at once.

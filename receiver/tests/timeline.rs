@@ -9,6 +9,7 @@ mod support;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -58,9 +59,13 @@ fn look_around(looker: &Looker, rng: &mut StdRng, points: usize, edges: usize) {
 }
 
 /// One life after another, each ended in another way, and points looked at in between.
-async fn through_crashes(seed: u64, lives: usize, deeds: usize, points: usize) {
+/// `bursts`: how many records some of the deeds have, if there shall be such.
+async fn through_crashes(seed: u64, lives: usize, deeds: usize, points: usize, bursts: Option<Range<usize>>) {
     let mut rng = StdRng::seed_from_u64(seed ^ 1);
     let mut host = synced(seed, "").await;
+    if bursts.is_some() {
+        (host.write_max, host.whole_blocks) = (8192, 18);
+    }
     let looker = looker(&host);
     for life in 0..lives {
         // The failpoint is hit by the next life, while it recovers from this one.
@@ -79,8 +84,17 @@ async fn through_crashes(seed: u64, lives: usize, deeds: usize, points: usize) {
             if !going || (kill && Instant::now() > kill_at) {
                 break;
             }
-            let deed = host.any_deed();
-            going = host.deed(deed).await;
+            let burst = bursts.clone().filter(|_| rng.random_bool(0.4));
+            let deed =
+                burst.clone().map_or_else(|| host.any_deed(), |records| Deed::Records(rng.random_range(records)));
+            let held = host.receiver.held_path();
+            if burst.is_some() && rng.random_bool(0.7) {
+                // All of it waits before any is applied; with more the landing log would be full.
+                going = host.settle().await;
+                std::fs::write(&held, "").unwrap();
+            }
+            going = going && host.deed(deed).await;
+            let _ = std::fs::remove_file(&held);
         }
         if kill && host.receiver.is_running() {
             host.receiver.kill();
@@ -105,6 +119,15 @@ async fn through_crashes(seed: u64, lives: usize, deeds: usize, points: usize) {
     }
     assert!(host.deed(Deed::Records(50)).await);
     assert!(host.settle().await);
+    if let Some(records) = bursts {
+        // The last of them surely has batches that follow each other, over blocks that are known.
+        let held = host.receiver.held_path();
+        std::fs::write(&held, "").unwrap();
+        assert!(host.deed(Deed::Records(records.end)).await);
+        std::fs::remove_file(&held).unwrap();
+        assert!(host.settle().await);
+        assert!(host.receiver.group(GROUP).unwrap().counters["late_bytes"] > 0);
+    }
     block_in_place(|| {
         look_around(&looker, &mut rng, 6 * points, 40);
         looker.check(&PointSpec::Latest, &mut rng);
@@ -123,7 +146,14 @@ async fn through_crashes(seed: u64, lives: usize, deeds: usize, points: usize) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_point_is_right_after_crashes() {
-    through_crashes(seed(), 8, 40, 10).await;
+    through_crashes(seed(), 8, 40, 10, None).await;
+}
+
+/// So much at once that batches are full and have several parts: what is replaced is kept while the next part is looked at, and
+/// the replicas are written when the last part is kept, or when no batch follows.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_point_is_right_after_crashes_in_bursts() {
+    through_crashes(seed(), 4, 6, 10, Some(2000..5000)).await;
 }
 
 /// Looks at points while data flows, with several views open, until it is told to stop. Gives how many looks were made and
@@ -574,10 +604,11 @@ async fn soak() {
     let mut next = seed();
     for round in 0.. {
         eprintln!("soak round {round}: VARVE_SEED={next}, {:?} of {seconds} s", start.elapsed());
-        match round % 4 {
-            0 => through_crashes(next, 16, 60, 20).await,
+        match round % 5 {
+            0 => through_crashes(next, 16, 60, 20, None).await,
             1 => while_data_flows(next, Duration::from_secs(30)).await,
             2 => back_and_forth(next, 6).await,
+            3 => through_crashes(next, 12, 20, 20, Some(2000..6000)).await,
             _ => damage(next, 24, 20).await,
         }
         if start.elapsed() > Duration::from_secs(seconds) {

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use varve_common::clock::is_setback;
 use varve_common::control::show_time;
-use varve_io::AlignedBuf;
+use varve_io::{AlignedBuf, IoError};
 
 /// Collects before-images and makes them durable. Nothing of a commit is findable before it is durable, and on return of
 /// [`Recorder::commit`] all of it is both; after [`Recorder::commit_behind`], on return of whatever is called next but
@@ -399,7 +399,12 @@ impl Recorder {
     /// As [`Recorder::commit`].
     pub fn settle(&mut self) -> Result<(), HistoryError> {
         let Some(Behind { info, entries }) = self.behind.take() else { return Ok(()) };
-        let Some(mut current) = self.layer.take() else { return Ok(()) };
+        let Some(mut current) = self.layer.take() else {
+            let why = "the layer that was appended to is not open any more";
+            return Err(
+                IoError::new("append to a layer in", self.timeline.layers_dir(), std::io::Error::other(why)).into()
+            );
+        };
         self.spare = current.layer.settle()?;
         self.appended(current, entries, info)
     }
@@ -481,8 +486,8 @@ impl Recorder {
     /// A layer with room, and the chunk with the points that belong to it.
     fn begin_append(&mut self, complete_to: u64) -> Result<Current, HistoryError> {
         self.settle()?;
-        // One that could not be closed when it was opened.
-        if self.layer.as_ref().is_some_and(|current| current.is_full(&self.timeline)) {
+        // A full one could not be closed when it was opened.
+        if self.layer.as_ref().is_some_and(|current| current.is_full(&self.timeline) || current.is_old()) {
             self.close_layer()?;
         }
         let current = match self.layer.take() {

@@ -2,7 +2,7 @@
 
 use super::behind::Behind;
 use super::collect::{Batch, Cursor, Ended};
-use super::history::{History, Whose, stage_bytes};
+use super::history::{History, Kept, Whose, stage_bytes};
 use super::mark::AppliedFile;
 use super::plan::{BatchPlan, Piece, Source, Stamp};
 use super::probe::Probes;
@@ -11,7 +11,7 @@ use super::work::{Action, Answer, Answered, Given, Queue};
 use crate::failpoint;
 use crate::failure::Failure;
 use crate::group::live::{Anchor, Live};
-use crate::group::stream::IMAGE_HEIGHT;
+use crate::group::stream::{IMAGE_HEIGHT, StreamState};
 use crate::landing::log::Log;
 use crate::limits::{
     BEFORE_STAGE_BYTES, GATHER_TIME_MAX, IMAGE_BYTES_PER_SYNC, IMAGES_AT_ONCE_BYTES, PART_STAGE_BYTES, STAGE_BYTES,
@@ -21,6 +21,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+use varve_common::clock::is_step;
 use varve_common::limits::REGION_BYTES;
 use varve_common::wire::messages::{ImageDone, Probe};
 use varve_common::wire::{IMAGE_BODY_BYTES_MAX, Image};
@@ -49,6 +50,8 @@ pub struct Applier {
     /// When memory that is only needed while there is work goes back, unless there is work before. Canaries are none: with
     /// an agent connected they never end.
     pub rest_at: Instant,
+    /// What was applied last is not yet said to be: some of it is late.
+    pub is_late: bool,
 }
 
 /// What was done since the last sync.
@@ -116,23 +119,31 @@ impl Applier {
         failpoint::hold(failpoint::APPLY_HELD, || self.queue.is_closed());
         let batch = &mut scratch.batch;
         batch.clear();
-        let mut action = None;
+        let (before, mut action) = (self.cursor.state, None);
         // A mark ends the batch, so this holds for all of it.
         let past_counts = self.cursor.state.ever_consistent;
         let gather_until = Instant::now() + GATHER_TIME_MAX;
-        while self.cursor.fill(batch, &self.volumes)? == Ended::Used {
-            // Somebody waits for images to be done, or for a segment.
-            let pressed = !unsynced.images.is_empty() || self.log.is_starved();
+        let ended = loop {
+            let ended = self.cursor.fill(batch, &self.volumes)?;
+            if ended != Ended::Used {
+                break ended;
+            }
+            // Somebody waits for images to be done, or for a segment, or what is late for this batch.
+            let pressed = !unsynced.images.is_empty() || self.log.is_starved() || self.is_late;
             let deadline = if pressed { Instant::now() } else { gather_until };
             match self.queue.take(Some(deadline)) {
                 Given::Work(work) => action = self.cursor.open(work),
-                Given::Nothing => break,
+                Given::Nothing => break ended,
                 // What is in the batch is applied; what waits stays in the log. The next take says it again.
-                Given::Closed => break,
+                Given::Closed => break ended,
             }
             if action.is_some() {
-                break;
+                break ended;
             }
+        };
+        if batch.points.first().is_some_and(|(_, time_ns)| is_step(before.at.time_ns, *time_ns)) {
+            // Times are looked for from here on by another clock, and must find what was before.
+            self.bring_late(&before)?;
         }
         if past_counts {
             self.history.points(&batch.points)?;
@@ -140,13 +151,18 @@ impl Applier {
         if !batch.plan.is_empty() {
             self.worked();
         }
-        let bytes = self.changes(batch, &mut scratch.part, past_counts)?;
+        // It ends without a mark, and the next one follows at once: nobody need see where.
+        let goes_on = ended == Ended::Full && self.cursor.is_open() && action.is_none();
+        self.is_late = true;
+        self.changes(batch, &mut scratch.part, past_counts, goes_on)?;
         let batch = &mut scratch.batch;
         // Before anything that comes after them: a gap must be known when its first image is there.
         self.history.events(&batch.events)?;
-        self.history.applied(&self.cursor.state)?;
+        if !goes_on {
+            let state = self.cursor.state;
+            self.bring_late(&state)?;
+        }
         let counters = &self.live.counters;
-        counters.replica_bytes.fetch_add(bytes, Ordering::Relaxed);
         counters.applied_bytes.fetch_add(batch.plain_bytes as u64, Ordering::Relaxed);
         counters.applied_batches.fetch_add(1, Ordering::Relaxed);
         counters.applied_records.fetch_add(batch.plan.len() as u64, Ordering::Relaxed);
@@ -162,20 +178,44 @@ impl Applier {
         self.sync_if_due(unsynced)
     }
 
-    /// Brings a batch's changes to the replicas in parts that fit the stage. Gives the bytes written.
-    fn changes(&mut self, batch: &Batch, part: &mut BatchPlan, past_counts: bool) -> Result<u64, Failure> {
+    /// The replicas have what is applied, which is all up to this state, and everybody may know.
+    fn bring_late(&mut self, applied: &StreamState) -> Result<(), Failure> {
+        if !self.is_late {
+            return Ok(());
+        }
+        self.history.bring_late(&mut self.replicas)?;
+        self.history.applied(applied)?;
+        self.is_late = false;
+        Ok(())
+    }
+
+    /// Brings a batch's changes to the replicas in parts that fit the stage. `goes_on`: another batch follows, so some may be late.
+    fn changes(
+        &mut self,
+        batch: &Batch,
+        part: &mut BatchPlan,
+        past_counts: bool,
+        goes_on: bool,
+    ) -> Result<(), Failure> {
+        let is_long = |piece: &Piece| piece.source.is_none() && piece.bytes() > ZERO_PIECE_BYTES;
+        let any_long = batch.plan.as_pushed().iter().any(is_long);
+        if any_long {
+            // They are not written where the replicas have holes.
+            self.history.bring_late(&mut self.replicas)?;
+        }
         let buffers = batch.buffers();
         part.clear();
         self.in_parts(&buffers, past_counts, |parts| {
-            let (mut bytes, mut staged, mut complete_to) = (0, 0, 0);
+            parts.late = goes_on && !any_long;
+            let (mut staged, mut complete_to) = (0, 0);
             for (piece, stamp) in batch.plan.changes() {
-                let long = piece.source.is_none() && piece.bytes() > ZERO_PIECE_BYTES;
+                let long = is_long(piece);
                 if long || staged + stage_bytes(piece) > PART_STAGE_BYTES {
-                    bytes += parts.next(part, Some(complete_to), true)?;
+                    parts.next(part, Some(complete_to), true)?;
                     staged = 0;
                 }
                 if long {
-                    bytes += parts.long_zeroes(piece, *stamp, part, complete_to)?;
+                    parts.long_zeroes(piece, *stamp, part, complete_to)?;
                 } else {
                     part.push(*piece, *stamp);
                     staged += stage_bytes(piece);
@@ -184,9 +224,8 @@ impl Applier {
             }
             // Records behind the last change changed nothing: they are points as well.
             let complete_to = batch.points.last().map_or(complete_to, |(height, _)| complete_to.max(*height));
-            bytes += parts.next(part, Some(complete_to), false)?;
-            parts.finish()?;
-            Ok(bytes)
+            parts.next(part, Some(complete_to), parts.late)?;
+            parts.finish()
         })
     }
 
@@ -201,13 +240,13 @@ impl Applier {
         let (history, height) = (&mut self.history, self.cursor.state.height);
         std::thread::scope(|scope| {
             let behind = Behind::new(scope, replicas.all(), writer, buffers);
-            work(&mut Parts { history, replicas, behind, buffers, past_counts, height })
+            work(&mut Parts { history, replicas, behind, buffers, past_counts, height, late: false })
         })
     }
 
     /// A single part, which is no part of the stream: see [`Parts::next`].
     pub(super) fn part(&mut self, part: &mut BatchPlan, buffers: &[&[u8]], past_counts: bool) -> Result<(), Failure> {
-        self.in_parts(buffers, past_counts, |parts| parts.next(part, None, false).map(drop))
+        self.in_parts(buffers, past_counts, |parts| parts.next(part, None, false))
     }
 
     fn act(&mut self, action: Action, unsynced: &mut Unsynced, scratch: &mut Scratch) -> Result<(), Failure> {
@@ -323,6 +362,8 @@ impl Applier {
 
     /// Replicas first, then the mark, then what the mark makes free: each step only claims what is durable.
     pub(super) fn sync(&mut self, unsynced: &mut Unsynced) -> Result<(), Failure> {
+        let state = self.cursor.state;
+        self.bring_late(&state)?;
         self.replicas.sync()?;
         failpoint::hit(failpoint::MARK_BEFORE);
         let place = self.cursor.place();
@@ -371,31 +412,42 @@ pub(super) struct Parts<'a, 'scope, 'env> {
     past_counts: bool,
     /// Of the stream, for what is no part of it.
     height: u64,
+    /// What is known well may be late: see [`History::remember_late`].
+    late: bool,
 }
 
 impl Parts<'_, '_, '_> {
     /// What a part replaces becomes history, then it goes to the replicas. Empties the part. `complete_to`: see
-    /// [`Whose::Stream`]; `None`: it is no part of the stream. `more`: another one follows, so it may still be on its way.
-    pub(super) fn next(&mut self, part: &mut BatchPlan, complete_to: Option<u64>, more: bool) -> Result<u64, Failure> {
+    /// [`Whose::Stream`]; `None`: it is no part of the stream. `more`: another one follows, or [`Parts::finish`], so it may still be
+    /// on its way.
+    pub(super) fn next(&mut self, part: &mut BatchPlan, complete_to: Option<u64>, more: bool) -> Result<(), Failure> {
         if part.is_empty() {
-            return Ok(0);
+            return Ok(());
         }
+        let mut kept = Kept::Durably;
         if self.past_counts {
             let whose = match complete_to {
                 Some(complete_to) => Whose::Stream { complete_to },
                 None => Whose::Image { height: self.height },
             };
-            self.history.before(part, self.buffers, &mut self.replicas, &mut self.behind, whose)?;
+            kept = self.history.before(part, self.buffers, &mut self.replicas, &mut self.behind, whose, more)?;
         }
         failpoint::hit(failpoint::APPLY_BEFORE);
         let pieces = part.resolve();
-        let bytes = pieces.iter().map(Piece::bytes).sum();
         // What is no part of the stream is seldom written again soon, and without a past nobody asks what was there.
         let keep = self.past_counts && complete_to.is_some();
-        self.history.remember(pieces, self.buffers, keep);
-        self.history.write(&mut self.behind, pieces, more)?;
+        match kept {
+            Kept::Soon if self.late => self.behind.wait_for_more(self.history.remember_late(pieces, self.buffers)),
+            kept => {
+                self.history.remember(pieces, self.buffers, keep);
+                match kept {
+                    Kept::Durably => self.history.write(&mut self.behind, pieces, more)?,
+                    Kept::Soon => self.behind.wait_for_more(pieces),
+                }
+            }
+        }
         part.clear();
-        Ok(bytes)
+        Ok(())
     }
 
     /// A long stretch of zeroes, as a discard of a whole device: piece by piece, without what is a hole already.
@@ -405,8 +457,8 @@ impl Parts<'_, '_, '_> {
         stamp: Stamp,
         part: &mut BatchPlan,
         complete_to: u64,
-    ) -> Result<u64, Failure> {
-        let (mut at, mut bytes) = (piece.start, 0);
+    ) -> Result<(), Failure> {
+        let mut at = piece.start;
         self.finish()?;
         while at < piece.end {
             let Some(data) = self.replicas.next_data(piece.volume, at)? else { break };
@@ -417,15 +469,15 @@ impl Parts<'_, '_, '_> {
             }
             part.push(Piece { start, end, ..*piece }, stamp);
             // Not complete before its last piece: after a crash all of it is looked at again.
-            bytes += self.next(part, Some(complete_to), false)?;
+            self.next(part, Some(complete_to), false)?;
             at = end;
         }
-        Ok(bytes)
+        Ok(())
     }
 
-    /// Everything is in the replicas.
+    /// Everything is in the replicas, but for what is late.
     pub(super) fn finish(&mut self) -> Result<(), Failure> {
-        self.history.wait(&mut self.behind)
+        self.history.finish(&mut self.behind)
     }
 }
 

@@ -5,16 +5,17 @@
 //! once; then the changes are played there in the order of the stream, and each cut's bytes are recorded just before
 //! they are overwritten. So every version of a block that is written several times in a batch is kept, whatever overlaps.
 
-use super::behind::Behind;
+use super::behind::{Behind, Known};
 use super::holes::Holes;
 use super::plan::{BatchPlan, Piece};
 use super::recent::RecentBlocks;
-use super::replica::Reading;
+use super::replica::{Reading, Replicas};
 use crate::failpoint;
 use crate::failure::Failure;
 use crate::group::live::Counters;
 use crate::group::stream::StreamState;
-use crate::limits::{BEFORE_STAGE_BYTES, RECENT_BYTES};
+use crate::limits::{BEFORE_STAGE_BYTES, LATE_BYTES_MAX, RECENT_BYTES};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use varve_common::format::BLOCK_BYTES;
@@ -47,6 +48,15 @@ pub enum Whose {
     },
 }
 
+/// How far what a part replaces is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// It may be replaced.
+    Durably,
+    /// After [`History::settle`] it may.
+    Soon,
+}
+
 /// Takes what the applier replaces. Owned by the applier.
 #[derive(Debug)]
 pub struct History {
@@ -58,6 +68,8 @@ pub struct History {
     cuts: Vec<Cut>,
     order: Vec<u32>,
     spans: Vec<Span>,
+    /// See [`History::remember_late`].
+    others: Vec<Piece>,
 }
 
 /// The part of a change within one granule, in whole sectors.
@@ -102,6 +114,7 @@ impl History {
             cuts: Vec::new(),
             order: Vec::new(),
             spans: Vec::new(),
+            others: Vec::new(),
         }
     }
 
@@ -116,8 +129,8 @@ impl History {
     }
 
     /// Called with every part of a batch before anything of it reaches the replicas, from the first consistent point on:
-    /// before it there is no past. On return what it replaces is durable. The part before may still be on its way to the
-    /// replicas: it counts as being there.
+    /// before it there is no past. On return what it replaces is durable, or, with `more` to come, on its way: that is said. The
+    /// parts before may still be on their way to the replicas: they count as being there.
     pub fn before(
         &mut self,
         part: &BatchPlan,
@@ -125,7 +138,8 @@ impl History {
         replicas: &mut Reading<'_>,
         behind: &mut Behind<'_, '_>,
         whose: Whose,
-    ) -> Result<(), Failure> {
+        more: bool,
+    ) -> Result<Kept, Failure> {
         // What is durable already is not taken again.
         let (taken_to, complete_to) = match whose {
             Whose::Stream { complete_to } => (self.recorder.complete_to(), complete_to),
@@ -133,12 +147,20 @@ impl History {
         };
         self.cut(part, taken_to);
         self.place();
-        self.fill(replicas, behind)?;
+        let known = self.fill(replicas, behind)?;
         self.play(part, buffers)?;
         failpoint::hit(failpoint::HISTORY_BEFORE);
-        self.recorder.commit(complete_to).map_err(|e| history_failed(&e))?;
+        // Where much has to be read the replicas are better written meanwhile.
+        let soon = more && known && matches!(whose, Whose::Stream { .. });
+        let kept = if soon { self.recorder.commit_behind(complete_to) } else { self.recorder.commit(complete_to) };
+        kept.map_err(|e| history_failed(&e))?;
         failpoint::hit(failpoint::HISTORY_AFTER);
-        Ok(())
+        Ok(if soon { Kept::Soon } else { Kept::Durably })
+    }
+
+    /// On return all that parts replace is durable.
+    pub fn settle(&mut self) -> Result<(), Failure> {
+        self.recorder.settle().map_err(|e| history_failed(&e))
     }
 
     /// Records of the stream, whether they changed anything or not: points that can be named.
@@ -214,8 +236,8 @@ impl History {
         debug_assert!(used <= BEFORE_STAGE_BYTES);
     }
 
-    /// Brings what the replicas hold to the stage, reading as little as possible.
-    fn fill(&mut self, replicas: &mut Reading<'_>, behind: &mut Behind<'_, '_>) -> Result<(), Failure> {
+    /// Brings what the replicas hold to the stage, reading as little as possible. Gives whether most of it was known.
+    fn fill(&mut self, replicas: &mut Reading<'_>, behind: &mut Behind<'_, '_>) -> Result<bool, Failure> {
         let stage = self.stage.get_or_insert_with(|| AlignedBuf::new(BEFORE_STAGE_BYTES));
         let mut reads: Vec<(u16, u64, &mut [u8])> = Vec::with_capacity(self.spans.len());
         let (mut known, mut read, mut waits) = (0, 0, false);
@@ -229,34 +251,51 @@ impl History {
                 let bytes = (granule_end - start) as usize;
                 let (target, after) = rest.split_at_mut(stage_at - at).1.split_at_mut(bytes);
                 (rest, at) = (after, stage_at + bytes);
-                // What is being written is neither looked up nor read.
-                let busy = behind.writes(span.volume, start, granule_end);
-                let hole = if busy { Ok(false) } else { self.holes.contains(replicas, span.volume, start) };
-                if hole.map_err(|e| Failure::io("a replica", &e))? {
-                    target.fill(0);
-                    known += bytes as u64;
-                } else if copy_recent(&self.recent, span.volume, start, target) {
-                    known += bytes as u64;
-                } else {
-                    // Past the volume's end there is nothing to read.
-                    let inside = (len.saturating_sub(start)).min(bytes as u64) as usize;
-                    target[inside..].fill(0);
-                    read += inside as u64;
-                    waits |= busy;
-                    if inside > 0 {
-                        reads.push((span.volume, start, &mut target[..inside]));
-                    }
-                }
+                // Only from the first block that is not known to the last.
+                let unknown = put_recent(&self.recent, span.volume, start, target);
+                known += (bytes - unknown.len()) as u64;
+                let (from, target) = (start + unknown.start as u64, &mut target[unknown]);
                 start = granule_end;
+                if target.is_empty() {
+                    continue;
+                }
+                let on_its_way = behind.look_up(span.volume, from, target);
+                // What is on its way is neither looked up nor read.
+                let hole = match on_its_way {
+                    Known::Nothing => self.holes.contains(replicas, span.volume, from),
+                    Known::Some | Known::Copied => Ok(false),
+                };
+                let hole = hole.map_err(|e| Failure::io("a replica", &e))?;
+                if hole {
+                    target.fill(0);
+                }
+                if hole || on_its_way == Known::Copied {
+                    put_recent(&self.recent, span.volume, from, target);
+                    known += target.len() as u64;
+                    continue;
+                }
+                // Past the volume's end there is nothing to read.
+                let inside = (len.saturating_sub(from)).min(target.len() as u64) as usize;
+                target[inside..].fill(0);
+                read += inside as u64;
+                waits |= on_its_way == Known::Some;
+                if inside > 0 {
+                    reads.push((span.volume, from, &mut target[..inside]));
+                }
             }
         }
         if waits {
-            behind.wait(&mut self.holes)?;
+            self.recorder.settle().map_err(|e| history_failed(&e))?;
+            let bytes = behind.finish(&mut self.holes)?;
+            self.counters.replica_bytes.fetch_add(bytes, Ordering::Relaxed);
         }
         replicas.read(&mut reads)?;
+        for (volume, start, target) in &mut reads {
+            put_recent(&self.recent, *volume, *start, target);
+        }
         self.counters.before_known_bytes.fetch_add(known, Ordering::Relaxed);
         self.counters.before_read_bytes.fetch_add(read, Ordering::Relaxed);
-        Ok(())
+        Ok(known > read)
     }
 
     /// Plays the changes in the stage and records what each one replaces.
@@ -305,8 +344,7 @@ impl History {
         for piece in pieces {
             self.holes.filled(piece.volume, piece.start, piece.end);
             let Some(source) = piece.source else {
-                let (first, end) = (piece.start / BLOCK, piece.end.div_ceil(BLOCK));
-                self.recent.forget(piece.volume, first, end);
+                self.remember_zeroes(piece);
                 continue;
             };
             let content = &buffers[source.buffer as usize][source.offset as usize..][..piece.bytes() as usize];
@@ -316,7 +354,7 @@ impl History {
                 let until = ((block + 1) * BLOCK).min(piece.end);
                 let part = &content[(at - piece.start) as usize..(until - piece.start) as usize];
                 match keep && part.len() == BLOCK_BYTES {
-                    true => self.recent.put(piece.volume, block, part),
+                    true => drop(self.recent.put(piece.volume, block, part, false)),
                     false => self.recent.patch(piece.volume, block, inside, Some(part), part.len()),
                 }
                 at = until;
@@ -324,14 +362,79 @@ impl History {
         }
     }
 
-    /// Has it written to the replicas what is kept now. `more`: another part follows.
-    pub fn write(&mut self, behind: &mut Behind<'_, '_>, pieces: &[Piece], more: bool) -> Result<(), Failure> {
-        behind.write(pieces, more, &mut self.holes)
+    fn remember_zeroes(&mut self, piece: &Piece) {
+        let (first, end) = (piece.start.div_ceil(BLOCK), piece.end / BLOCK);
+        if first < end {
+            self.recent.forget(piece.volume, first, end);
+        }
+        // A block that is late is known by nobody else: what of it stays must not be forgotten.
+        let head = piece.start..piece.end.min(first * BLOCK);
+        let tail = piece.start.max(end * BLOCK).max(head.end)..piece.end;
+        for part in [head, tail].into_iter().filter(|part| part.start < part.end) {
+            let (block, inside) = (part.start / BLOCK, (part.start % BLOCK) as usize);
+            self.recent.patch(piece.volume, block, inside, None, (part.end - part.start) as usize);
+        }
     }
 
-    /// What was on its way to the replicas is there.
-    pub fn wait(&mut self, behind: &mut Behind<'_, '_>) -> Result<(), Failure> {
-        behind.wait(&mut self.holes)
+    /// As [`History::remember`], but what is short and whole is from here on late: the replicas get it with
+    /// [`History::bring_late`]. Gives what is not, and is to be written now.
+    pub fn remember_late(&mut self, pieces: &[Piece], buffers: &[&[u8]]) -> &[Piece] {
+        self.others.clear();
+        for piece in pieces {
+            if !self.put_late(piece, buffers) {
+                self.remember(&[*piece], buffers, true);
+                self.others.push(*piece);
+            }
+        }
+        &self.others
+    }
+
+    fn put_late(&mut self, piece: &Piece, buffers: &[&[u8]]) -> bool {
+        let Some(source) = piece.source else { return false };
+        let whole = piece.start.is_multiple_of(BLOCK) && piece.end.is_multiple_of(BLOCK);
+        if !whole || piece.bytes() > LATE_BYTES_MAX {
+            return false;
+        }
+        self.holes.filled(piece.volume, piece.start, piece.end);
+        let content = &buffers[source.buffer as usize][source.offset as usize..][..piece.bytes() as usize];
+        let mut blocks = content.chunks_exact(BLOCK_BYTES).zip(piece.start / BLOCK..);
+        blocks.all(|(part, block)| self.recent.put(piece.volume, block, part, true))
+    }
+
+    /// On return the replicas have everything, and what it replaced is durable.
+    pub fn bring_late(&mut self, replicas: &mut Replicas) -> Result<(), Failure> {
+        self.settle()?;
+        let late = self.recent.late();
+        if late.is_empty() {
+            return Ok(());
+        }
+        failpoint::hit(failpoint::APPLY_BEFORE);
+        replicas.apply(&late, &[self.recent.bytes()])?;
+        failpoint::hit(failpoint::APPLY_AFTER);
+        // Looked up for a neighbour meanwhile, they may have seemed holes.
+        late.iter().for_each(|piece| self.holes.filled(piece.volume, piece.start, piece.end));
+        self.recent.written();
+        let bytes = late.iter().map(Piece::bytes).sum();
+        self.counters.replica_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.counters.late_bytes.fetch_add(bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Has it written to the replicas what is kept durably now, with what waited. `more`: another part follows.
+    pub fn write(&mut self, behind: &mut Behind<'_, '_>, pieces: &[Piece], more: bool) -> Result<(), Failure> {
+        let bytes = behind.write(pieces, more, &mut self.holes)?;
+        self.counters.replica_bytes.fetch_add(bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// What was on its way to the replicas is there, but for what is late.
+    pub fn finish(&mut self, behind: &mut Behind<'_, '_>) -> Result<(), Failure> {
+        if behind.is_waiting() {
+            self.settle()?;
+        }
+        let bytes = behind.finish(&mut self.holes)?;
+        self.counters.replica_bytes.fetch_add(bytes, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Frees memory that is only needed while there is work, and closes a layer that is old.
@@ -342,17 +445,22 @@ impl History {
     }
 }
 
-/// Fills `target` from recently written blocks, if all of them are known.
-fn copy_recent(recent: &RecentBlocks, volume: u16, start: u64, target: &mut [u8]) -> bool {
-    let first = start / BLOCK;
-    let mut blocks = target.chunks_mut(BLOCK_BYTES).zip(first..);
-    blocks.all(|(part, block)| match recent.get(volume, block) {
-        Some(content) => {
-            part.copy_from_slice(&content[..part.len()]);
-            true
+/// Puts what is known of recently written blocks to `target`, over what it was filled with: that may be older. Gives the stretch of
+/// it from the first block that is not known to the last.
+fn put_recent(recent: &RecentBlocks, volume: u16, start: u64, target: &mut [u8]) -> Range<usize> {
+    let mut unknown = 0..0;
+    let len = target.len();
+    for (number, (part, block)) in target.chunks_mut(BLOCK_BYTES).zip(start / BLOCK..).enumerate() {
+        match recent.get(volume, block) {
+            Some(content) => part.copy_from_slice(&content[..part.len()]),
+            None => {
+                let at = number * BLOCK_BYTES;
+                let from = if unknown.is_empty() { at } else { unknown.start };
+                unknown = from..(at + BLOCK_BYTES).min(len);
+            }
         }
-        None => false,
-    })
+    }
+    unknown
 }
 
 /// A group whose history cannot be written takes no data: what would be replaced would be lost.

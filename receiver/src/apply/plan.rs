@@ -81,6 +81,11 @@ impl BatchPlan {
         self.changes.iter().zip(&self.stamps)
     }
 
+    /// The same without their records.
+    pub fn as_pushed(&self) -> &[Piece] {
+        &self.changes
+    }
+
     /// One of them.
     pub fn change(&self, number: usize) -> (&Piece, &Stamp) {
         (&self.changes[number], &self.stamps[number])

@@ -51,8 +51,10 @@ pub struct Counters {
     pub applied_records: AtomicU64,
     /// Plain bytes of the stream applied.
     pub applied_bytes: AtomicU64,
-    /// Bytes that a batch changed in the replicas, each counted once.
+    /// Bytes changed in the replicas: what was replaced before it was written there is not counted.
     pub replica_bytes: AtomicU64,
+    /// Of these: written with what came in the batches behind.
+    pub late_bytes: AtomicU64,
     /// Plain bytes of images applied.
     pub image_bytes: AtomicU64,
     /// Bytes that were going to be replaced and had to be read.
@@ -82,6 +84,7 @@ impl Counters {
             ("applied_records", &self.applied_records),
             ("applied_bytes", &self.applied_bytes),
             ("replica_bytes", &self.replica_bytes),
+            ("late_bytes", &self.late_bytes),
             ("image_bytes", &self.image_bytes),
             ("before_read_bytes", &self.before_read_bytes),
             ("before_known_bytes", &self.before_known_bytes),

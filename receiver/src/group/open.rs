@@ -242,6 +242,7 @@ impl Files {
             cursor: Cursor::new(Reader::new(log.clone(), place, slot.chain.get()), applied),
             history: History::new(recorder, counters.clone()),
             rest_at: Instant::now(),
+            is_late: false,
         };
         let writer = Writer::new(log.clone(), recovered.end, recovered.chain);
         let mut lander = Lander { live: live.clone(), queue: queue.clone(), writer, state: recovered.state };

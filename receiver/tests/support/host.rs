@@ -75,6 +75,8 @@ pub struct Host {
     jitter: bool,
     /// Largest write.
     pub write_max: u64,
+    /// How many of twenty writes that could be anything are of whole blocks.
+    pub whole_blocks: u32,
 }
 
 /// What the workload does next.
@@ -144,6 +146,7 @@ impl Host {
             hot,
             jitter: false,
             write_max: 1 << 20,
+            whole_blocks: 0,
         };
         host.all_dirty();
         host
@@ -185,6 +188,7 @@ impl Host {
         let size = self.sizes[usize::from(volume)];
         let (unit, most) = match self.rng.random_range(0..40) {
             0..20 => (4096, 4),
+            20..40 if self.whole_blocks > 0 && self.rng.random_range(0..20) < self.whole_blocks => (4096, 4),
             20..30 => (512, 24),
             30..33 => (65536, 4),
             33 => (512, 2048),
@@ -205,7 +209,8 @@ impl Host {
         let (kind, recorded) = match self.rng.random_range(0..60) {
             0 | 1 => (RecordKind::WriteZeroes, Kind::Record),
             2 | 3 => {
-                length = (length * self.rng.random_range(1..64)).min(size - offset);
+                let most = if self.whole_blocks > 0 { 3 } else { 64 };
+                length = (length * self.rng.random_range(1..most)).min(size - offset);
                 (RecordKind::Discard, Kind::Record)
             }
             4 | 5 => (RecordKind::Flush, Kind::Record),

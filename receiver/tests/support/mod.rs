@@ -18,6 +18,7 @@ use varve_common::paths::Paths;
 use varve_net::identity::{Authority, HostIdentity};
 use varve_net::local::LocalClient;
 use varve_net::token::JoinToken;
+use varve_receiver::failpoint;
 
 /// How long anything may take.
 pub const LIMIT: Duration = Duration::from_secs(60);
@@ -53,6 +54,11 @@ impl Receiver {
         self.dir.path().join("log")
     }
 
+    /// While it is there nothing is applied.
+    pub fn held_path(&self) -> PathBuf {
+        self.dir.path().join("held")
+    }
+
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.log_path()).unwrap_or_default()
     }
@@ -63,6 +69,7 @@ impl Receiver {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_varve-receiver"));
         command.arg("--root").arg(self.paths.root()).env("VARVE_FAILPOINT", failpoint.unwrap_or_default());
+        command.env("VARVE_HOLD", format!("{}:{}", failpoint::APPLY_HELD, self.held_path().display()));
         command.env_remove("NOTIFY_SOCKET").stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         self.child = Some(command.spawn().unwrap());
         let start = Instant::now();
